@@ -1,0 +1,181 @@
+"""LookupConfig: what to convert and how far, validated on construction, JSON in and out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from lcnn_compile.errors import ConfigError
+
+Rule = str | type
+Lowering = Literal["auto", "lookup", "factored", "dense"]
+LOWERING_CHOICES = ("auto", "lookup", "factored", "dense")
+LAYER_FIELDS = ("dictionary_size", "sparsity", "group_size", "max_error", "lowering")
+
+
+def _number(name: str, value: object, allowed: str, ok: bool) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}; allowed is {allowed}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """The sizes asked of one layer.
+
+    Attributes:
+        dictionary_size: k, an int of at least 1; or a float in (0, 1], a fraction of the channels that one convolution
+            group reads; or "auto", found by a search within ``max_error`` or ``target_speedup``.
+        sparsity: taps per (filter, r, c) on average over a filter's positions, may be fractional; None uses all k;
+            "auto" as above.
+        group_size: g, filters that share one set of indices; 1 is the paper.
+        max_error: largest relative output error allowed for the layer; None allows any.
+        lowering: "auto" chooses by cost on this machine.
+    """
+
+    dictionary_size: int | float | Literal["auto"] = 0.25
+    sparsity: float | Literal["auto"] | None = 6
+    group_size: int = 8
+    max_error: float | None = None
+    lowering: Lowering = "auto"
+
+    def __post_init__(self) -> None:
+        size = self.dictionary_size
+        fraction = isinstance(size, float) and 0 < size <= 1
+        _number(
+            "dictionary_size",
+            size,
+            'an int >= 1, a fraction in (0, 1], or "auto"',
+            size == "auto" or fraction or (_is_int(size) and size >= 1),
+        )
+        sparsity = self.sparsity
+        ok = sparsity is None or sparsity == "auto" or (_is_real(sparsity) and sparsity > 0)
+        _number("sparsity", sparsity, 'a number > 0, None for all taps, or "auto"', ok)
+        _number("group_size", self.group_size, "an int >= 1", _is_int(self.group_size) and self.group_size >= 1)
+        error = self.max_error
+        _number("max_error", error, "None or a number >= 0", error is None or (_is_real(error) and error >= 0))
+        _number("lowering", self.lowering, f"one of {LOWERING_CHOICES}", self.lowering in LOWERING_CHOICES)
+
+    def vectors(self, channels: int) -> int:
+        """k for a layer whose convolution groups read ``channels`` channels each; never more than ``channels``."""
+        size = self.dictionary_size
+        if size == "auto":
+            raise ConfigError('dictionary_size is "auto"; a search must settle it first')
+        return min(channels, max(1, round(size * channels)) if isinstance(size, float) else size)
+
+    def taps_per_filter(self, vectors: int, area: int) -> int:
+        """Taps of one filter over all of its ``area`` kernel positions; at least 1, at most ``vectors * area``."""
+        if self.sparsity == "auto":
+            raise ConfigError('sparsity is "auto"; a search must settle it first')
+        return vectors * area if self.sparsity is None else min(vectors * area, max(1, round(self.sparsity * area)))
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a search has to settle the sizes."""
+        return "auto" in (self.dictionary_size, self.sparsity)
+
+
+@dataclass(frozen=True)
+class LookupConfig(LayerConfig):
+    """What ``convert``, ``explain`` and the backend are asked to do. The sizes are :class:`LayerConfig`'s.
+
+    Attributes:
+        target_speedup: reduction of the whole network's multiply-adds to reach (> 1); sizes are then found per layer.
+        include: rules for the layers to convert; empty means every supported convolution. A rule is a module's
+            qualified name, a glob over it ("layer1.*"), "re:" and a regular expression that matches it whole, a type,
+            or "type:" and a type's full name. A rule that matches nothing is an error.
+        exclude: rules for layers to leave dense; they win over ``include``.
+        layers: per-layer overrides, rule -> mapping of LayerConfig fields; later rules win.
+        seed: for everything that is random.
+    """
+
+    target_speedup: float | None = None
+    include: tuple[Rule, ...] = ()
+    exclude: tuple[Rule, ...] = ()
+    layers: Mapping[Rule, Mapping[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        speed = self.target_speedup
+        _number("target_speedup", speed, "None or a number > 1", speed is None or (_is_real(speed) and speed > 1))
+        _number("seed", self.seed, "an int >= 0", _is_int(self.seed) and self.seed >= 0)
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            rules: Iterable[Any] = (value,) if isinstance(value, str | type) else value
+            if not isinstance(rules, Iterable):
+                raise ConfigError(f"{name} is {value!r}; a rule or a sequence of rules is allowed")
+            object.__setattr__(self, name, tuple(rules))
+            for rule in getattr(self, name):
+                _check_rule(name, rule)
+        if not isinstance(self.layers, Mapping):
+            raise ConfigError(f"layers is {self.layers!r}; a mapping from rules to overrides is allowed")
+        object.__setattr__(self, "layers", {rule: dict(override) for rule, override in self.layers.items()})
+        for rule, override in self.layers.items():
+            _check_rule("layers", rule)
+            self.override(override, f"layers[{rule!r}]")
+
+    def override(self, changes: Mapping[str, Any], name: str = "layers") -> LayerConfig:
+        """The layer configuration with some fields replaced; unknown fields and bad values are a ConfigError."""
+        unknown = sorted(set(changes) - set(LAYER_FIELDS))
+        if unknown:
+            raise ConfigError(f"{name} has unknown fields {unknown}; allowed are {list(LAYER_FIELDS)}")
+        try:
+            return LayerConfig(**{f: changes.get(f, getattr(self, f)) for f in LAYER_FIELDS})
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values; types become "type:" rules."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain["include"] = [_rule_text(rule) for rule in self.include]
+        plain["exclude"] = [_rule_text(rule) for rule in self.exclude]
+        plain["layers"] = {_rule_text(rule): dict(override) for rule, override in self.layers.items()}
+        return plain
+
+    def to_json(self) -> str:
+        """One JSON object, as ``from_json`` reads it."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LookupConfig:
+        """The configuration of these fields. Raises ConfigError for unknown ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            raise ConfigError(f"unknown options {unknown}; allowed are {known}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> LookupConfig:
+        """Read what ``to_json`` wrote. Raises ConfigError for anything else."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a JSON object: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"a JSON object is required, not {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def replace(self, **changes: Any) -> LookupConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _check_rule(name: str, rule: object) -> None:
+    if not isinstance(rule, str | type) or rule == "":
+        raise ConfigError(f"{name} has the rule {rule!r}; a name, a glob, 're:…', 'type:…' or a type is allowed")
+
+
+def _rule_text(rule: Rule) -> str:
+    return f"type:{rule.__module__}.{rule.__qualname__}" if isinstance(rule, type) else rule

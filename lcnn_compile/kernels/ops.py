@@ -1,0 +1,172 @@
+"""Registration of ``torch.ops.lcnn.lookup_conv2d``: schema, dispatch by device and lowering, fake, autograd, autocast.
+
+The operator computes ``activation(conv(x, P·D) + bias + residual)``. ``lowering`` picks one of three exact ways
+("lookup", "factored", "dense"); all give the same values up to rounding. The output is channels_last where the input is
+(and is not contiguous too), contiguous otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.checks import check_call, check_weight
+from lcnn_compile.kernels.prepared import Prepared
+
+LOWERINGS = ("lookup", "factored", "dense")
+
+library = torch.library.Library("lcnn", "DEF")
+library.define(
+    "lookup_conv2d(Tensor input, Tensor dictionary, Tensor coefficients, Tensor indices, Tensor positions, Tensor offsets, "
+    "Tensor filters, Tensor? bias, SymInt out_channels, int[] kernel_size, int[] stride, SymInt[] padding, int[] dilation, "
+    'str lowering="lookup", str activation="none", Tensor? residual=None, bool residual_last=False) -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _validated(*arguments: Any) -> int:
+    """Check a weight once and return its number of output channels."""
+    *tensors, kernel_size = arguments
+    dictionary, coefficients, indices, positions, offsets, filters = tensors
+    check_weight("lookup_conv2d", dictionary, coefficients, indices, positions, offsets, filters, kernel_size)
+    return int((filters >= 0).sum())
+
+
+_output_channels = Prepared(_validated)
+_lookups = Prepared(reference.lookup_tensor)
+
+
+def output_format(input: Tensor) -> torch.memory_format:
+    """The memory format of the output for this input."""
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _forward(
+    input: Tensor,
+    dictionary: Tensor,
+    coefficients: Tensor,
+    indices: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    lowering: str = "lookup",
+    activation: str = "none",
+    residual: Tensor | None = None,
+    residual_last: bool = False,
+) -> Tensor:
+    size = (kernel_size[0], kernel_size[1])
+    weight = (dictionary, coefficients, indices, positions, offsets, filters)
+    known = _output_channels(weight, size)
+    if known != out_channels:
+        raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {known} filters")
+    check_call(input, dictionary, bias, out_channels, size, stride, padding, dilation, activation, residual)
+    if lowering == "lookup":
+        lookups = reference.lower_lookup(input, *weight, out_channels, size, stride, padding, dilation)
+        y = reference.apply_epilogue(lookups, bias, residual, activation, residual_last)
+    elif lowering in LOWERINGS:
+        lower = reference.lower_factored if lowering == "factored" else reference.lower_dense
+        p = _lookups((coefficients, indices, positions, offsets, filters), out_channels, dictionary.shape[1], size)
+        y = reference.apply_epilogue(
+            lower(input, dictionary, p, stride, padding, dilation), bias, residual, activation, residual_last
+        )
+    else:
+        raise KernelError(f"lookup_conv2d: lowering is {lowering!r}; allowed are {LOWERINGS}")
+    return y.contiguous(memory_format=output_format(input))
+
+
+library.impl("lookup_conv2d", _forward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lcnn::lookup_conv2d", lib=library)
+def _fake(
+    input: Tensor,
+    dictionary: Tensor,
+    coefficients: Tensor,
+    indices: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    lowering: str = "lookup",
+    activation: str = "none",
+    residual: Tensor | None = None,
+    residual_last: bool = False,
+) -> Tensor:
+    shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, dictionary, coefficients, indices, positions, offsets, filters, bias, *rest = inputs
+    out_channels, kernel_size, stride, padding, dilation, _, activation, residual, _ = rest
+    if activation != "none" or residual is not None:
+        raise KernelError(
+            f"lookup_conv2d: activation {activation!r} and residual are for inference; no gradient is defined through them"
+        )
+    ctx.save_for_backward(input, dictionary, coefficients, indices, positions, offsets, filters)
+    ctx.has_bias = bias is not None
+    ctx.geometry = (out_channels, kernel_size, stride, padding, dilation)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Gradients through the factored form, which costs k/m of the dense backward pass."""
+    input, dictionary, coefficients, indices, positions, offsets, filters = ctx.saved_tensors
+    out_channels, kernel_size, stride, padding, dilation = ctx.geometry
+    groups, size, _ = dictionary.shape
+    convolution_backward = torch.ops.aten.convolution_backward
+    pointwise = reference.pointwise_weight(dictionary)
+    p = reference.lookup_tensor(coefficients, indices, positions, offsets, filters, out_channels, size, kernel_size)
+    s = reference.pad_spatial(torch.nn.functional.conv2d(input, pointwise, None, groups=groups), padding)
+    grad_s, grad_p, _ = convolution_backward(
+        grad, s, p, None, stride, [0, 0], dilation, False, [0, 0], groups, [True, ctx.needs_input_grad[2], False]
+    )
+    top, _, left, _ = padding
+    grad_s = grad_s[:, :, top : top + input.shape[2], left : left + input.shape[3]]
+    grad_input, grad_pointwise, _ = convolution_backward(
+        grad_s, input, pointwise, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [*ctx.needs_input_grad[:2], False]
+    )
+    grad_dictionary = grad_pointwise.view_as(dictionary) if ctx.needs_input_grad[1] else None
+    grad_coefficients = reference.gather_taps(grad_p, indices, positions, offsets, filters) if ctx.needs_input_grad[2] else None
+    grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
+    return (grad_input, grad_dictionary, grad_coefficients, None, None, None, None, grad_bias, *[None] * 9)
+
+
+torch.library.register_autograd("lcnn::lookup_conv2d", _backward, setup_context=_setup_context, lib=library)
+
+
+def _autocast(device: str) -> Any:
+    key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device.upper()}"))
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(value: Any) -> Any:
+            low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            return value.to(dtype) if low else value
+
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            cast_args = [cast(a) for a in args]
+            return torch.ops.lcnn.lookup_conv2d(*cast_args, **{k: cast(v) for k, v in kwargs.items()})
+
+    return call
+
+
+for _device in ("cpu", "cuda"):
+    library.impl("lookup_conv2d", _autocast(_device), f"Autocast{_device.upper()}")

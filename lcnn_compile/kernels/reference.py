@@ -1,0 +1,164 @@
+"""Lookup convolution in plain PyTorch, for every dtype and device: the truth the kernels are tested against.
+
+Shapes, as everywhere in the package: m ``in_channels``, n ``out_channels``, k ``dictionary_size``, g ``group_size``,
+F filter groups, T taps in all filter groups together.
+
+| tensor | shape | dtype | meaning |
+| --- | --- | --- | --- |
+| dictionary | [groups, k, m/groups] | floating | D |
+| coefficients | [T, g] | floating | C, one row per tap, one column per filter of its filter group |
+| indices | [T] | int32 | the dictionary vector of each tap |
+| positions | [T] | int32 | the kernel position r·kw + c of each tap |
+| offsets | [F + 1] | int32 | taps offsets[j] to offsets[j + 1] belong to filter group j |
+| filters | [F, g] | int32 | the output channels of each filter group, -1 where it has fewer than g |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+def tap_filter_groups(offsets: Tensor, taps: int) -> Tensor:
+    """The filter group of each tap: int64 [T], without a data-dependent shape."""
+    numbers = torch.arange(taps, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets[1:].contiguous(), numbers, right=True)
+
+
+def lookup_tensor(
+    coefficients: Tensor,
+    indices: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    filters: Tensor,
+    out_channels: int,
+    dictionary_size: int,
+    kernel_size: Sequence[int],
+) -> Tensor:
+    """P, [n, k, kh, kw]: the sparse tensor that indices and coefficients encode; repeated taps add up."""
+    area = kernel_size[0] * kernel_size[1]
+    rows = filters[tap_filter_groups(offsets, coefficients.shape[0])].long()
+    columns = (indices.long() * area + positions.long()).unsqueeze(1).expand_as(rows)
+    values = torch.where(rows >= 0, coefficients, coefficients.new_zeros(()))
+    flat = coefficients.new_zeros(out_channels, dictionary_size * area)
+    flat = flat.index_put((rows.clamp(min=0), columns), values, accumulate=True)
+    return flat.view(out_channels, dictionary_size, kernel_size[0], kernel_size[1])
+
+
+def dense_weight(dictionary: Tensor, lookups: Tensor) -> Tensor:
+    """W = P·D, [n, m/groups, kh, kw], from D [groups, k, m/groups] and P [n, k, kh, kw] (LCNN, section 3.1)."""
+    groups = dictionary.shape[0]
+    grouped = lookups.unflatten(0, (groups, -1))
+    return torch.einsum("gokrc,gkm->gomrc", grouped, dictionary).flatten(0, 1)
+
+
+def pointwise_weight(dictionary: Tensor) -> Tensor:
+    """The dictionary as the weight of a 1x1 convolution, [groups·k, m/groups, 1, 1]."""
+    return dictionary.flatten(0, 1)[:, :, None, None]
+
+
+def pad_spatial(x: Tensor, padding: Sequence[int]) -> Tensor:
+    """Zero-pad [N, C, H, W] by (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    return F.pad(x, (left, right, top, bottom)) if any(padding) else x
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return F.conv2d(x, weight, None, tuple(stride), (top, left), tuple(dilation), groups)
+    return F.conv2d(pad_spatial(x, padding), weight, None, tuple(stride), 0, tuple(dilation), groups)
+
+
+def lower_dense(
+    x: Tensor, dictionary: Tensor, lookups: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """W = P·D, then one dense convolution: m·n·kh·kw multiply-adds per output pixel."""
+    return _convolve(x, dense_weight(dictionary, lookups), stride, padding, dilation, dictionary.shape[0])
+
+
+def lower_factored(
+    x: Tensor, dictionary: Tensor, lookups: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """S = D ∗ x, then a dense convolution with P: m·k + k·n·kh·kw multiply-adds per pixel."""
+    groups = dictionary.shape[0]
+    s = F.conv2d(x, pointwise_weight(dictionary), None, groups=groups)
+    return _convolve(s, lookups, stride, padding, dilation, groups)
+
+
+def lower_lookup(
+    x: Tensor,
+    dictionary: Tensor,
+    coefficients: Tensor,
+    indices: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    filters: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """S = D ∗ x, then y[o] = Σ over taps of C · shift(S[I]), literally (LCNN, section 3.1, equation 2)."""
+    groups, size = dictionary.shape[0], dictionary.shape[1]
+    s = pad_spatial(F.conv2d(x, pointwise_weight(dictionary), None, groups=groups), padding)
+    height, width = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    y = x.new_zeros(x.shape[0], out_channels, height, width)
+    taps = coefficients.shape[0]
+    group = tap_filter_groups(offsets, taps)
+    rows = filters.long()[group]
+    planes = (group // max(1, filters.shape[0] // groups)) * size + indices.long()
+    for position in range(kernel_size[0] * kernel_size[1]):
+        chosen = (positions == position).nonzero().flatten()
+        r, c = divmod(position, kernel_size[1])
+        top, left = r * dilation[0], c * dilation[1]
+        view = s[
+            :, :, top : top + (height - 1) * stride[0] + 1 : stride[0], left : left + (width - 1) * stride[1] + 1 : stride[1]
+        ]
+        for column in range(filters.shape[1]):
+            member = chosen[rows[chosen, column] >= 0]
+            terms = view[:, planes[member]] * coefficients[member, column][None, :, None, None]
+            y = y.index_add(1, rows[member, column], terms)
+    return y
+
+
+def output_size(
+    size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Height and width of the output for an input of ``size`` (height, width) and padding (top, bottom, left, right)."""
+    high = (size[0] + padding[0] + padding[1] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    wide = (size[1] + padding[2] + padding[3] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    return high, wide
+
+
+def apply_epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, residual_last: bool) -> Tensor:
+    """bias, then ``activation(y + residual)``, or ``activation(y) + residual`` where ``residual_last``."""
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if residual is not None and not residual_last:
+        y = y + residual
+    y = ACTIVATIONS[activation](y)
+    return y + residual if residual is not None and residual_last else y
+
+
+def gather_taps(lookups: Tensor, indices: Tensor, positions: Tensor, offsets: Tensor, filters: Tensor) -> Tensor:
+    """The entries of a tensor shaped as P at the taps, [T, g]; zero for filters that do not exist."""
+    area = lookups.shape[2] * lookups.shape[3]
+    rows = filters[tap_filter_groups(offsets, indices.shape[0])].long()
+    columns = (indices.long() * area + positions.long()).unsqueeze(1).expand_as(rows)
+    values = lookups.flatten(1)[rows.clamp(min=0), columns]
+    return torch.where(rows >= 0, values, values.new_zeros(()))

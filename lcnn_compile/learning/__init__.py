@@ -1,0 +1,1 @@
+"""Learning dictionaries, taps and coefficients."""

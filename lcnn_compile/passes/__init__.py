@@ -1,0 +1,1 @@
+"""FX passes, each usable on any GraphModule."""
