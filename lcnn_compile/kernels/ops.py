@@ -1,7 +1,7 @@
 """Registration of ``torch.ops.lcnn.lookup_conv2d``: schema, dispatch by device and lowering, fake, autograd, autocast.
 
 The operator computes ``activation(conv(x, P·D) + bias + residual)``. ``lowering`` picks one of three exact ways
-("lookup", "factored", "dense"); all give the same values up to rounding. The output is channels_last where the input is
+("lookup", "factored", "dense"), "auto" the cheapest; all give the same values up to rounding. The output is channels_last where the input is
 (and is not contiguous too), contiguous otherwise.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels import reference
+from lcnn_compile.kernels import choose, reference
 from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
 
@@ -47,6 +47,11 @@ def output_format(input: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+def has_lookup_kernel(device: str, dtype: torch.dtype) -> bool:
+    """Whether the lookup lowering runs on a kernel of ours for this device type and dtype."""
+    return False
+
+
 def _forward(
     input: Tensor,
     dictionary: Tensor,
@@ -72,6 +77,10 @@ def _forward(
     if known != out_channels:
         raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {known} filters")
     check_call(input, dictionary, bias, out_channels, size, stride, padding, dilation, activation, residual)
+    if lowering == "auto":
+        shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, size, stride, padding, dilation)
+        problem = choose.problem_of(*shapes, input.device.type, input.dtype)
+        lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
     if lowering == "lookup":
         lookups = reference.lower_lookup(input, *weight, out_channels, size, stride, padding, dilation)
         y = reference.apply_epilogue(lookups, bias, residual, activation, residual_last)
@@ -170,3 +179,5 @@ def _autocast(device: str) -> Any:
 
 for _device in ("cpu", "cuda"):
     library.impl("lookup_conv2d", _autocast(_device), f"Autocast{_device.upper()}")
+
+lookup_conv2d = torch.ops.lcnn.lookup_conv2d.default
