@@ -191,9 +191,19 @@ class LookupConv2d(LookupModule):
 
     def to_conv(self) -> nn.Conv2d:
         """The dense ``nn.Conv2d`` that computes the same function."""
-        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        like = {"device": self.dictionary.device, "dtype": self.dictionary.dtype}
-        conv = nn.Conv2d(*sizes, bias=self.bias is not None, padding_mode=self.padding_mode, **like)
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            self.dictionary.device,
+            self.dictionary.dtype,
+        )
         _copy_dense(self, conv, self.dense_weight())
         return conv
 
@@ -362,3 +372,16 @@ def lookup_layer(weight: LookupWeight, layer: nn.Conv2d | nn.Linear, bias: Tenso
 def lookup_modules(model: nn.Module) -> Iterator[tuple[str, LookupModule]]:
     """Qualified name and module of every lookup module in ``model``."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LookupModule))
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put ``new`` wherever ``old`` hangs in ``model``, with its hooks; the model itself if that is ``old``."""
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        getattr(new, hooks).update(getattr(old, hooks))
+    if model is old:
+        return new
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+    return model

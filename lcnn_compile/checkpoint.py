@@ -1,0 +1,245 @@
+"""save() and load(): lookup models as safetensors files with a versioned, checksummed header; no pickle anywhere."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+
+from lcnn_compile.errors import CheckpointError, LcnnError
+from lcnn_compile.lookup import LookupWeight
+from lcnn_compile.modules import LookupModule, dense_layer, lookup_layer, lookup_modules, replace_module
+from lcnn_compile.passes.lift import lift_functional_convolutions
+from lcnn_compile.report import LayerReport, Report
+
+FORMAT = 1
+FACTORS = ("dictionary", "coefficients", "indices", "positions", "offsets", "filters")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself.
+
+    Attributes:
+        layers: qualified name of each lookup module -> {"kernel_size": [kh, kw], "lowering": str}.
+        aliases: state-dict key -> the key under which the same tensor is stored.
+        report: the rows of ``lcnn_report``, empty if the model had none.
+        shapes: stored tensor -> its shape.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    aliases: dict[str, str]
+    report: list[dict[str, Any]]
+    shapes: dict[str, list[int]]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a converted model (compiled or not) to ``path``, atomically: the file is the old one or the whole new one.
+
+    Raises:
+        CheckpointError: if the model has no lookup modules, holds values that are not finite, or the file cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)
+    layers = {name: {"kernel_size": list(m.kernel_size), "lowering": m.lowering} for name, m in lookup_modules(model)}
+    if not layers:
+        raise CheckpointError(f"{type(model).__name__} has no lookup modules; convert it first, or save its state_dict")
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owners: dict[Any, str] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{key} is a {type(value).__name__}; only tensors can be saved")
+        _check_finite(key, value)
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else key
+        if place in owners:
+            aliases[key] = owners[place]
+        else:
+            owners[place] = key
+            tensors[key] = value.detach().cpu().contiguous().clone()
+    report = getattr(model, "lcnn_report", None)
+    rows = report.to_dict()["layers"] if isinstance(report, Report) else []
+    body = json.dumps({"format": FORMAT, "layers": layers, "aliases": aliases, "report": rows}, sort_keys=True)
+    metadata = {"lcnn": body, "digest": _digest(body, tensors)}
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata)
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """A copy of the dense ``model`` with the lookup modules and all other tensors of the file put in.
+
+    Everything is checked before a kernel can see it: format, checksum, dtypes, shapes, index ranges, finite values, and
+    that the file fits the model.
+
+    Raises:
+        CheckpointError: naming what is wrong.
+    """
+    header, tensors = _read(Path(path))
+    result = copy.deepcopy(getattr(model, "_orig_mod", model))
+    missing = [name for name in header.layers if not _has(result, name)]
+    if missing:
+        result = _lifted(result, missing)
+    state = {**tensors, **{key: _stored(tensors, key, source) for key, source in header.aliases.items()}}
+    for name, settings in header.layers.items():
+        new = _module(result.get_submodule(name), name, settings, state)
+        result = replace_module(result, result.get_submodule(name), new)
+    _load_state(result, state)
+    result.lcnn_report = Report(tuple(_row(row) for row in header.report), title=f"lcnn: {type(model).__name__}")
+    return result
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """What the file says about itself, after every check that needs no model.
+
+    Raises:
+        CheckpointError: if the file is damaged or not a lookup checkpoint.
+    """
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {type(error).__name__}: {error}") from error
+    body = metadata.get("lcnn")
+    if body is None or "digest" not in metadata:
+        raise CheckpointError(f"{path} is not a lookup checkpoint: its header has no lcnn entry")
+    if metadata["digest"] != _digest(body, tensors):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its contents")
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a header that is not JSON: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else values
+        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+    layers, aliases, report = values.get("layers"), values.get("aliases"), values.get("report")
+    refusal = CheckpointError(f"{path} has a header that does not describe lookup layers")
+    if not isinstance(layers, dict) or not isinstance(aliases, dict) or not isinstance(report, list):
+        raise refusal
+    if not all(_layer_ok(v) for v in layers.values()) or not all(isinstance(v, str) for v in aliases.values()):
+        raise refusal
+    for key, value in tensors.items():
+        _check_finite(key, value)
+    return Header(layers, aliases, report, {key: list(value.shape) for key, value in tensors.items()}), tensors
+
+
+def _layer_ok(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("lowering"), str):
+        return False
+    size = value.get("kernel_size")
+    return isinstance(size, list) and len(size) == 2 and all(isinstance(v, int) and 0 < v < 2**15 for v in size)
+
+
+def _row(row: Any) -> LayerReport:
+    try:
+        return LayerReport(**row)
+    except TypeError as error:
+        raise CheckpointError(f"the report in the header has a row that is not one: {error}") from error
+
+
+def _digest(body: str, tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of the description and of every tensor's name, dtype, shape and bytes."""
+    found = hashlib.blake2b(body.encode(), digest_size=32)
+    for key in sorted(tensors):
+        value = tensors[key]
+        found.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        found.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _check_finite(key: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise CheckpointError(f"{key} has values that are not finite")
+
+
+def _stored(tensors: Mapping[str, Tensor], key: str, source: str) -> Tensor:
+    if source not in tensors:
+        raise CheckpointError(f"{key} refers to {source!r}, which is not in the file")
+    return tensors[source]
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _lifted(model: nn.Module, missing: list[str]) -> nn.Module:
+    """The model with its functional convolutions as modules, for files of models that were converted that way."""
+    try:
+        lifted = lift_functional_convolutions(model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model))
+    except Exception as error:
+        # Tracing runs the user's code on proxies, which may raise anything.
+        raise CheckpointError(f"the model has no layers {missing}, nor can torch.fx trace it: {error}") from error
+    still = [name for name in missing if not _has(lifted, name)]
+    if still:
+        raise CheckpointError(f"the model has no layers {still}, which the file replaces")
+    return lifted
+
+
+def _module(old: nn.Module, name: str, settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> LookupModule:
+    """The lookup module that the file puts in place of ``old``."""
+    prefix = f"{name}." if name else ""
+    dense = dense_layer(old) if isinstance(old, LookupModule) else old
+    if not isinstance(dense, nn.Conv2d | nn.Linear):
+        raise CheckpointError(f"{name} is a {type(old).__name__} in the model; the file has a lookup layer for it")
+    absent = [key for key in FACTORS if prefix + key not in state]
+    if absent:
+        raise CheckpointError(f"{name} lacks the tensors {absent}")
+    factors = {key: state[prefix + key] for key in FACTORS}
+    kernel = (settings["kernel_size"][0], settings["kernel_size"][1])
+    bias = state.get(f"{prefix}bias")
+    try:
+        weight = LookupWeight(**factors, kernel_size=kernel).validate(name)
+        if bias is not None and (tuple(bias.shape) != (weight.out_channels,) or not bias.is_floating_point()):
+            raise CheckpointError(f"{name}: bias is {bias.dtype} {tuple(bias.shape)}; [{weight.out_channels}] is required")
+        return lookup_layer(weight.to(dense.weight.device), dense, bias, settings["lowering"])
+    except LcnnError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    wrong = {key: value for key, value in state.items() if key in own and value.dtype != own[key].dtype}
+    for key, value in wrong.items():
+        if value.is_floating_point() != own[key].is_floating_point():
+            raise CheckpointError(f"{key} has dtype {value.dtype}; the model has {own[key].dtype}")
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise CheckpointError(f"the file does not fit the model: {error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,122 @@
+"""convert() and explain(): replace the dense convolutions of any nn.Module by lookup convolutions, or tell what would be."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from lcnn_compile.batches import call_model
+from lcnn_compile.config import LookupConfig
+from lcnn_compile.errors import ConversionError, LcnnWarning
+from lcnn_compile.learning import fit_model
+from lcnn_compile.modules import lookup_layer, replace_module
+from lcnn_compile.plan import Plan
+from lcnn_compile.report import Report
+
+log = logging.getLogger("lcnn_compile")
+Progress = Callable[[str, int, int], None]
+
+
+def convert(
+    model: nn.Module,
+    config: LookupConfig | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A copy of ``model`` whose convolutions are lookup convolutions (LCNN, section 3), fitted without labels.
+
+    ``model`` itself is not changed. The copy has ``lcnn_report``, one :class:`~lcnn_compile.report.LayerReport` per layer.
+    Convolutions called as functions are replaced where ``torch.fx`` can trace the model; the copy is then a GraphModule.
+
+    Args:
+        model: any module, control flow included.
+        config: what to replace and with which sizes.
+        calibration: batches that the model is run on (see :mod:`lcnn_compile.batches`): a few dozen unlabelled inputs
+            like those of deployment. It is read once, front to back. Without any the fit sees the weights alone.
+        example_inputs: one batch, to count multiply-adds; the first calibration batch by default.
+        progress: called with (what, done, total).
+
+    Raises:
+        ConfigError: for a rule that matches nothing.
+        ConversionError: if the model cannot be copied or run, or a budget cannot be reached.
+    """
+    config = config or LookupConfig()
+    private = _copy(model)
+    modes = {name: module.training for name, module in private.named_modules()}
+    private.eval()
+    batches: Iterator[Any] | None = None
+    if calibration is not None:
+        batches = iter(calibration)
+        try:
+            first = next(batches)
+        except StopIteration:
+            raise ConversionError("calibration has no batches; pass None to fit on the weights alone") from None
+        batches = _chain(first, batches)
+        example_inputs = first if example_inputs is None else example_inputs
+    plan = Plan(private, config, example_inputs)
+    fitted = fit_model(
+        plan.model,
+        plan.chosen,
+        plan.configs,
+        calibration=batches,
+        call=call_model,
+        target_speedup=config.target_speedup,
+        other_macs=plan.other_macs(),
+        pixels={name: (use.out_pixels, use.in_pixels) for name, use in plan.survey.usage.items()},
+        seed=config.seed,
+        progress=progress,
+    )
+    report = Report(tuple(plan.row(name, fitted.get(name)) for name in plan.names()), title=f"lcnn: {type(model).__name__}")
+    result = plan.model
+    for name, fit in fitted.items():
+        if not fit.reason:
+            layer = plan.chosen[name]
+            new = lookup_layer(fit.weight, layer, fit.bias, plan.configs[name].lowering)
+            result = replace_module(result, layer, new)
+    for name, module in result.named_modules():
+        module.training = modes.get(name, model.training)
+    result.lcnn_report = report  # type: ignore[assignment]
+    _tell(report)
+    return result
+
+
+def explain(model: nn.Module, config: LookupConfig | None = None, *, example_inputs: Any = None) -> Report:
+    """A dry run of :func:`convert`: what would be replaced, with which sizes, what not and why. Nothing is fitted.
+
+    Raises:
+        ConfigError: for a rule that matches nothing.
+        ConversionError: if the model fails on the example inputs.
+    """
+    private = _copy(model).eval()
+    plan = Plan(private, config or LookupConfig(), example_inputs)
+    return Report(tuple(plan.row(name, None) for name in plan.names()), title=f"lcnn (dry run): {type(model).__name__}")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"an nn.Module is required, not {type(model).__name__}")
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ConversionError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _tell(report: Report) -> None:
+    log.info("%s\n%s", report.title, report)
+    if not report.replaced:
+        reasons = {r.reason for r in report if "linear layers" not in r.reason} or {"the model has no convolution"}
+        warnings.warn(
+            f"lcnn replaced nothing: 0 of {len(report)} layers. Reasons: " + "; ".join(sorted(reasons)), LcnnWarning, stacklevel=3
+        )

@@ -1,0 +1,65 @@
+"""The call targets by which the same operation appears in graphs of symbolic tracing, Dynamo and torch.export."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+aten = torch.ops.aten
+
+CONV2D = (F.conv2d, torch.conv2d, aten.conv2d.default, aten.conv2d.padding)
+CONVOLUTION = (torch.convolution, aten.convolution.default)
+BATCH_NORM = (F.batch_norm, torch.batch_norm, aten.batch_norm.default)
+ADD = (torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
+ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+    "relu": (F.relu, F.relu_, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_"),
+    "relu6": (F.relu6, aten.relu6.default),
+    "silu": (F.silu, aten.silu.default, aten.silu_.default),
+    "hardswish": (F.hardswish, aten.hardswish.default, aten.hardswish_.default),
+}
+CLAMP = (F.hardtanh, torch.clamp, aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, "clamp", "clamp_")
+
+
+def bound(node: fx.Node, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+    """The node's arguments by position or name, in the order of ``names``, with ``defaults`` for those left out."""
+    values = list(node.args) + [None] * (len(names) - len(node.args))
+    for i, (name, default) in enumerate(zip(names, defaults, strict=True)):
+        if i >= len(node.args):
+            values[i] = node.kwargs.get(name, default)
+    return values
+
+
+def activation_of(node: fx.Node) -> str | None:
+    """The epilogue name of an activation node, None for anything else."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    for name, targets in ACTIVATIONS.items():
+        if node.target in targets:
+            return name
+    if node.target in CLAMP:
+        _, low, high, _ = bound(node, ("input", "min", "max", "inplace"), (None, None, None, False))
+        if "min_val" in node.kwargs or "max_val" in node.kwargs or node.target is F.hardtanh:
+            _, low, high, _ = bound(node, ("input", "min_val", "max_val", "inplace"), (None, -1.0, 1.0, False))
+        if low == 0 and high == 6:
+            return "relu6"
+        if low == 0 and high is None:
+            return "relu"
+    return None
+
+
+def is_get_attr(value: object) -> bool:
+    """Whether an argument is a node that reads an attribute of the module."""
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def attribute(module: torch.nn.Module, path: object) -> Any:
+    """The attribute that a get_attr node's target names."""
+    value: Any = module
+    for part in str(path).split("."):
+        value = getattr(value, part)
+    return value

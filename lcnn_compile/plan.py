@@ -1,0 +1,159 @@
+"""The plan of a conversion: which layers the rules choose, with which sizes, and a report row for every one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from lcnn_compile.config import LayerConfig, LookupConfig
+from lcnn_compile.kernels import choose
+from lcnn_compile.kernels.ops import has_lookup_kernel
+from lcnn_compile.learning import FittedLayer
+from lcnn_compile.learning.geometry import Geometry
+from lcnn_compile.passes.lift import lift_functional_convolutions
+from lcnn_compile.report import LayerReport
+from lcnn_compile.selection import check_rules, layer_config, select
+from lcnn_compile.survey import Survey, Usage, survey, too_narrow
+
+
+class Plan:
+    """The layers that the rules choose, their sizes, and the reason for every other one."""
+
+    def __init__(self, model: nn.Module, config: LookupConfig, example_inputs: Any):
+        self.model = model
+        self.survey: Survey = survey(model, example_inputs)
+        self._functions: dict[str, tuple[str, str]] = {}
+        if self.survey.functions or isinstance(model, fx.GraphModule):
+            self._lift(example_inputs)
+        check_rules(config, self.survey.layers)
+        ruled = select(config, self.survey.layers)
+        self.configs: dict[str, LayerConfig] = {}
+        self.reasons: dict[str, str] = {}
+        for name, layer in self.survey.layers.items():
+            settings = layer_config(config, name, layer)
+            reason = self.survey.reasons[name] or ruled[name]
+            if not reason and not any(name == str(rule) for rule in config.layers):
+                reason = too_narrow(layer, settings)
+            self.reasons[name] = reason
+            if not reason:
+                self.configs[name] = settings
+
+    def _lift(self, example_inputs: Any) -> None:
+        """Make modules of convolutions that are called as functions, where the model can be traced."""
+        try:
+            lifted = self.model if isinstance(self.model, fx.GraphModule) else fx.symbolic_trace(self.model)
+            lifted = lift_functional_convolutions(lifted)
+            self.survey, before = survey(lifted, example_inputs), self.survey
+            self.model = lifted
+            left = self.survey.functions if example_inputs is not None else {}
+            why = "called as a function on a weight or geometry that is computed, or not conv2d"
+        except Exception as error:
+            # Tracing runs the user's code on proxies, which may raise anything; module calls can still be replaced.
+            left, before = self.survey.functions, self.survey
+            first = (str(error).splitlines() or [""])[0]
+            why = f"called as a function in code that torch.fx cannot trace ({type(error).__name__}: {first})"
+        self._functions = {name: (function, why) for name, function in left.items() if name in before.functions}
+
+    @property
+    def chosen(self) -> dict[str, nn.Conv2d | nn.Linear]:
+        """The layers to replace, by name."""
+        return {name: self.survey.layers[name] for name in self.configs}  # type: ignore[misc]
+
+    def names(self) -> list[str]:
+        """Rows of the report: layers, then convolutions called as functions that stay so."""
+        return [*self.survey.layers, *self._functions]
+
+    def other_macs(self) -> int:
+        """Multiply-adds per sample of the layers that are not chosen."""
+        return sum(use.macs for name, use in self.survey.usage.items() if name not in self.configs)
+
+    def row(self, name: str, fit: FittedLayer | None) -> LayerReport:
+        """The report's row for a layer: as fitted, or as it would be."""
+        if name in self._functions:
+            kind, why = self._functions[name]
+            return LayerReport(name, kind, False, reason=why)
+        layer, use = self.survey.layers[name], self.survey.usage.get(name)
+        kind, macs = type(layer).__name__, None if use is None else use.macs
+        size = sum(p.numel() * p.element_size() for p in layer.parameters() if not nn.parameter.is_lazy(p))
+        reason = self.reasons[name] or (fit.reason if fit else "")
+        if reason or not isinstance(layer, nn.Conv2d | nn.Linear):
+            error = fit.error if fit else None
+            dense = {"macs_before": macs, "macs_after": macs, "bytes_before": size, "bytes_after": size}
+            return LayerReport(name, kind, False, error=error, reason=reason, **dense)  # type: ignore[arg-type]
+        if fit is None:
+            return self._planned(name, layer, use, size)
+        weight = fit.weight
+        bias = 0 if fit.bias is None else fit.bias.numel() * fit.bias.element_size()
+        return LayerReport(
+            name,
+            kind,
+            True,
+            weight.dictionary_size,
+            weight.taps / weight.out_channels,
+            weight.group_size,
+            fit.error,
+            macs_before=macs,
+            macs_after=None if use is None else weight.macs(use.out_pixels, use.in_pixels),
+            bytes_before=size,
+            bytes_after=weight.nbytes() + bias,
+            lowering=self._lowering(name, layer, weight.dictionary_size, weight.taps, weight.group_size),
+            reason="never ran on the example inputs" if use is None and self.survey.usage else "",
+        )
+
+    def _planned(self, name: str, layer: nn.Conv2d | nn.Linear, use: Usage | None, size: int) -> LayerReport:
+        """The row of a layer that would be replaced."""
+        config, kind = self.configs[name], type(layer).__name__
+        macs = None if use is None else use.macs
+        if config.automatic:
+            remark = "sizes found by a search when it is converted"
+            return LayerReport(
+                name, kind, True, macs_before=macs, macs_after=macs, bytes_before=size, bytes_after=size, reason=remark
+            )
+        geometry = Geometry.of(layer)
+        k = config.vectors(geometry.channels)
+        taps = config.taps_per_filter(k, geometry.area)
+        g = min(config.group_size, geometry.filters)
+        rows = geometry.groups * -(-geometry.filters // g) * taps
+        element = layer.weight.element_size()
+        bias = 0 if layer.bias is None else geometry.out_channels
+        return LayerReport(
+            name,
+            kind,
+            True,
+            k,
+            taps,
+            g,
+            macs_before=macs,
+            macs_after=None
+            if use is None
+            else k * geometry.in_channels * use.in_pixels + geometry.out_channels * taps * use.out_pixels,
+            bytes_before=size,
+            bytes_after=element * (k * geometry.in_channels + rows * g + bias) + 8 * rows,
+            lowering=self._lowering(name, layer, k, geometry.out_channels * taps, g),
+        )
+
+    def _lowering(self, name: str, layer: nn.Conv2d | nn.Linear, k: int, taps: int, group_size: int) -> str:
+        """The lowering that this layer runs with on one sample."""
+        wanted, use = self.configs[name].lowering, self.survey.usage.get(name)
+        if wanted != "auto":
+            return wanted
+        geometry = Geometry.of(layer)
+        left, right, top, bottom = geometry.padding
+        problem = choose.Problem(
+            batch=1,
+            in_channels=geometry.in_channels,
+            out_channels=geometry.out_channels,
+            groups=geometry.groups,
+            dictionary_size=k,
+            taps=taps,
+            group_size=group_size,
+            size=use.size if use else (1, 1) if geometry.linear else (28, 28),
+            kernel_size=geometry.kernel_size,
+            stride=geometry.stride,
+            padding=(top, bottom, left, right),
+            dilation=geometry.dilation,
+            device=layer.weight.device.type,
+            dtype=layer.weight.dtype,
+        )
+        return choose.cheapest(problem, has_lookup_kernel(layer.weight.device.type, layer.weight.dtype))
