@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels import choose, reference
+from lcnn_compile.kernels import choose, reference, triton_ops
 from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
 
@@ -49,7 +49,7 @@ def output_format(input: Tensor) -> torch.memory_format:
 
 def has_lookup_kernel(device: str, dtype: torch.dtype) -> bool:
     """Whether the lookup lowering runs on a kernel of ours for this device type and dtype."""
-    return False
+    return triton_ops.usable(device, dtype)
 
 
 def _forward(
@@ -76,11 +76,18 @@ def _forward(
     known = _output_channels(weight, size)
     if known != out_channels:
         raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {known} filters")
-    check_call(input, dictionary, bias, out_channels, size, stride, padding, dilation, activation, residual)
+    shape = check_call(input, dictionary, bias, out_channels, size, stride, padding, dilation, activation, residual)
     if lowering == "auto":
         shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, size, stride, padding, dilation)
         problem = choose.problem_of(*shapes, input.device.type, input.dtype)
         lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
+    if lowering == "lookup" and input.device.type == "cuda":
+        format = output_format(input)
+        fused = (activation, residual, residual_last)
+        made = triton_ops.forward(input, weight, bias, shape, size, stride, padding, dilation, *fused, format)
+        if made is not None:
+            return made
+        lowering = "factored"
     if lowering == "lookup":
         lookups = reference.lower_lookup(input, *weight, out_channels, size, stride, padding, dilation)
         y = reference.apply_epilogue(lookups, bias, residual, activation, residual_last)

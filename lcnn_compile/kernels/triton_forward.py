@@ -1,0 +1,60 @@
+"""The forward pass on a GPU: S for as many images as stay in the cache, their lookups, and on to the next."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, launch_dictionary
+from lcnn_compile.kernels.triton_grouped import GroupedConfig, launch_grouped
+from lcnn_compile.kernels.triton_lookup import LookupConfig, launch_lookup
+from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed
+
+
+class ForwardConfig(NamedTuple):
+    """How one layer runs: both kernels' block sizes, and the bytes of S that are formed before they are read."""
+
+    dictionary: DictionaryConfig
+    lookups: LookupConfig | GroupedConfig
+    chunk: int
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How matrix units multiply: float32 as TF32 where torch allows it for convolutions, else as three TF32 products."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"  # type: ignore[attr-defined]
+
+
+def run(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry, config: ForwardConfig) -> Tensor:
+    """Write y [N, n, H, W], contiguous or channels_last, and return it."""
+    planes = weight.dictionary.shape[0]
+    image = where.image(planes)
+    chunk = max(1, min(x.shape[0], config.chunk // (image * x.element_size()), (2**31 - 1) // image))
+    digits = precision(x.dtype)
+    room = empty_planes(x, planes, chunk, where)
+    for first in range(0, x.shape[0], chunk):
+        part = slice(first, first + chunk)
+        target = y[part]
+        s = room[: target.shape[0] * image]
+        launch_dictionary(x[part], weight.dictionary, s, groups, where, digits, config.dictionary)
+        residual = None if epilogue.residual is None else epilogue.residual[part]
+        tail = epilogue._replace(residual=residual)
+        if isinstance(config.lookups, LookupConfig):
+            launch_lookup(s, weight, target, tail, where, config.lookups)
+        else:
+            launch_grouped(s, weight, target, tail, where, digits, config.lookups)
+    return y
+
+
+def heuristic(x: Tensor, weight: Packed, groups: int, where: Geometry) -> ForwardConfig:
+    """A configuration that is fair everywhere, where none has been measured."""
+    wide = x.element_size() == 4
+    size = weight.dictionary.shape[0] // groups
+    vectors = min(64 if wide else 128, max(16, 1 << (size - 1).bit_length()))
+    dictionary = DictionaryConfig(vectors, 32, 128, 4, 3)
+    if weight.group_size == 1:
+        return ForwardConfig(dictionary, LookupConfig(8, 512 if not wide else 256, 4, 4), 24 << 20)
+    return ForwardConfig(dictionary, GroupedConfig(32, 128, 4, 3), 24 << 20)

@@ -1,0 +1,151 @@
+"""Lookups that a group of filters shares (g > 1): [g, taps] · [taps, pixels] on matrix units, rows of S gathered by tap."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcnn_compile.kernels.triton_pack import ROW_BITS, Epilogue, Geometry, Packed, vector
+from lcnn_compile.kernels.triton_tiles import output_pixels, store_tile, tap_offsets
+
+
+class GroupedConfig(NamedTuple):
+    """Block sizes over taps and pixels, pipeline depth, and warps of a program."""
+
+    block_taps: int
+    block_pixels: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def grouped_tile(
+    p_s,
+    p_codes,
+    p_c,
+    start,
+    end,
+    o_g,
+    o_s,
+    plane,
+    row_step,
+    PRECISION: tl.constexpr,
+    LANES: tl.constexpr,
+    ROW_BITS: tl.constexpr,
+    G: tl.constexpr,
+    B_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Σ over taps start to end of a filter group, for its filters o_g at the pixels o_s, in float32."""
+    acc = tl.zeros([o_g.shape[0], o_s.shape[0]], tl.float32)
+    for t in tl.range(start, end, B_T, num_stages=STAGES):
+        o_t = t + tl.arange(0, B_T)
+        m_t = o_t < end
+        codes = tl.load(p_codes + o_t, mask=m_t, other=0)
+        o_plane = tap_offsets(codes, plane, row_step, LANES, ROW_BITS)
+        s = tl.load(p_s + o_plane[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0)
+        c = tl.load(p_c + o_t.to(tl.int64)[:, None] * G + o_g[None, :], mask=m_t[:, None], other=0.0)
+        acc = tl.dot(tl.trans(c), s, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def grouped_kernel(
+    p_s,
+    p_codes,
+    p_c,
+    p_offsets,
+    p_filters,
+    p_bias,
+    p_residual,
+    p_y,
+    F,
+    size,
+    images,
+    image,
+    OH,
+    OW,
+    ROWS,
+    PITCH,
+    STRIDE_H,
+    DILATION_H,
+    y_n,
+    y_c,
+    y_h,
+    y_w,
+    ORDERED: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ROW_BITS: tl.constexpr,
+    G: tl.constexpr,
+    B_G: tl.constexpr,
+    B_T: tl.constexpr,
+    B_P: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One filter group, or 128 filters of a larger one, on one block of output pixels."""
+    pid = tl.program_id(0)
+    blocks = F * (G // B_G)
+    i_f = pid % blocks // (G // B_G)
+    o_g = pid % (G // B_G) * B_G + tl.arange(0, B_G)
+    o_s, o_y, m_p = output_pixels(pid // blocks, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
+    start = tl.load(p_offsets + i_f)
+    end = tl.load(p_offsets + i_f + 1)
+    acc = grouped_tile(
+        p_s, p_codes, p_c, start, end, o_g, o_s, ROWS * PITCH, DILATION_H * PITCH, PRECISION, LANES, ROW_BITS, G, B_T, STAGES
+    )
+    channels, m_c = i_f * size + o_g, o_g < size
+    if not ORDERED:
+        channels = tl.load(p_filters + i_f * G + o_g)
+        m_c = channels >= 0
+    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
+
+
+def launch_grouped(
+    s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, where: Geometry, precision: str, config: GroupedConfig
+) -> None:
+    """Write y [images, n, H, W] from S of as many images; g must be more than 1."""
+    count, padded = weight.taps.filters.shape
+    block = min(padded, 128)
+    pixels = y.shape[0] * where.out_height * where.pitch
+    grid = (count * (padded // block) * -(-pixels // config.block_pixels),)
+    grouped_kernel[grid](
+        s,
+        weight.taps.codes,
+        weight.coefficients,
+        weight.taps.offsets,
+        weight.taps.filters,
+        epilogue.bias,
+        epilogue.residual,
+        y,
+        count,
+        weight.group_size,
+        y.shape[0],
+        s.numel() // y.shape[0],
+        where.out_height,
+        where.out_width,
+        where.rows,
+        where.pitch,
+        where.stride[0],
+        where.dilation[0],
+        *y.stride(),
+        ORDERED=weight.taps.ordered,
+        **epilogue.flags(y),
+        PRECISION=precision,
+        LANES=vector(y.element_size()),
+        ROW_BITS=ROW_BITS,
+        G=padded,
+        B_G=block,
+        B_T=config.block_taps,
+        B_P=config.block_pixels,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
