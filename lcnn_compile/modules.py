@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lcnn_compile.config import LOWERING_CHOICES, LayerConfig
 from lcnn_compile.errors import ConfigError, ConversionError, WeightError
@@ -150,7 +150,7 @@ class LookupConv2d(LookupModule):
         self.padding_mode = conv.padding_mode
         self.output_padding, self.transposed = conv.output_padding, False
         left, right, top, bottom = conv._reversed_padding_repeated_twice
-        self._pads = (top, bottom, left, right)
+        self.pads = (top, bottom, left, right)
 
     @classmethod
     def from_weight(cls, weight: LookupWeight, conv: nn.Conv2d, bias: Tensor | None, lowering: str = "auto") -> LookupConv2d:
@@ -209,12 +209,14 @@ class LookupConv2d(LookupModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, m, H, W] or [m, H, W] of the module's dtype to [N, n, H', W'] or [n, H', W']."""
-        if input.dim() not in (3, 4):
+        # Symbolic tracing cannot branch on a dimension: a traced graph is for batches.
+        batched = isinstance(input, fx.Proxy) or input.dim() == 4
+        if not batched and input.dim() != 3:
             shape = list(input.shape)
             raise WeightError(f"Expected 3D (unbatched) or 4D (batched) input to LookupConv2d, but got input of size: {shape}")
-        x = input if input.dim() == 4 else input.unsqueeze(0)
-        top, bottom, left, right = self._pads
-        padding = self._pads
+        x = input if batched else input.unsqueeze(0)
+        top, bottom, left, right = self.pads
+        padding = self.pads
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), (0, 0, 0, 0)
         y = lookup_conv2d(
@@ -233,7 +235,7 @@ class LookupConv2d(LookupModule):
             self.dilation,
             self.lowering,
         )
-        return y if input.dim() == 4 else y.squeeze(0)
+        return y if batched else y.squeeze(0)
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, and the sizes."""
@@ -311,7 +313,7 @@ class LookupLinear(LookupModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """[*, m] of the module's dtype to [*, n]."""
-        if input.dim() == 0 or input.shape[-1] != self.in_features:
+        if not isinstance(input, fx.Proxy) and (input.dim() == 0 or input.shape[-1] != self.in_features):
             raise WeightError(f"LookupLinear: input has shape {tuple(input.shape)}; [*, {self.in_features}] is required")
         y = lookup_conv2d(
             input.reshape(-1, self.in_features, 1, 1),
@@ -329,7 +331,7 @@ class LookupLinear(LookupModule):
             (1, 1),
             self.lowering,
         )
-        return y.reshape(*input.shape[:-1], self.out_features)
+        return y.reshape(input.shape[:-1] + (self.out_features,))
 
     def extra_repr(self) -> str:
         """Features, bias and sizes."""

@@ -1,1 +1,24 @@
-"""FX passes, each usable on any GraphModule."""
+"""FX passes, each usable on any GraphModule: symbolically traced, captured by Dynamo, or exported and unlifted.
+
+A usual order: ``lift_functional_convolutions``, ``find_convolutions``, ``replace_convolutions``, then for inference
+``fold_batch_norm``, ``choose_lowerings``, ``fuse_epilogues``. Each changes the GraphModule in place and returns it.
+"""
+
+from lcnn_compile.passes.find import Convolution, find_convolutions
+from lcnn_compile.passes.fold import fold_batch_norm
+from lcnn_compile.passes.functional import to_functional
+from lcnn_compile.passes.fuse import fuse_epilogues
+from lcnn_compile.passes.lift import lift_functional_convolutions
+from lcnn_compile.passes.lower import choose_lowerings
+from lcnn_compile.passes.replace import replace_convolutions
+
+__all__ = [
+    "Convolution",
+    "choose_lowerings",
+    "find_convolutions",
+    "fold_batch_norm",
+    "fuse_epilogues",
+    "lift_functional_convolutions",
+    "replace_convolutions",
+    "to_functional",
+]

@@ -1,0 +1,49 @@
+"""Pass: list the convolutions of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.modules import LookupConv2d
+from lcnn_compile.passes.targets import CONV2D, CONVOLUTION, is_get_attr
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution in a graph.
+
+    Attributes:
+        node: its node.
+        name: the module's qualified name, or that of its weight where it is called as a function, or the node's.
+        lookup: whether it is a lookup convolution already.
+    """
+
+    node: fx.Node
+    name: str
+    lookup: bool
+
+
+def find_convolutions(gm: fx.GraphModule) -> list[Convolution]:
+    """Every 2-d convolution of the graph in the order of execution, dense or lookup, module or function call."""
+    return list(_find(gm))
+
+
+def _find(gm: fx.GraphModule) -> Iterator[Convolution]:
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(node.target)
+            if isinstance(module, nn.Conv2d | LookupConv2d):
+                yield Convolution(node, str(node.target), isinstance(module, LookupConv2d))
+        elif node.op == "call_function" and node.target in (*CONV2D, *CONVOLUTION, lookup_conv2d, lookup_conv2d.overloadpacket):
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            name = str(weight.target) if isinstance(weight, fx.Node) and is_get_attr(weight) else node.name
+            yield Convolution(node, name, node.target not in (*CONV2D, *CONVOLUTION))
+
+
+def is_lookup(node: fx.Node) -> bool:
+    """Whether a node calls the lookup operator."""
+    return node.op == "call_function" and node.target in (lookup_conv2d, lookup_conv2d.overloadpacket)

@@ -1,0 +1,99 @@
+"""Pass: fold batch norm in evaluation mode into the convolution before it, dense or lookup."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lcnn_compile.kernels.reference import tap_filter_groups
+from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.functional import to_functional
+from lcnn_compile.passes.targets import BATCH_NORM, CONV2D, attribute, bound, is_get_attr
+
+_BN = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_ATEN_BN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+
+
+def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
+    """y = γ·(conv(x) − μ)/√(σ² + ε) + β becomes one convolution with scaled filters and a bias.
+
+    A lookup convolution is scaled through its coefficients, so dictionary and indices stay as they are. Folds where the
+    convolution has no other user and all tensors are attributes of the module; everything else is left alone. The graph
+    is changed in place and returned, in the form that :func:`to_functional` gives it.
+    """
+    to_functional(gm)
+    for node in list(gm.graph.nodes):
+        values = _batch_norm_arguments(node)
+        if values is None:
+            continue
+        conv = values["input"]
+        if not isinstance(conv, fx.Node) or len(conv.users) != 1 or not (is_lookup(conv) or _is_conv(conv)):
+            continue
+        statistics = [values[key] for key in ("running_mean", "running_var", "weight", "bias")]
+        constants = statistics + [a for a in (conv.args[1:8] if is_lookup(conv) else conv.args[1:3]) if a is not None]
+        if values["running_mean"] is None or not all(a is None or is_get_attr(a) for a in constants) or _has_epilogue(conv):
+            continue
+        tensors: list[Any] = [None if a is None else attribute(gm, a.target) for a in statistics]
+        mean, var, gamma, beta = tensors
+        with torch.no_grad():
+            scale = torch.rsqrt(var.double() + values["eps"]) * (1.0 if gamma is None else gamma.double())
+            shift = (0.0 if beta is None else beta.double()) - mean.double() * scale
+            _scale(gm, conv, scale, shift)
+        node.replace_all_uses_with(conv)
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _batch_norm_arguments(node: fx.Node) -> dict[str, Any] | None:
+    if node.op != "call_function" or node.target not in BATCH_NORM:
+        return None
+    names = _BN if getattr(node.target, "__module__", "") == "torch.nn.functional" else _ATEN_BN
+    values = dict(zip(names, bound(node, names, (None,) * 5 + (False, 0.1, 1e-5, False)[: len(names) - 5]), strict=True))
+    return None if values["training"] else values
+
+
+def _is_conv(node: fx.Node) -> bool:
+    # Only positional weights: every tracer writes them so, and the rewrite below stays simple.
+    return node.op == "call_function" and node.target in CONV2D and len(node.args) >= 2
+
+
+def _has_epilogue(node: fx.Node) -> bool:
+    return is_lookup(node) and (len(node.args) > 14 or bool(set(node.kwargs) & {"activation", "residual"}))
+
+
+def _scale(gm: fx.GraphModule, conv: fx.Node, scale: Tensor, shift: Tensor) -> None:
+    """Multiply the convolution's filters by ``scale`` [n] and set its bias to ``bias·scale + shift``."""
+    place = 7 if is_lookup(conv) else 2
+    bias = conv.args[place] if len(conv.args) > place else conv.kwargs.get("bias")
+    if isinstance(bias, fx.Node):
+        shift = shift + attribute(gm, bias.target).double() * scale
+    weight = 2 if is_lookup(conv) else 1
+    old = attribute(gm, conv.args[weight].target)  # type: ignore[union-attr]
+    if is_lookup(conv):
+        offsets, filters = (attribute(gm, conv.args[i].target) for i in (5, 6))  # type: ignore[union-attr]
+        rows = filters[tap_filter_groups(offsets, old.shape[0])].long()
+        new = old.double() * torch.where(rows >= 0, scale[rows.clamp(min=0)], 0.0)
+    else:
+        new = old.double() * scale[:, None, None, None]
+    args = list(conv.args) + [None] * (place + 1 - len(conv.args))
+    args[weight] = add_attribute(gm, conv, "weight", new.to(old.dtype))
+    args[place] = add_attribute(gm, conv, "bias", shift.to(old.dtype))
+    conv.args = tuple(args)
+    conv.kwargs = {key: value for key, value in conv.kwargs.items() if key != "bias"}
+
+
+def add_attribute(gm: fx.GraphModule, before: fx.Node, suffix: str, value: Tensor) -> fx.Node:
+    """A get_attr node, placed before ``before``, of a new buffer that holds ``value``."""
+    name = f"_lcnn_{before.name}_{suffix}"
+    number = 0
+    while hasattr(gm, name if not number else f"{name}_{number}"):
+        number += 1
+    name = name if not number else f"{name}_{number}"
+    gm.register_buffer(name, value.detach().contiguous())
+    with gm.graph.inserting_before(before):
+        return gm.graph.get_attr(name)
