@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels import choose, reference, triton_ops
+from lcnn_compile.kernels import choose, cpu, reference, triton_ops
 from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
 
@@ -49,7 +49,7 @@ def output_format(input: Tensor) -> torch.memory_format:
 
 def has_lookup_kernel(device: str, dtype: torch.dtype) -> bool:
     """Whether the lookup lowering runs on a kernel of ours for this device type and dtype."""
-    return triton_ops.usable(device, dtype)
+    return cpu.usable(device, dtype) or triton_ops.usable(device, dtype)
 
 
 def _forward(
@@ -81,6 +81,12 @@ def _forward(
         shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, size, stride, padding, dilation)
         problem = choose.problem_of(*shapes, input.device.type, input.dtype)
         lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
+    if lowering == "lookup" and input.is_cpu and input.dtype in cpu.DTYPES:
+        if cpu.is_available():
+            packed = cpu.packed_weight(weight, size)
+            y = packed(input, bias, shape, stride, padding, dilation, activation, residual, residual_last)
+            return y.contiguous(memory_format=output_format(input))
+        lowering = "factored"
     if lowering == "lookup" and input.device.type == "cuda":
         format = output_format(input)
         fused = (activation, residual, residual_last)

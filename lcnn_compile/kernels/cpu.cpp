@@ -1,0 +1,411 @@
+// Lookup convolution on CPU in float32: y = act(conv(x, P·D) + bias + residual), each output written once.
+//
+// Work proceeds in bands of output rows. The dictionary stage forms S = D * x for a band in a scratch that stays in L2;
+// the lookup stage then reads S at one base offset per tap. Padding belongs to S: x is never padded. S is split by the
+// phases of the stride, so that a tap is a contiguous vector for any stride. Within a phase, pixels are numbered over rows
+// of `pitch`, so that small images fill vectors too. Every sum has a fixed order, whatever the bands and threads are.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "cpu_kernels.h"
+
+namespace lcnn {
+namespace {
+
+const Kernels kernels;
+
+int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Filters that share their taps, few enough for one call of the micro-kernel (or two, where registers are few).
+struct Block {
+  int64_t first_tap, taps, coefficients;
+  int size, first_filter;
+};
+
+constexpr int BLOCK = 8;
+
+// A lookup weight, packed by blocks of filters: coefficients [taps][size].
+struct Weight {
+  int64_t groups, k, m, kh, kw, n;
+  std::vector<float> dictionary, coefficients;
+  std::vector<Block> rows, blocks;
+  std::vector<int64_t> first_block;  // of each convolution group
+  std::vector<int32_t> indices, positions, filters;
+};
+
+// Sizes as equal as possible, none above BLOCK.
+int part_size(int64_t total, int64_t parts, int64_t i) { return int((i + 1) * total / parts - i * total / parts); }
+
+void pack_dictionary(Weight& w, const float* dictionary) {
+  const int64_t parts = ceil_div(w.k, BLOCK);
+  w.dictionary.resize(w.groups * w.k * w.m);
+  float* to = w.dictionary.data();
+  for (int64_t i = 0, row = 0; i < parts; ++i) {
+    const int size = part_size(w.k, parts, i);
+    w.rows.push_back({0, w.m, row * w.m, size, int(row)});
+    row += size;
+  }
+  for (int64_t g = 0; g < w.groups; ++g)
+    for (const Block& block : w.rows)
+      for (int64_t c = 0; c < w.m; ++c)
+        for (int f = 0; f < block.size; ++f) *to++ = dictionary[((g * w.k) + block.first_filter + f) * w.m + c];
+}
+
+void pack_lookups(Weight& w, int64_t filter_groups, int64_t size, const float* coefficients, const int32_t* indices,
+                  const int32_t* positions, const int32_t* offsets, const int32_t* table) {
+  std::vector<int32_t> order;
+  for (int64_t j = 0; j < filter_groups; ++j) {
+    if (j % (filter_groups / w.groups) == 0) w.first_block.push_back(int64_t(w.blocks.size()));
+    const int64_t first = int64_t(w.indices.size()), taps = offsets[j + 1] - offsets[j];
+    order.resize(taps);
+    std::iota(order.begin(), order.end(), offsets[j]);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {  // by address: kinder to the TLB
+      return indices[a] != indices[b] ? indices[a] < indices[b] : positions[a] < positions[b];
+    });
+    for (int32_t t : order) {
+      w.indices.push_back(indices[t]);
+      w.positions.push_back(positions[t]);
+    }
+    std::vector<int> columns;
+    for (int64_t f = 0; f < size; ++f)
+      if (table[j * size + f] >= 0) columns.push_back(int(f));
+    const int64_t members = int64_t(columns.size()), parts = ceil_div(members, BLOCK);
+    for (int64_t i = 0, next = 0; i < parts; ++i) {
+      const int part = part_size(members, parts, i);
+      w.blocks.push_back({first, taps, int64_t(w.coefficients.size()), part, int(w.filters.size())});
+      for (int32_t t : order)
+        for (int f = 0; f < part; ++f) w.coefficients.push_back(coefficients[t * size + columns[next + f]]);
+      for (int f = 0; f < part; ++f) w.filters.push_back(table[j * size + columns[next + f]]);
+      next += part;
+    }
+  }
+  w.first_block.push_back(int64_t(w.blocks.size()));
+  w.n = int64_t(w.filters.size());
+}
+
+// What the caller knows about a call, apart from addresses. Strides are in elements.
+struct Geometry {
+  int64_t batch, height, width;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+  int64_t out_height, out_width;
+  int64_t stride[2], dilation[2];
+  int64_t top, left;
+  int64_t activation, residual_last;
+  int64_t threads;
+};
+
+// Pixels of x with the same remainder by the stride: S keeps a plane of its own for each.
+struct Phase {
+  int64_t row, column;
+  int64_t first_valid, end_valid;  // columns of the grid that lie in the image
+};
+
+// S of a band: for each dictionary vector, `phases` grids of `rows` x `pitch`.
+struct Plan {
+  const Weight& w;
+  Geometry g;
+  std::vector<Phase> phases;
+  std::vector<int32_t> offsets;  // of the taps, in S
+  int64_t reach_h, reach_w;      // farthest row and column of a phase that a tap adds
+  int64_t pitch, band, bands, phase_plane, plane, tile;
+  bool by_rows;     // vectors of output pixels start at each row, rather than anywhere
+  bool cooperate;   // all threads share one band, rather than each having its own
+
+  Plan(const Weight& weight, const Geometry& geometry);
+  int64_t scratch() const { return w.k * plane; }
+  int64_t packed() const { return w.m * tile * LANES; }
+  void layout(int64_t rows);
+};
+
+constexpr int64_t S_BYTES = 160 << 10;
+
+Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geometry) {
+  reach_h = (w.kh - 1) * g.dilation[0] / g.stride[0];
+  reach_w = (w.kw - 1) * g.dilation[1] / g.stride[1];
+  pitch = g.out_width;
+  for (int64_t r = 0; r < w.kh; ++r)
+    for (int64_t c = 0; c < w.kw; ++c) {
+      Phase p{r * g.dilation[0] % g.stride[0], c * g.dilation[1] % g.stride[1], 0, 0};
+      const auto same = [&](const Phase& q) { return q.row == p.row && q.column == p.column; };
+      if (std::any_of(phases.begin(), phases.end(), same)) continue;
+      p.first_valid = std::max<int64_t>(0, ceil_div(g.left - p.column, g.stride[1]));
+      p.end_valid = std::min(ceil_div(g.width + g.left - p.column, g.stride[1]), g.out_width + reach_w);
+      // The zeros to the right of a row may be those to the left of the next one.
+      pitch = std::max({pitch, p.end_valid, g.out_width + reach_w - p.first_valid});
+      phases.push_back(p);
+    }
+  layout(1);
+  const int64_t one = scratch();
+  layout(2);
+  const int64_t per_row = std::max<int64_t>(1, (scratch() - one));
+  int64_t rows = std::clamp<int64_t>(1 + (S_BYTES / 4 - one) / per_row, 1, g.out_height);
+  int64_t count = ceil_div(g.out_height, rows);
+  cooperate = g.batch * count < g.threads;
+  if (!cooperate && g.batch * count < 8 * g.threads)
+    while (g.batch * count % g.threads && count < g.out_height) ++count;
+  layout(ceil_div(g.out_height, count));
+  bands = ceil_div(g.out_height, band);
+  by_rows = ceil_div(g.out_width, LANES) * band <= ceil_div((band - 1) * pitch + g.out_width, LANES);
+  tile = w.m > 1024 ? 3 : TILE;
+  offsets.resize(w.indices.size());
+  for (size_t t = 0; t < offsets.size(); ++t) {
+    const int64_t down = w.positions[t] / w.kw * g.dilation[0], right = w.positions[t] % w.kw * g.dilation[1];
+    int64_t phase = 0;
+    while (phases[phase].row != down % g.stride[0] || phases[phase].column != right % g.stride[1]) ++phase;
+    offsets[t] = int32_t(w.indices[t] * plane + phase * phase_plane + down / g.stride[0] * pitch + right / g.stride[1]);
+  }
+}
+
+void Plan::layout(int64_t rows) {
+  band = rows;
+  // Vectors may start at the last valid pixel, so that a vector's worth of slack lies behind it, twice for the shift.
+  phase_plane = round_up((rows + reach_h) * pitch + reach_w + 2 * LANES, LANES);
+  plane = phase_plane * int64_t(phases.size());
+  if (plane / LANES % 2 == 0) plane += LANES;  // keeps planes from falling into the same cache sets
+  if (plane > INT32_MAX / std::max<int64_t>(1, w.k)) throw std::bad_alloc();
+}
+
+// The threads that work on one band, and the place of this one among them.
+struct Team {
+  int64_t rank, size;
+  void wait() const {
+#if defined(_OPENMP)
+    if (size > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+};
+
+struct Call {
+  const Plan& p;
+  const float* x;
+  const float* bias;
+  const float* residual;
+  float* y;
+
+  void band(int64_t image, int64_t index, float* s, float* packed, Team team) const;
+  void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed, Team team) const;
+  void lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const;
+};
+
+// A run of pixels that is valid: where it lies in a tile, and in a channel of x.
+struct Run {
+  int64_t lane, length, source;
+};
+
+// Copy the runs of one tile from every channel; lanes outside them become zeros.
+void pack(const float* x, int64_t channels, int64_t stride_c, int64_t step, const std::vector<Run>& runs, int64_t lanes,
+          float* to) {
+  const bool whole = runs.size() == 1 && runs[0].length == lanes;
+  for (int64_t c = 0; c < channels; ++c, x += stride_c, to += lanes) {
+    if (!whole) std::memset(to, 0, sizeof(float) * lanes);
+    for (const Run& run : runs) {
+      const float* from = x + run.source;
+      float* target = to + run.lane;
+      if (step == 1)
+        std::memcpy(target, from, sizeof(float) * run.length);
+      else
+        for (int64_t i = 0; i < run.length; ++i) target[i] = from[i * step];
+    }
+  }
+}
+
+void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed,
+                            Team team) const {
+  const Weight& w = p.w;
+  const Geometry& g = p.g;
+  const float* origin = x + image * g.stride_n + group * w.m * g.stride_c;
+  const float* dictionary = w.dictionary.data() + group * w.k * w.m;
+  std::vector<Run> runs;
+  for (size_t phase = 0; phase < p.phases.size(); ++phase) {
+    const Phase& at = p.phases[phase];
+    const auto row_at = [&](int64_t h) {
+      return std::clamp<int64_t>(ceil_div(h + g.top - at.row - first_row * g.stride[0], g.stride[0]), 0, rows + p.reach_h);
+    };
+    const int64_t first = row_at(0), end = row_at(g.height), width = at.end_valid - at.first_valid;
+    const bool empty = first >= end || width <= 0;
+    const int64_t begin = empty ? 0 : first * p.pitch + at.first_valid, stop = empty ? 0 : (end - 1) * p.pitch + at.end_valid;
+    float* grid = s + phase * p.phase_plane;
+    for (int64_t i = w.k * team.rank / team.size; i < w.k * (team.rank + 1) / team.size; ++i) {
+      std::fill(grid + i * p.plane, grid + i * p.plane + begin, 0.0f);
+      std::fill(grid + i * p.plane + stop, grid + i * p.plane + p.phase_plane, 0.0f);
+    }
+    const int64_t vectors = ceil_div(stop - begin, LANES), tiles = ceil_div(vectors, p.tile), blocks = int64_t(w.rows.size());
+    int64_t tile = -1, lanes = 0, count = 0, at_pixel = 0;
+    for (int64_t unit = tiles * blocks * team.rank / team.size; unit < tiles * blocks * (team.rank + 1) / team.size; ++unit) {
+      if (unit / blocks != tile) {
+        tile = unit / blocks;
+        const int64_t from = vectors * tile / tiles;
+        count = vectors * (tile + 1) / tiles - from;
+        lanes = count * LANES;
+        at_pixel = begin + from * LANES;
+        runs.clear();
+        for (int64_t q = at_pixel; q < std::min(at_pixel + lanes, stop);) {
+          const int64_t row = q / p.pitch, column = std::max(q % p.pitch, at.first_valid);
+          const int64_t last = std::min(at.end_valid, at_pixel + lanes - row * p.pitch);
+          if (last > column)
+            runs.push_back({row * p.pitch + column - at_pixel, last - column,
+                            ((first_row + row) * g.stride[0] + at.row - g.top) * g.stride_h +
+                                (column * g.stride[1] + at.column - g.left) * g.stride_w});
+          q = (row + 1) * p.pitch;
+        }
+        pack(origin, w.m, g.stride_c, g.stride[1] * g.stride_w, runs, lanes, packed);
+      }
+      const Block& block = w.rows[unit % blocks];
+      for (int f = 0; f < block.size; f += FILTERS) {
+        const int filters = std::min(FILTERS, block.size - f);
+        const int64_t passes = ceil_div(count, vectors_for(filters));
+        for (int64_t i = 0; i < passes; ++i) {
+          const int64_t v = count * i / passes;
+          kernels.form[filters][count * (i + 1) / passes - v](packed + v * LANES, lanes, dictionary + block.coefficients + f,
+                                                              block.size, w.m,
+                                                              grid + (block.first_filter + f) * p.plane + at_pixel + v * LANES,
+                                                              p.plane);
+        }
+      }
+    }
+  }
+}
+
+void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const {
+  const Weight& w = p.w;
+  const Geometry& g = p.g;
+  const int64_t area = g.out_height * g.out_width;
+  const int64_t per_row = ceil_div(g.out_width, LANES);
+  const int64_t vectors = p.by_rows ? per_row * rows : ceil_div((rows - 1) * p.pitch + g.out_width, LANES);
+  const int64_t tiles = ceil_div(vectors, TILE);
+  const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
+  const int64_t start = image * w.n * area + first_row * g.out_width;
+  const Lookup to{s, bias, residual ? residual + start : nullptr, y + start, area,
+                  Epilogue(int(g.activation), g.residual_last != 0)};
+  Pixels pixels[TILE];
+  int64_t tile = -1, count = 0;
+  for (int64_t unit = tiles * blocks * team.rank / team.size; unit < tiles * blocks * (team.rank + 1) / team.size; ++unit) {
+    if (unit / blocks != tile) {
+      tile = unit / blocks;
+      const int64_t from = vectors * tile / tiles;
+      count = vectors * (tile + 1) / tiles - from;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t v = from + i;
+        const int64_t source = p.by_rows ? v / per_row * p.pitch + v % per_row * LANES : v * LANES;
+        int64_t row = source / p.pitch, column = source % p.pitch;
+        Pixels& to_pixels = pixels[i];
+        to_pixels = {source, row * g.out_width + std::min(column, g.out_width), 0, 0};
+        for (int64_t lane = 0; lane < LANES && row < rows; ++row, column = 0) {
+          const int64_t valid = std::clamp<int64_t>(g.out_width - column, 0, LANES - lane);
+          to_pixels.mask |= ((1u << valid) - 1) << lane;
+          to_pixels.count += int(valid);
+          lane += p.pitch - column;
+          if (p.by_rows) break;
+        }
+      }
+    }
+    const Block& block = w.blocks[first_block + unit % blocks];
+    for (int f = 0; f < block.size; f += FILTERS) {
+      const int filters = std::min(FILTERS, block.size - f);
+      const int64_t passes = ceil_div(count, vectors_for(filters));
+      for (int64_t i = 0; i < passes; ++i) {
+        const int64_t v = count * i / passes;
+        kernels.look_up[filters][count * (i + 1) / passes - v](to, pixels + v, p.offsets.data() + block.first_tap,
+                                                               w.coefficients.data() + block.coefficients + f, block.size,
+                                                               block.taps, w.filters.data() + block.first_filter + f);
+      }
+    }
+  }
+}
+
+void Call::band(int64_t image, int64_t index, float* s, float* packed, Team team) const {
+  const int64_t first_row = index * p.band, rows = std::min(p.band, p.g.out_height - first_row);
+  for (int64_t group = 0; group < p.w.groups; ++group) {
+    dictionary_stage(image, group, first_row, rows, s, packed, team);
+    team.wait();
+    lookup_stage(image, group, first_row, rows, s, team);
+    team.wait();
+  }
+}
+
+// Memory that the calling thread keeps between calls.
+float* scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* at) const { std::free(at); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    memory.reset();
+    size = 0;
+    void* fresh = nullptr;
+    if (posix_memalign(&fresh, 4096, sizeof(float) * floats)) throw std::bad_alloc();
+    memory.reset(static_cast<float*>(fresh));
+    size = floats;
+  }
+  return memory.get();
+}
+
+void run(const Call& call, int threads) {
+  const Plan& p = call.p;
+  const int64_t items = p.g.batch * p.bands;
+  const int64_t s_size = round_up(p.scratch(), 1024), packed_size = round_up(p.packed(), 1024) + 64;
+  float* const shared = scratch(threads * (s_size + packed_size));
+#pragma omp parallel num_threads(threads)
+  {
+#if defined(_OPENMP)
+    const int64_t rank = omp_get_thread_num(), size = omp_get_num_threads();
+#else
+    const int64_t rank = 0, size = 1;
+#endif
+    float* const packed = shared + threads * s_size + rank * packed_size;
+    if (p.cooperate) {
+      for (int64_t i = 0; i < items; ++i) call.band(i / p.bands, i % p.bands, shared, packed, {rank, size});
+    } else {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < items; ++i) call.band(i / p.bands, i % p.bands, shared + rank * s_size, packed, {0, 1});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lcnn
+
+// Everything the caller passes has been validated in Python; what may fail here is memory, answered by null or 1.
+extern "C" {
+
+void* lcnn_weight_new(const int64_t* sizes, const float* dictionary, const float* coefficients, const int32_t* indices,
+                      const int32_t* positions, const int32_t* offsets, const int32_t* filters) try {
+  auto w = std::make_unique<lcnn::Weight>();
+  w->groups = sizes[0], w->k = sizes[1], w->m = sizes[2], w->kh = sizes[3], w->kw = sizes[4];
+  lcnn::pack_dictionary(*w, dictionary);
+  lcnn::pack_lookups(*w, sizes[5], sizes[6], coefficients, indices, positions, offsets, filters);
+  return w.release();
+} catch (const std::exception&) {
+  return nullptr;
+}
+
+void lcnn_weight_free(void* weight) { delete static_cast<lcnn::Weight*>(weight); }
+
+void* lcnn_plan_new(const void* weight, const lcnn::Geometry* geometry) try {
+  return new lcnn::Plan(*static_cast<const lcnn::Weight*>(weight), *geometry);
+} catch (const std::exception&) {
+  return nullptr;
+}
+
+void lcnn_plan_free(void* plan) { delete static_cast<lcnn::Plan*>(plan); }
+
+int lcnn_run(const void* plan, const float* x, const float* bias, const float* residual, float* y) try {
+  const auto& p = *static_cast<const lcnn::Plan*>(plan);
+  lcnn::run({p, x, bias, residual, y}, int(p.g.threads));
+  return 0;
+} catch (const std::exception&) {
+  return 1;
+}
+}

@@ -1,0 +1,127 @@
+"""The C++ kernels behind the lookup lowering on CPU: packing, plans and the launcher."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels import cpu_build
+from lcnn_compile.kernels.checks import check_weight
+from lcnn_compile.kernels.prepared import Prepared
+
+ACTIVATION_CODES = {name: code for code, name in enumerate(("none", "relu", "relu6", "silu", "hardswish"))}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLANS = 64
+
+
+def is_available() -> bool:
+    """Whether the C++ kernels can be used here; the first call compiles or loads them, and warns where that fails."""
+    return cpu_build.library() is not None
+
+
+def usable(device: str, dtype: torch.dtype) -> bool:
+    """Whether the lookup lowering runs on these kernels for this device type and dtype."""
+    return device == "cpu" and dtype in DTYPES and is_available()
+
+
+class _Handle:
+    """An object of the library, freed with this one."""
+
+    __slots__ = ("_free", "address")
+
+    def __init__(self, address: int | None, free: Callable[[int], None]):
+        if not address:
+            raise KernelError("lookup_conv2d: not enough memory, or more than 2^31 elements of S per band")
+        self.address, self._free = address, free
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            self._free(self.address)
+
+
+class PackedWeight:
+    """A validated lookup weight as the kernels want it, with the plans of the calls it has seen.
+
+    Attributes:
+        out_channels: n.
+    """
+
+    def __init__(
+        self,
+        dictionary: Tensor,
+        coefficients: Tensor,
+        indices: Tensor,
+        positions: Tensor,
+        offsets: Tensor,
+        filters: Tensor,
+        size: tuple[int, int],
+    ):
+        check_weight("lookup_conv2d", dictionary, coefficients, indices, positions, offsets, filters, size)
+        library = cpu_build.library()
+        if library is None:
+            raise KernelError("lookup_conv2d: the C++ kernels are unavailable")
+        self.out_channels = int((filters >= 0).sum())
+        self._library = library
+        self._plans: dict[tuple[object, ...], _Handle] = {}
+        tensors = [t.detach().to(torch.float32).contiguous() for t in (dictionary, coefficients)]
+        tensors += [t.contiguous() for t in (indices, positions, offsets, filters)]
+        sizes = (ctypes.c_int64 * 7)(*dictionary.shape, *size, *filters.shape)
+        packed = library.lcnn_weight_new(sizes, *[t.data_ptr() for t in tensors])
+        self._handle = _Handle(packed, library.lcnn_weight_free)
+
+    def _plan(self, key: tuple[object, ...], numbers: list[int]) -> _Handle:
+        geometry = (ctypes.c_int64 * len(numbers))(*numbers)
+        plan = _Handle(self._library.lcnn_plan_new(self._handle.address, geometry), self._library.lcnn_plan_free)
+        if len(self._plans) >= PLANS:
+            self._plans = {}
+        self._plans[key] = plan
+        return plan
+
+    def __call__(
+        self,
+        input: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int, int, int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        activation: str,
+        residual: Tensor | None,
+        residual_last: bool,
+    ) -> Tensor:
+        """``activation(conv(input, P·D) + bias + residual)``, contiguous, of the output's ``shape`` and the input's dtype.
+
+        The arguments are those of the operator and have passed ``check_call``.
+        """
+        x = input if input.dtype == torch.float32 else input.to(torch.float32)
+        if x.stride(3) != 1:
+            x = x.contiguous()
+        y = torch.empty(shape, dtype=torch.float32)
+        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+            bias = bias.to(torch.float32).contiguous()
+        if residual is not None and (residual.dtype != torch.float32 or not residual.is_contiguous()):
+            residual = residual.to(torch.float32).contiguous()
+        threads = torch.get_num_threads()
+        key = (x.shape, x.stride(), *stride, *padding, *dilation, activation, residual_last, threads)
+        plan = self._plans.get(key)
+        if plan is None:
+            batch, _, height, width = x.shape
+            numbers = [batch, height, width, *x.stride(), *shape[2:], *stride, *dilation, padding[0], padding[2]]
+            plan = self._plan(key, [*numbers, ACTIVATION_CODES[activation], int(residual_last), threads])
+        failed = self._library.lcnn_run(
+            plan.address,
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            y.data_ptr(),
+        )
+        if failed:
+            raise KernelError(f"lookup_conv2d: no memory for the scratch of an input of shape {tuple(input.shape)}")
+        return y if input.dtype == torch.float32 else y.to(input.dtype)
+
+
+packed_weight = Prepared(PackedWeight)

@@ -1,0 +1,144 @@
+"""Compile the C++ kernels at first use into a per-user cache, and load them.
+
+Environment variables:
+    LCNN_CACHE_DIR: directory of the compiled libraries, instead of the user's cache directory.
+    LCNN_CPU_ISA: "avx512", "avx2" or "portable", instead of what the processor supports.
+    LCNN_CPU_SANITIZE: "1" builds with the address and undefined-behaviour sanitizers.
+    CXX: the compiler, instead of the first of c++, g++ and clang++.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import filelock
+import platformdirs
+import torch
+
+from lcnn_compile.errors import KernelError, LcnnWarning
+
+SOURCES = ("cpu.cpp", "cpu_kernels.h", "cpu_vector.h")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+ISA_FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": (),
+}
+SANITIZE_FLAGS = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+COMPILE_SECONDS = 120
+
+
+def instruction_set() -> str:
+    """The key of ISA_FLAGS to build for.
+
+    Raises:
+        KernelError: LCNN_CPU_ISA names none of them.
+    """
+    chosen = os.environ.get("LCNN_CPU_ISA")
+    if chosen is None:
+        return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    if chosen not in ISA_FLAGS:
+        raise KernelError(f"LCNN_CPU_ISA is {chosen!r}; allowed are {sorted(ISA_FLAGS)}")
+    return chosen
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept."""
+    given = os.environ.get("LCNN_CACHE_DIR")
+    return Path(given) if given else Path(platformdirs.user_cache_dir("lcnn_compile", appauthor=False)) / "kernels"
+
+
+def _compiler() -> Path:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return Path(found).resolve()
+    raise FileNotFoundError("no C++ compiler found: install one or set CXX")
+
+
+def _flags() -> tuple[str, ...]:
+    sanitize = SANITIZE_FLAGS if os.environ.get("LCNN_CPU_SANITIZE") == "1" else ()
+    return (*FLAGS, *ISA_FLAGS[instruction_set()], *sanitize)
+
+
+def _key(compiler: Path, flags: tuple[str, ...], sources: list[Path]) -> str:
+    """A digest of all that decides what the library contains; the compiler is known by its file, which is quicker to ask."""
+    stat = compiler.stat()
+    parts = [str(compiler), str(stat.st_size), str(stat.st_mtime_ns), platform.machine(), platform.system(), *flags]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _compile(compiler: Path, flags: tuple[str, ...], source: Path, target: Path) -> None:
+    """Compile to a name of our own, then rename: nobody ever sees half a library."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        built = Path(work) / target.name
+        failure = ""
+        for threads in (("-fopenmp",), ()):  # a compiler without OpenMP still gives one fast thread
+            command = [str(compiler), *flags, *threads, "-o", str(built), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+            if done.returncode == 0:
+                built.replace(target)
+                return
+            failure = failure or done.stderr.strip()
+        raise OSError(f"{compiler.name} failed: {failure[-500:]}")
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer = ctypes.c_void_p
+    for name, result, arguments in (
+        ("lcnn_weight_new", pointer, [pointer] * 7),
+        ("lcnn_weight_free", None, [pointer]),
+        ("lcnn_plan_new", pointer, [pointer] * 2),
+        ("lcnn_plan_free", None, [pointer]),
+        ("lcnn_run", ctypes.c_int, [pointer] * 5),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def build() -> Path:
+    """Path of the compiled library, compiling it if no process has done so before.
+
+    Raises:
+        OSError, subprocess.SubprocessError, filelock.Timeout, KernelError: why there is none.
+    """
+    folder = Path(__file__).parent
+    compiler, flags = _compiler(), _flags()
+    directory = cache_directory()
+    target = directory / f"lcnn_{_key(compiler, flags, [folder / name for name in SOURCES])}.so"
+    if not target.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock", timeout=2 * COMPILE_SECONDS):
+            if not target.exists():
+                _compile(compiler, flags, folder / SOURCES[0], target)
+    return target
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None, with one warning per process that says why."""
+    try:
+        path = build()
+        try:
+            return _declare(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):  # a damaged file: once more from the source
+            path.unlink(missing_ok=True)
+            return _declare(ctypes.CDLL(str(build())))
+    except (OSError, AttributeError, subprocess.SubprocessError, filelock.Timeout, KernelError) as error:
+        warnings.warn(
+            f"the C++ kernels are unavailable, lookups on CPU run as the factored lowering: {error}", LcnnWarning, stacklevel=2
+        )
+        return None

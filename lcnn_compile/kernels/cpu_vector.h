@@ -1,0 +1,105 @@
+// Vectors of the instruction set this is compiled for, written with GCC's vector types so that one source serves
+// AVX-512, AVX2, NEON and whatever else the compiler can lower them to.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace lcnn {
+
+// LANES floats per vector; FILTERS x VECTORS(FILTERS) accumulators must fit the registers beside the operands.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, FILTERS = 8;
+constexpr int vectors_for(int filters) { return filters > 6 ? 3 : filters > 4 ? 4 : 6; }
+#elif defined(__AVX2__)
+constexpr int LANES = 8, FILTERS = 4;
+constexpr int vectors_for(int filters) { return filters > 2 ? 3 : filters > 1 ? 4 : 6; }
+#elif defined(__aarch64__)
+constexpr int LANES = 4, FILTERS = 8;
+constexpr int vectors_for(int filters) { return filters > 6 ? 3 : filters > 4 ? 4 : 6; }
+#else
+constexpr int LANES = 4, FILTERS = 4;
+constexpr int vectors_for(int filters) { return filters > 2 ? 2 : filters > 1 ? 4 : 6; }
+#endif
+
+constexpr uint32_t FULL = (1u << LANES) - 1;
+
+typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
+typedef float UnalignedVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4), may_alias));
+
+static inline Vec load(const float* from) { return *reinterpret_cast<const UnalignedVec*>(from); }
+static inline void store(float* to, Vec v) { *reinterpret_cast<UnalignedVec*>(to) = v; }
+static inline Vec splat(float value) { return value - Vec{}; }
+
+// The first `count` lanes from memory, zeros behind them; never reads past them.
+static inline Vec load_first(const float* from, int count) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#else
+  if (count == LANES) return load(from);
+  Vec v{};
+  std::memcpy(&v, from, sizeof(float) * count);
+  return v;
+#endif
+}
+
+static inline void store_first(float* to, Vec v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)v);
+#else
+  if (count == LANES) return store(to, v);
+  std::memcpy(to, &v, sizeof(float) * count);
+#endif
+}
+
+// The lanes of `mask` moved together to the front.
+static inline Vec compress(Vec v, uint32_t mask) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_compress_ps(mask, (__m512)v);
+#else
+  Vec packed{};
+  for (int lane = 0, next = 0; lane < LANES; ++lane)
+    if (mask >> lane & 1) packed[next++] = v[lane];
+  return packed;
+#endif
+}
+
+// The inverse: the front lanes moved to the lanes of `mask`, zeros elsewhere.
+static inline Vec expand(Vec v, uint32_t mask) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_expand_ps(mask, (__m512)v);
+#else
+  Vec spread{};
+  for (int lane = 0, next = 0; lane < LANES; ++lane)
+    if (mask >> lane & 1) spread[lane] = v[next++];
+  return spread;
+#endif
+}
+
+// Both keep NaN, as torch does.
+static inline Vec at_least(Vec v, float low) { return v < low ? splat(low) : v; }
+static inline Vec at_most(Vec v, float high) { return v > high ? splat(high) : v; }
+
+// exp within 2 ulp on [-87, 88], constant outside.
+static inline Vec exponential(Vec x) {
+  x = at_most(at_least(x, -87.0f), 88.0f);
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  Vec n = (x * 1.44269504f + shift) - shift;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  IntVec scale = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  return p * (Vec)scale;
+}
+
+}  // namespace lcnn
