@@ -1,0 +1,138 @@
+"""The commands: ``python -m lcnn_compile.bench layers|networks|scaling|resources|all``; also ``lcnn-compile bench``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lcnn_compile.bench import resources as measurements
+from lcnn_compile.bench.engines import ENGINES
+from lcnn_compile.bench.jobs import BenchmarkError, Job, spawn
+from lcnn_compile.bench.measure import Row
+from lcnn_compile.bench.network_bench import QUICK, SETTINGS_OF
+from lcnn_compile.bench.report import document, plot_comparisons, show, write
+from lcnn_compile.bench.scaling_report import plot_scaling, show_scaling
+from lcnn_compile.bench.summary import compare
+from lcnn_compile.errors import ConfigError
+
+app = typer.Typer(help="Time lookup layers and networks against dense engines.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option(help="Folder for JSON files and plots.")]
+Threads = Annotated[list[int], typer.Option(help="Thread counts; repeat the option for several.")]
+Batches = Annotated[list[int], typer.Option("--batch", help="Batch sizes; repeat the option for several.")]
+Engines = Annotated[list[str], typer.Option("--engine", help="Dense engines; repeat for several, all by default.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A few cases, a few minutes.")]
+RESULTS = Path("benchmarks/results")
+THREADS, ONE, BATCHES = [1, 2], [1], [1, 8]
+EVERY: list[str] = []
+
+
+def _engines(names: list[str]) -> tuple[str, ...]:
+    unknown = sorted(set(names) - set(ENGINES))
+    if unknown:
+        raise ConfigError(f"engines are {unknown}; allowed are {list(ENGINES)}")
+    return tuple(names)
+
+
+def _rows(jobs: list[Job], console: Console) -> list[Row]:
+    """The rows of every job; one that dies is reported and the others go on."""
+    rows: list[Row] = []
+    for job in jobs:
+        with console.status(f"{job.benchmark} {job.case}, batch {job.batch}, {job.threads} thread(s)"):
+            try:
+                rows += [Row(**row) for row in spawn(job)]
+            except BenchmarkError as error:
+                console.print(str(error), style="red", markup=False)
+    return rows
+
+
+def _finish(benchmark: str, command: str, jobs: list[Job], out: Path) -> None:
+    console = Console()
+    rows = _rows(jobs, console)
+    comparisons = compare(rows)
+    show(rows, benchmark, console)
+    content: dict[str, Any] = {"rows": [row.to_dict() for row in rows], "comparisons": [c.to_dict() for c in comparisons]}
+    write(out / f"{benchmark}.json", document(benchmark, command, **content))
+    plot_comparisons(comparisons, out / f"{benchmark}.png", benchmark)
+    if not rows or any(row.failed for row in rows):
+        raise typer.Exit(1)
+
+
+def _command(name: str, threads: list[int], batches: list[int] | None, quick: bool) -> str:
+    options = "".join(f" --threads {t}" for t in threads) + "".join(f" --batch {b}" for b in batches or [])
+    return f"python -m lcnn_compile.bench {name}{options}{' --quick' if quick else ''}"
+
+
+@app.command()
+def layers(
+    out: Out = RESULTS,
+    threads: Threads = THREADS,
+    batch: Batches = ONE,
+    engine: Engines = EVERY,
+    quick: Quick = False,
+) -> None:
+    """Single layers."""
+    jobs = [Job("layers", "", t, b, quick, _engines(engine)) for t in threads for b in batch]
+    _finish("layers", _command("layers", threads, batch, quick), jobs, out)
+
+
+@app.command()
+def networks(
+    network: Annotated[list[str], typer.Option(help="Networks; repeat for several, all by default.")] = EVERY,
+    out: Out = RESULTS,
+    threads: Threads = THREADS,
+    batch: Batches = BATCHES,
+    engine: Engines = EVERY,
+    quick: Quick = False,
+) -> None:
+    """Whole networks."""
+    unknown = sorted(set(network) - set(SETTINGS_OF))
+    if unknown:
+        raise ConfigError(f"networks are {unknown}; allowed are {list(SETTINGS_OF)}")
+    names = network or list(QUICK if quick else SETTINGS_OF)
+    chosen = _engines(engine)
+    jobs = [Job("networks", name, t, b, quick, chosen) for name in names for t in threads for b in batch]
+    _finish("networks", _command("networks", threads, batch, quick), jobs, out)
+
+
+@app.command()
+def scaling(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False) -> None:
+    """One layer over batch, resolution, channels, taps and group size, beside the roofline."""
+    console = Console()
+    results = [spawn(Job("scaling", "", t, 1, quick)) for t in threads]
+    show_scaling(results, console)
+    write(out / "scaling.json", document("scaling", _command("scaling", threads, None, quick), results=results))
+    plot_scaling(results, out / "scaling.png")
+
+
+@app.command()
+def resources(out: Out = RESULTS, threads: Threads = ONE, quick: Quick = False) -> None:
+    """Start-up times, and peak memory of whole networks."""
+    starts = [row for t in threads for row in measurements.starts(t)]
+    peaks = measurements.peaks(("resnet18",) if quick else ("alexnet", "vgg16", "resnet18", "resnet50"), threads[0])
+    measurements.show_resources(starts, peaks, Console())
+    content = {"starts": starts, "memory_mib": peaks}
+    write(out / "resources.json", document("resources", _command("resources", threads, None, quick), **content))
+
+
+@app.command(name="all")
+def everything(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False) -> None:
+    """Layers, networks, scaling and resources, one after the other."""
+    pieces = (
+        partial(layers, out, threads, ONE, EVERY, quick),
+        partial(networks, EVERY, out, threads, ONE if quick else BATCHES, EVERY, quick),
+        partial(scaling, out, threads, quick),
+        partial(resources, out, threads[:1], quick),
+    )
+    failed = False
+    for piece in pieces:
+        try:
+            piece()
+        except typer.Exit as exit:
+            failed = failed or bool(exit.exit_code)
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,104 @@
+"""Benchmarks as jobs, each in a fresh process: thread counts are set once, and no engine inherits another's caches.
+
+``python -m lcnn_compile.bench.jobs`` is the child: it reads a job as JSON from its standard input and writes the result,
+JSON too, to the file the job names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lcnn_compile.errors import LcnnError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of a benchmark.
+
+    Attributes:
+        benchmark: "layers", "networks", "scaling", "memory" or "start".
+        case: a network's name, or whatever else the benchmark needs to know.
+        engines: names of dense engines; empty for all.
+    """
+
+    benchmark: str
+    case: str = ""
+    threads: int = 1
+    batch: int = 1
+    quick: bool = False
+    engines: tuple[str, ...] = ()
+
+
+class BenchmarkError(LcnnError):
+    """A benchmark's process that did not finish."""
+
+
+def spawn(job: Job, environment: Mapping[str, str] | None = None) -> Any:
+    """Run a job in a fresh process and return its result.
+
+    Raises:
+        BenchmarkError: with the end of its error output, if it does not finish.
+    """
+    threads = str(job.threads)
+    # CI=true keeps OpenVINO's and NNCF's usage statistics at home.
+    fixed = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CI": "true"}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        child = subprocess.run(
+            [sys.executable, "-m", "lcnn_compile.bench.jobs"],
+            input=json.dumps({"job": asdict(job), "result": str(result)}),
+            env={**os.environ, **fixed, **(environment or {})},
+            capture_output=True,
+            text=True,
+        )
+        if child.returncode or not result.exists():
+            raise BenchmarkError(f"{job} ended with status {child.returncode}:\n{child.stderr[-2000:]}")
+        return json.loads(result.read_text())
+
+
+def perform(job: Job) -> Any:
+    """Do the job in this process; plain JSON comes back."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    if job.benchmark == "memory":
+        from lcnn_compile.bench.memory import peak
+
+        return peak(job.case)
+    if job.benchmark == "start":
+        from lcnn_compile.bench.start import first_call
+
+        return first_call(job.case)
+    from lcnn_compile.bench import layers, network_bench, scaling
+    from lcnn_compile.bench.engines import ENGINES
+    from lcnn_compile.bench.measure import measure
+
+    if job.benchmark == "scaling":
+        return scaling.run(job.quick)
+    engines = [ENGINES[name] for name in job.engines or ENGINES]
+    network = job.benchmark == "networks"
+    cases = [network_bench.network_case(job.case, job.batch)] if network else layers.cases(job.quick, (job.batch,))
+    rows = []
+    for case in cases:
+        # Dynamo stops compiling a function after a few variants of it; every case starts afresh.
+        torch._dynamo.reset()
+        rows += measure(case, engines, seconds=3.0 if job.quick else 25.0 if network else 8.0)
+    return [row.to_dict() for row in rows]
+
+
+def _main() -> None:
+    order = json.load(sys.stdin)
+    job = Job(**{**order["job"], "engines": tuple(order["job"]["engines"])})
+    Path(order["result"]).write_text(json.dumps(perform(job)))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,148 @@
+"""One case: lookup models against every dense engine, checked for correctness before any time is taken.
+
+The truth is the dense model with W = P·D in float64. A lookup model may be at most FACTOR times as far from it as PyTorch's
+own float32 dense model is; one that is farther gets no time, only a reason. Dense float32 engines are held to DENSE_LIMIT.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcnn_compile.bench import macs
+from lcnn_compile.bench.engines import Engine, Runnable, run_torch
+from lcnn_compile.bench.settings import dense_twin
+from lcnn_compile.bench.timing import Timing, alternate
+
+FACTOR = 4.0
+DENSE_LIMIT = 1e-4
+
+
+def _compiled(model: nn.Module, example: Tensor) -> Runnable:
+    return run_torch(torch.compile(model, backend="lcnn"), example)
+
+
+LOOKUP_ENGINES = {
+    "lcnn": Engine("lcnn", True, (), _compiled),
+    "lcnn eager": Engine("lcnn eager", True, (), run_torch),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured together: lookup models by setting, all replacing one dense model, on one input."""
+
+    name: str
+    lookups: Mapping[str, nn.Module]
+    example: Tensor
+
+
+@dataclass
+class Row:
+    """One model on one engine. Without ``seconds``, ``reason`` says why.
+
+    Attributes:
+        setting: "dense", or the setting of the lookup model.
+        exact: float32 throughout.
+        error: distance from the float64 truth, relative to its norm; ``allowed`` is the largest accepted.
+    """
+
+    case: str
+    setting: str
+    engine: str
+    exact: bool
+    threads: int
+    batch: int
+    macs: int
+    error: float | None = None
+    allowed: float | None = None
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bursts: int = 0
+    reason: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    @property
+    def failed(self) -> bool:
+        """A model of ours that got no time."""
+        return self.setting != "dense" and self.seconds is None
+
+
+def distance(y: Tensor, truth: Tensor) -> float:
+    """‖y − truth‖ / ‖truth‖, in float64; infinite where y is not finite or has another shape."""
+    if y.shape != truth.shape or not bool(torch.isfinite(y).all()):
+        return float("inf")
+    return float((y.double() - truth).norm() / truth.norm())
+
+
+def _prepare(
+    engine: Engine, model: nn.Module, example: Tensor, row: Row, truth: Tensor, allowed: float | None
+) -> Runnable | None:
+    """The engine's runnable if it can run the model and is right; else None, and the row says why."""
+    missing = engine.missing()
+    if missing:
+        row.reason = f"missing: {', '.join(missing)}"
+        return None
+    try:
+        runnable = engine.prepare(model, example)
+        runnable.call()
+        row.error = distance(runnable.output(), truth)
+    except Exception as error:  # an engine of somebody else's may fail in any way; it is listed, the others still count
+        row.reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        return None
+    row.allowed = allowed
+    if allowed is not None and not row.error <= allowed:
+        row.reason = f"wrong: error {row.error:.1e}, allowed {allowed:.1e}"
+        return None
+    return runnable
+
+
+@torch.no_grad()
+def measure(
+    case: Case,
+    engines: Sequence[Engine],
+    seconds: float = 10.0,
+    lookup_engines: Sequence[Engine] = tuple(LOOKUP_ENGINES.values()),
+) -> list[Row]:
+    """Check, then time, every lookup model and the dense model it replaces; one row for each model and engine."""
+    example = case.example
+    threads, batch = torch.get_num_threads(), example.shape[0]
+    dense = dense_twin(next(iter(case.lookups.values())))
+    rows: list[Row] = []
+    calls: dict[int, Runnable] = {}
+
+    def add(setting: str, engine: Engine, model: nn.Module, multiply_adds: int, truth: Tensor, allowed: float | None) -> None:
+        row = Row(case.name, setting, engine.name, engine.exact, threads, batch, multiply_adds)
+        rows.append(row)
+        runnable = _prepare(engine, model, example, row, truth, allowed)
+        if runnable is not None:
+            calls[len(rows) - 1] = runnable
+
+    truth = copy.deepcopy(dense).double()(example.double())
+    dense_macs = macs.count(dense, example)
+    for engine in engines:
+        add("dense", engine, dense, dense_macs, truth, DENSE_LIMIT if engine.exact else None)
+    for setting, model in case.lookups.items():
+        truth = dense_twin(copy.deepcopy(model).double())(example.double())
+        own = distance(dense_twin(model)(example), truth)
+        multiply_adds = macs.count(model, example)
+        for engine in lookup_engines:
+            add(setting, engine, model, multiply_adds, truth, FACTOR * own)
+    timings = alternate({str(number): runnable.call for number, runnable in calls.items()}, seconds)
+    for number in calls:
+        _record(rows[number], timings[str(number)])
+    return rows
+
+
+def _record(row: Row, timing: Timing) -> None:
+    row.seconds, row.low, row.high, row.bursts = timing.median, timing.low, timing.high, timing.bursts

@@ -1,0 +1,144 @@
+"""The benchmarks at tiny sizes: right counts, refusal of wrong results, tables and files. No claims about time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from lcnn_compile.bench import macs, report
+from lcnn_compile.bench.engines import ENGINES, Engine, Runnable, run_torch
+from lcnn_compile.bench.hardware import describe, versions
+from lcnn_compile.bench.layers import LayerShape, layer_case, sizes
+from lcnn_compile.bench.measure import LOOKUP_ENGINES, Case, measure
+from lcnn_compile.bench.network_bench import SETTINGS_OF
+from lcnn_compile.bench.networks import NETWORKS, build
+from lcnn_compile.bench.probe import Peak
+from lcnn_compile.bench.scaling import roofline
+from lcnn_compile.bench.settings import SETTINGS, dense_twin, lookup_network
+from lcnn_compile.bench.summary import compare
+from lcnn_compile.bench.targets import TARGETS, judge
+from lcnn_compile.bench.timing import Timing, alternate
+from lcnn_compile.errors import ConfigError
+from lcnn_compile.modules import LookupModule
+
+EAGER, LOOKUP = ENGINES["eager"], LOOKUP_ENGINES["lcnn eager"]
+
+
+def tiny_case() -> Case:
+    return layer_case(LayerShape(8, 8, 6), {"a": sizes(18, 4), "b": sizes(9, 1, 2)}, batch=2)
+
+
+def test_layers_are_timed_and_compared() -> None:
+    rows = measure(tiny_case(), [EAGER], 0.0, [LOOKUP])
+    assert [(row.setting, row.engine) for row in rows] == [("dense", "eager"), ("a", "lcnn eager"), ("b", "lcnn eager")]
+    assert all(row.seconds is not None and not row.failed and row.error <= row.allowed for row in rows)
+    first, second = compare(rows)
+    assert first.mac_ratio == pytest.approx(8 * 8 * 9 / (8 * 2 + 8 * 18))
+    assert second.mac_ratio == pytest.approx(8 * 8 * 9 / (8 * 2 + 8 * 9))
+    assert first.efficiency == pytest.approx(first.speedup / first.mac_ratio)
+
+
+def test_a_wrong_lookup_gets_no_time() -> None:
+    def prepare(model: nn.Module, example: Tensor) -> Runnable:
+        return run_torch(lambda x: model(x) * 1.0001, example)
+
+    rows = measure(tiny_case(), [EAGER], 0.0, [Engine("slightly off", True, (), prepare)])
+    assert rows[0].seconds is not None
+    assert all(row.failed and row.reason.startswith("wrong") for row in rows[1:])
+    comparison = compare(rows)[0]
+    assert comparison.speedup is None
+    assert "wrong" in comparison.reason
+
+
+@pytest.mark.parametrize(
+    "result", [torch.full((2, 8, 6, 6), float("nan")), torch.zeros(2, 8, 5, 6), torch.full((2, 8, 6, 6), float("inf"))]
+)
+def test_garbage_is_wrong(result: Tensor) -> None:
+    engine = Engine("garbage", True, (), lambda model, example: run_torch(lambda x: result, example))
+    assert all(row.failed for row in measure(tiny_case(), [EAGER], 0.0, [engine])[1:])
+
+
+def test_missing_and_failing_engines_are_listed() -> None:
+    def fail(model: nn.Module, example: Tensor) -> Runnable:
+        raise NotImplementedError("no such layer")
+
+    engines = [EAGER, Engine("absent", True, ("no_such_package",), fail), Engine("broken", True, (), fail)]
+    rows = measure(tiny_case(), engines, 0.0, [LOOKUP])
+    assert [row.reason for row in rows[:3]] == ["", "missing: no_such_package", "failed: NotImplementedError: no such layer"]
+    assert compare(rows)[0].best_dense == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "multiply_adds"), [("alexnet", 714e6), ("resnet18", 1814e6), ("mobilenet", 569e6), ("narrow", 211.6e6)]
+)
+def test_networks_have_the_published_cost(name: str, multiply_adds: float) -> None:
+    assert macs.count(build(name), torch.zeros(1, 3, 224, 224)) == pytest.approx(multiply_adds, rel=0.01)
+
+
+def test_unknown_network() -> None:
+    with pytest.raises(ConfigError, match="allowed are"):
+        build("lenet")
+
+
+def test_lookup_networks_have_the_sizes_of_their_settings() -> None:
+    assert set(SETTINGS_OF) == set(NETWORKS)
+    model = lookup_network("resnet18", build("resnet18"), SETTINGS["ours"])
+    layers = [module for module in model.modules() if isinstance(module, LookupModule)]
+    assert len(layers) == 20  # all but the first convolution
+    stage = next(m for m in layers if m.dictionary.shape[2] == 512 and m.kernel_size == (3, 3))
+    assert (stage.dictionary_size, stage.group_size, stage.lookup_weight().taps) == (128, 8, 512 * 54)
+    assert not any(isinstance(module, LookupModule) for module in dense_twin(model).modules())
+
+
+def test_alternating_bursts_call_every_candidate_equally() -> None:
+    calls = {"a": 0, "b": 0}
+
+    def call(name: str) -> None:
+        calls[name] += 1
+
+    timings = alternate({name: lambda name=name: call(name) for name in calls}, 0.0, (3, 3))
+    assert calls == {"a": 1 + 3 * 7, "b": 1 + 3 * 7}
+    assert all(timing.bursts == 3 and 0 < timing.low <= timing.median <= timing.high for timing in timings.values())
+
+
+def test_quartiles() -> None:
+    assert Timing.of([4.0]) == Timing(4.0, 4.0, 4.0, 1)
+    assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
+
+
+def test_report(tmp_path: Path) -> None:
+    rows = measure(tiny_case(), [EAGER], 0.0, [LOOKUP])
+    console = Console(record=True, width=200)
+    report.show(rows, "layers", console)
+    assert "8→8 3×3 @6²" in console.export_text()
+    report.write(tmp_path / "deep" / "layers.json", report.document("layers", "command", rows=[row.to_dict() for row in rows]))
+    content = json.loads((tmp_path / "deep" / "layers.json").read_text())
+    assert content["hardware"] == describe()
+    assert content["versions"] == versions()
+    assert content["rows"][1]["setting"] == "a"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["layers.json"]
+
+
+def test_targets_name_cases_that_exist() -> None:
+    from lcnn_compile.bench.layers import TARGETS as LAYERS
+
+    known = {(shape.name, setting) for shape, settings in LAYERS.items() for setting in settings}
+    known |= {(name, setting) for name, settings in SETTINGS_OF.items() for setting in settings}
+    assert all((case, target.setting) in known for target in TARGETS for case in target.cases)
+    assert judge([]) == []
+
+
+def test_roofline_is_the_slowest_resource() -> None:
+    layer = tiny_case().lookups["a"]
+    assert isinstance(layer, LookupModule)
+    peak = Peak(macs=1.0, loads=1e9, bandwidth={1024: 1e9, 1 << 30: 1e6})
+    limits = roofline(layer.lookup_weight(), 2, 36, peak)
+    assert limits.arithmetic == 72 * (8 * 2 + 8 * 18)
+    assert (limits.bound, limits.seconds) == ("arithmetic", limits.arithmetic)
+    assert peak.bytes_per_second(2048) == 1e6
+    assert Peak.from_dict(json.loads(json.dumps(peak.to_dict()))) == peak
