@@ -1,1 +1,5 @@
-"""Learning dictionaries, taps and coefficients."""
+"""Learning dictionaries, taps and coefficients (LCNN, sections 3.2 and 3.3, with calibration data instead of labels)."""
+
+from lcnn_compile.learning.model import FittedLayer, fit_model
+
+__all__ = ["FittedLayer", "fit_model"]

@@ -1,0 +1,73 @@
+"""Spreading a budget of multiply-adds over layers by marginal gain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lcnn_compile.errors import ConversionError
+from lcnn_compile.learning.search import Point
+
+
+def allocate(
+    curves: Mapping[str, Sequence[Point]],
+    *,
+    target_speedup: float,
+    other_macs: int,
+    sensitivity: Mapping[str, float] | None = None,
+) -> dict[str, Point]:
+    """One point per layer: the least Σ sensitivity·error for which the network's multiply-adds shrink by the target.
+
+    Minimises Σ sensitivity·error + λ·macs for each λ, and finds by bisection the λ whose solution fits; what is left of
+    the budget then buys the best single improvements.
+
+    Args:
+        curves: points of each layer, one of them the dense layer (``size`` 0).
+        target_speedup: dense multiply-adds over those allowed.
+        other_macs: multiply-adds of everything that is not in ``curves``.
+        sensitivity: weight of each layer's relative error; 1 by default.
+
+    Raises:
+        ConversionError: if even the cheapest points are too many; it names the best that can be reached.
+    """
+    weight = dict.fromkeys(curves, 1.0) if sensitivity is None else dict(sensitivity)
+    dense = other_macs + sum(point.macs for points in curves.values() for point in points if not point.size)
+    budget = dense / target_speedup - other_macs
+    least = sum(min(point.macs for point in points) for points in curves.values())
+    if least > budget:
+        best = dense / max(1, other_macs + least)
+        raise ConversionError(
+            f"target_speedup {target_speedup:g} cannot be reached: the layers that may change allow {best:.2f} at most "
+            f"({other_macs:,} of {dense:,} multiply-adds are outside them)"
+        )
+
+    def solve(price: float) -> dict[str, Point]:
+        return {
+            name: min(points, key=lambda p, name=name: (weight[name] * p.error + price * p.macs, p.macs))  # type: ignore[misc]
+            for name, points in curves.items()
+        }
+
+    low, high = 0.0, 1e-12
+    while _macs(solve(high)) > budget:
+        high *= 4
+        if high > 1e30:
+            return {name: min(points, key=lambda p: (p.macs, p.error)) for name, points in curves.items()}
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _macs(solve(middle)) > budget else (low, middle)
+    chosen = solve(high)
+    while True:
+        room = budget - _macs(chosen)
+        better = [
+            (weight[name] * (chosen[name].error - point.error) / max(1, point.macs - chosen[name].macs), name, point)
+            for name, points in curves.items()
+            for point in points
+            if point.error < chosen[name].error and point.macs - chosen[name].macs <= room
+        ]
+        if not better:
+            return chosen
+        _, name, point = max(better, key=lambda entry: entry[0])
+        chosen[name] = point
+
+
+def _macs(chosen: Mapping[str, Point]) -> int:
+    return sum(point.macs for point in chosen.values())

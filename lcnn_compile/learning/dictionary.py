@@ -1,0 +1,94 @@
+"""Dictionaries by principal components in the space that the layer's inputs weigh."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lcnn_compile.learning.geometry import Geometry
+from lcnn_compile.learning.statistics import GRAM_CHANNELS, InputMoments
+
+RIDGE = 1e-5  # of the mean channel variance, added to the moment so that unused directions stay bounded
+MEAN_SHARE = 0.05  # how much of the inputs' mean counts: a bias absorbs it, except where zero padding cuts it
+
+
+def most_vectors(geometry: Geometry) -> int:
+    """The largest dictionary that makes sense: the filters of a convolution group span no more directions."""
+    return min(geometry.channels, geometry.filters * geometry.area)
+
+
+def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: InputMoments | None) -> tuple[Tensor, Tensor]:
+    """The dictionary that minimises ‖(W − P·D)·G^½‖, G the second moment of the inputs (None: the identity).
+
+    The first k of the ``size`` vectors are the best dictionary of k vectors, and for these inputs S = D ∗ x is white.
+
+    Args:
+        weight: [n, m/groups, kh, kw].
+        geometry: of the layer.
+        size: vectors wanted, at most :func:`most_vectors`.
+        moments: of the layer's inputs.
+
+    Returns:
+        D [groups, size, m/groups] and the P [groups, n/groups, kh·kw, size] that goes with it, float32.
+    """
+    rows = weight.detach().double().unflatten(0, (geometry.groups, -1)).flatten(3).transpose(2, 3)
+    covariance = mean = sample = None
+    if moments is not None:
+        mean = moments.mean()
+        if moments.streams_gram:
+            covariance = moments.covariance()
+        else:
+            sample = moments.centred_rows()
+    pairs = []
+    for i in range(geometry.groups):
+        flat = rows[i].reshape(-1, geometry.channels)
+        if sample is not None:
+            pairs.append(_from_rows(flat, sample[i], size))
+        elif covariance is not None and mean is not None:
+            pairs.append(_from_moment(flat, covariance[i] + MEAN_SHARE * torch.outer(mean[i], mean[i]), size))
+        elif geometry.channels <= GRAM_CHANNELS:
+            pairs.append(_from_moment(flat, None, size))
+        else:
+            pairs.append(_from_rows(flat, flat[:0], size))
+    dictionary = torch.stack([d for d, _ in pairs]).float()
+    lookups = torch.stack([p for _, p in pairs]).float()
+    return dictionary, lookups.view(geometry.groups, geometry.filters, geometry.area, size)
+
+
+def _from_moment(rows: Tensor, moment: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Principal components of rows·G^½, taken back by G^-½."""
+    if moment is None:
+        moment = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp(min=0) + RIDGE * values.clamp(min=0).mean().clamp(min=1e-30)
+    root = (vectors * values.sqrt()) @ vectors.T
+    weighed = rows @ root
+    basis = torch.linalg.eigh(weighed.T @ weighed).eigenvectors.flip(1)[:, :size]
+    return basis.T @ ((vectors / values.sqrt()) @ vectors.T), weighed @ basis
+
+
+def _from_rows(rows: Tensor, sample: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The same from fewer pixels than channels: principal components of the outputs, then of what no pixel has shown."""
+    outputs = (sample.to(rows) @ rows.T) / max(1, sample.shape[0]) ** 0.5
+    values, left = torch.linalg.eigh(outputs @ outputs.T)
+    seen = values.flip(0) > RIDGE * values.sum()
+    values, left = values.flip(0)[seen][:size], left.flip(1)[:, seen][:, :size]
+    basis = (outputs.T @ left) / values.sqrt()
+    scale = values.sqrt()
+    if basis.shape[1] < size:
+        rest = rows - basis @ (basis.T @ rows)
+        extra = _range(rest, size - basis.shape[1])
+        basis = torch.linalg.qr(torch.cat([basis, extra], 1)).Q
+        floor = scale[-1] * RIDGE**0.5 if scale.numel() else torch.ones((), dtype=rows.dtype, device=rows.device)
+        scale = torch.cat([scale, floor.expand(size - scale.numel())])
+    return (basis.T @ rows) / scale[:, None], basis * scale
+
+
+def _range(matrix: Tensor, size: int) -> Tensor:
+    """An orthonormal basis of the main column space, by two rounds of randomised subspace iteration."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(matrix.shape[1], size, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ probe).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+    return basis

@@ -1,0 +1,274 @@
+"""A whole network: calibrate once, settle sizes, then fit layer after layer on the compressed network's own inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcnn_compile.config import LayerConfig
+from lcnn_compile.errors import ConversionError, LcnnWarning
+from lcnn_compile.learning.allocate import allocate
+from lcnn_compile.learning.dictionary import fit_dictionary, most_vectors
+from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless
+from lcnn_compile.learning.network import Layer, Network
+from lcnn_compile.learning.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler, calibrate
+from lcnn_compile.learning.search import Point, dense_point, error_curve, ladder
+from lcnn_compile.lookup import LookupWeight, filter_table
+
+DEFAULT_MAX_ERROR = 0.05  # where sizes are "auto" and nothing else limits them
+MARGIN = 1.5  # a layer whose sizes are searched must get cheaper by this factor, or stays dense
+PASSES = 64  # runs through the calibration sample that fit layers; deeper networks fit several layers in each
+CURVE_ELEMENTS = 100_000_000  # floats of patches held at once while error curves are measured
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """What a layer becomes.
+
+    Attributes:
+        weight: in the layer's dtype, on its device; without taps where nothing was fitted.
+        bias: [n]; None only where the layer has none and none is gained.
+        error: relative output error ‖y - ŷ‖² / ‖y - mean(y)‖² on calibration pixels that were held out, with the
+            compressed network's own inputs; None without calibration data.
+        reason: why the layer should stay dense; empty if it should not.
+    """
+
+    weight: LookupWeight
+    bias: Tensor | None
+    error: float | None
+    reason: str
+
+
+def fit_model(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    configs: Mapping[str, LayerConfig],
+    *,
+    calibration: Iterable[Any] | None,
+    call: Callable[[nn.Module, Any], Any],
+    target_speedup: float | None = None,
+    other_macs: int = 0,
+    pixels: Mapping[str, tuple[int, int]] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, FittedLayer]:
+    """Fit lookup weights for convolutions and fully connected layers of a network.
+
+    Args:
+        model: in eval mode; its parameters are not touched, hooks are removed again.
+        layers: modules inside it, by any name.
+        configs: the sizes asked of each.
+        calibration: batches, iterated once, any number of them; None to work on the weights alone.
+        call: runs the model on one batch.
+        target_speedup: reduction of all multiply-adds to reach; the sizes in ``configs`` are then searched.
+        other_macs: multiply-adds per sample outside ``layers``.
+        pixels: (output, input) pixels per sample of each layer; measured on the calibration data by default.
+        seed: for the choice of pixels.
+        progress: told (stage, done, of how many).
+
+    Raises:
+        ConversionError: if calibration data holds no batch, or the target cannot be reached.
+    """
+    tell = progress or (lambda *_: None)
+    network = Network(model, layers, call)
+    found: Calibration | None = None
+    if calibration is None:
+        warnings.warn(
+            "no calibration data: lookups are fitted to the weights alone, which is far less accurate than fitting them "
+            "to a few batches of real inputs (calibration=...)",
+            LcnnWarning,
+            stacklevel=3,
+        )
+    else:
+        found = calibrate(network, calibration, seed, progress=lambda done: tell("calibrate", done, 0))
+        if not found.batches:
+            raise ConversionError("the calibration data holds no batch")
+    return _Fitting(network, configs, found, pixels, seed, target_speedup is not None, tell).run(target_speedup, other_macs)
+
+
+class _Fitting:
+    """The state of one call of :func:`fit_model`."""
+
+    def __init__(
+        self,
+        network: Network,
+        configs: Mapping[str, LayerConfig],
+        calibration: Calibration | None,
+        pixels: Mapping[str, tuple[int, int]] | None,
+        seed: int,
+        free: bool,
+        tell: Progress,
+    ) -> None:
+        self.network, self.configs, self.calibration, self.free, self.tell = network, configs, calibration, free, tell
+        self.sampler = None if calibration is None else Sampler(network, calibration, seed)
+        self.pixels = {name: self._pixels(name, pixels) for name in network.layers}
+        self.dictionaries: dict[str, tuple[Tensor, Tensor]] = {}
+        self.points: dict[str, Point] = {}
+
+    def _pixels(self, name: str, given: Mapping[str, tuple[int, int]] | None) -> tuple[int, int]:
+        if given is not None and name in given:
+            return given[name]
+        if self.calibration is None or not self.calibration.moments[name].images:
+            return 1, 1
+        moments = self.calibration.moments[name]
+        return moments.out_pixels // moments.images, moments.in_pixels // moments.images
+
+    def run(self, target_speedup: float | None, other_macs: int) -> dict[str, FittedLayer]:
+        """Fit every layer."""
+        result = {name: self._dense(name, reason) for name in self.network.layers if (reason := self._hopeless(name))}
+        order = [name for name in self._order() if name not in result]
+        if target_speedup is not None:
+            others = other_macs + sum(dense_point(self.network.geometry[n], self.pixels[n]).macs for n in result)
+            self.points = allocate(self._curves(order), target_speedup=target_speedup, other_macs=others)
+        step = max(1, -(-len(order) // PASSES))
+        for start in range(0, len(order), step):
+            names = order[start : start + step]
+            samples = self._samples([name for name in names if not self._stays_dense(name)], compressed=True)
+            for name in names:
+                result[name] = self._fit(name, samples.pop(name, None))
+                if not result[name].reason:
+                    self.network.fitted[name] = (result[name].weight.dense_weight(), result[name].bias)
+                self.dictionaries.pop(name, None)
+            self.tell("fit", start + len(names), len(order))
+        return {name: result[name] for name in self.network.layers}
+
+    def _order(self) -> list[str]:
+        return list(self.network.layers) if self.calibration is None else self.calibration.order
+
+    def _hopeless(self, name: str) -> str:
+        if self.calibration is None:
+            return ""
+        if not self.calibration.total_images(name):
+            return "never called during calibration"
+        return self.calibration.moments[name].degenerate
+
+    def _lossless(self, name: str) -> bool:
+        """Whether the layer is to keep every direction and every tap."""
+        config, geometry = self.configs[name], self.network.geometry[name]
+        if self.free or config.dictionary_size == "auto" or config.sparsity is not None:
+            return False
+        return config.vectors(geometry.channels) == geometry.channels
+
+    def _stays_dense(self, name: str) -> bool:
+        return name in self.points and not self.points[name].size
+
+    def _dictionary(self, name: str) -> tuple[Tensor, Tensor]:
+        """D and the dense weight's P for the largest k that the layer may get."""
+        if name not in self.dictionaries:
+            geometry = self.network.geometry[name]
+            size = ladder(geometry, self.configs[name], self.free)[-1]
+            moments = None if self.calibration is None else self.calibration.moments[name]
+            self.dictionaries[name] = fit_dictionary(self.network.weight(name), geometry, size, moments)
+        dictionary, lookups = self.dictionaries[name]
+        size = self.points[name].size if name in self.points else dictionary.shape[1]
+        return dictionary[:, :size], lookups[..., :size]
+
+    def _samples(self, names: Sequence[str], *, compressed: bool) -> dict[str, Sample]:
+        if self.sampler is None or not names:
+            return {}
+        wanted = {name: None if self._lossless(name) else self._dictionary(name)[0] for name in names}
+        return self.sampler.collect(wanted, compressed=compressed)
+
+    def _curves(self, names: Sequence[str]) -> dict[str, list[Point]]:
+        """The error curve of every layer, all on the original network's inputs."""
+        curves: dict[str, list[Point]] = {}
+        step = max(1, CURVE_ELEMENTS // PATCH_ELEMENTS)
+        for start in range(0, len(names), step):
+            part = names[start : start + step]
+            samples = self._samples(part, compressed=False)
+            for name in part:
+                curves[name] = [*self._curve(name, samples.pop(name, None)), self._dense_point(name)]
+            self.tell("search", start + len(part), len(names))
+        return curves
+
+    def _dense_point(self, name: str) -> Point:
+        return dense_point(self.network.geometry[name], self.pixels[name])
+
+    def _curve(self, name: str, sample: Sample | None) -> list[Point]:
+        geometry, config = self.network.geometry[name], self.configs[name]
+        points = error_curve(
+            geometry,
+            self._dictionary(name)[1],
+            sample,
+            ladder(geometry, config, self.free),
+            config,
+            self.pixels[name],
+            self._dense_point(name).macs / MARGIN,
+            free=self.free,
+        )
+        allowed = config.max_error
+        return points if allowed is None else [point for point in points if point.error <= allowed]
+
+    def _fit(self, name: str, sample: Sample | None) -> FittedLayer:
+        config, geometry = self.configs[name], self.network.geometry[name]
+        if self.calibration is not None and sample is None:
+            return self._dense(name, "dense fits the budget best")
+        if self._stays_dense(name):
+            return self._dense(name, "dense fits the budget best")
+        if self._lossless(name):
+            bias = self.network.bias(name)
+            zero = torch.zeros(geometry.out_channels, device=self.network.weight(name).device)
+            fit = fit_lossless(
+                geometry, self.network.weight(name), zero if bias is None else bias.float(), sample, config.group_size
+            )
+            return self._finish(name, replace(fit, bias=bias))
+        if name in self.points:
+            return self._finish(name, self._at(name, sample, self.points[name].size, self.points[name].taps))
+        if config.automatic:
+            return self._search(name, sample)
+        size = min(most_vectors(geometry), config.vectors(geometry.channels))
+        return self._finish(name, self._at(name, sample, size, config.taps_per_filter(size, geometry.area)))
+
+    def _at(self, name: str, sample: Sample | None, size: int, taps: int) -> Fit:
+        dictionary, lookups = self._dictionary(name)
+        return fit_layer(self.network.geometry[name], dictionary, lookups, sample, size, taps, self.configs[name].group_size)
+
+    def _search(self, name: str, sample: Sample | None) -> FittedLayer:
+        """The cheapest sizes within the allowed error, as measured."""
+        allowed = self._allowed(name)
+        curve = sorted(self._curve(name, sample), key=lambda point: point.macs)
+        best: Fit | None = None
+        for slack in (1.0, 0.9, 0.75):
+            point = next((point for point in curve if point.error <= allowed * slack), None)
+            if point is None:
+                break
+            best = self._at(name, sample, point.size, point.taps)
+            if best.error <= allowed:
+                return self._finish(name, best)
+        return self._dense(name, f"no size within max_error {allowed:g} is {MARGIN:g} times cheaper than dense")
+
+    def _allowed(self, name: str) -> float:
+        error = self.configs[name].max_error
+        return DEFAULT_MAX_ERROR if error is None else error
+
+    def _finish(self, name: str, fit: Fit) -> FittedLayer:
+        like = self.network.weight(name)
+        bias = None if fit.bias is None else fit.bias.to(like)
+        limit = self.configs[name].max_error
+        measured = self.calibration is not None
+        over = limit is not None and fit.error > limit
+        reason = f"error {fit.error:.3g} is over max_error {limit:g}" if over else ""
+        return FittedLayer(fit.weight.to(like.device, like.dtype), bias, fit.error if measured else None, reason)
+
+    def _dense(self, name: str, reason: str) -> FittedLayer:
+        """The layer as it is, with a lookup weight that has no taps."""
+        geometry, like = self.network.geometry[name], self.network.weight(name)
+        filters = filter_table(geometry.out_channels, 1, geometry.groups).to(like.device)
+        none = filters.new_zeros(0)
+        weight = LookupWeight(
+            dictionary=like.new_zeros(geometry.groups, 1, geometry.channels),
+            coefficients=like.new_zeros(0, 1),
+            indices=none,
+            positions=none,
+            offsets=filters.new_zeros(filters.shape[0] + 1),
+            filters=filters,
+            kernel_size=geometry.kernel_size,
+        )
+        return FittedLayer(weight, self.network.bias(name), None, reason)

@@ -1,0 +1,177 @@
+"""Samples of what layers see and should answer: patches of S and outputs at random pixels, part of them held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lcnn_compile.learning.network import Network
+from lcnn_compile.learning.statistics import InputMoments
+
+BATCH_ELEMENTS = 10_000_000  # of input kept for the layer-by-layer passes: 66 images of 224x224, 3400 of 32x32
+BATCH_IMAGES = 1024
+PIXELS = 16384  # sampled per layer
+PATCH_ELEMENTS = 24_000_000  # floats of patches per layer at most; fewer pixels where patches are large
+HELD_OUT = 5  # one image in HELD_OUT measures, the others fit
+
+
+@dataclass
+class Calibration:
+    """What one pass over the calibration data leaves.
+
+    Attributes:
+        batches: a bounded number of batches, copied.
+        moments: of each layer's inputs, over all of the data.
+        images: for each kept batch and layer, the images of each call.
+        order: layers in the order of their first call.
+    """
+
+    moments: dict[str, InputMoments]
+    batches: list[Any] = field(default_factory=list)
+    images: list[dict[str, list[int]]] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+
+    def total_images(self, name: str) -> int:
+        """Images that the kept batches show to a layer."""
+        return sum(sum(batch.get(name, [])) for batch in self.images)
+
+
+def calibrate(network: Network, data: Iterable[Any], seed: int, progress: Callable[[int], None] | None = None) -> Calibration:
+    """The streaming pass: input moments of every layer over all of ``data``, which may be a generator."""
+    result = Calibration({name: InputMoments(geometry, seed) for name, geometry in network.geometry.items()})
+    kept = samples = 0
+    for number, batch in enumerate(data, 1):
+        images: dict[str, list[int]] = {}
+        network.run(batch, {name: _streamer(result, name, images) for name in network.layers})
+        if kept < BATCH_ELEMENTS and samples < BATCH_IMAGES:
+            tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+            kept += sum(tensor.numel() for tensor in tensors)
+            samples += tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+            result.batches.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), batch))
+            result.images.append(images)
+        if progress is not None:
+            progress(number)
+    return result
+
+
+def _streamer(result: Calibration, name: str, images: dict[str, list[int]]) -> Callable[[Tensor, Tensor], None]:
+    def watch(x: Tensor, _: Tensor) -> None:
+        if name not in result.order:
+            result.order.append(name)
+        images.setdefault(name, []).append(x.shape[0])
+        result.moments[name].update(x)
+
+    return watch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pixels of one layer.
+
+    Attributes:
+        patches: [p, groups, kh·kw, k], S at every kernel position.
+        outputs: [p, n], what the layer should answer there.
+        held: bool [p], pixels of images that only measure.
+    """
+
+    patches: Tensor
+    outputs: Tensor
+    held: Tensor
+
+
+class Sampler:
+    """Draws samples of layers; the same pixels each time."""
+
+    def __init__(self, network: Network, calibration: Calibration, seed: int) -> None:
+        self.network = network
+        self.calibration = calibration
+        self.seed = seed
+        self._number = {name: i for i, name in enumerate(network.layers)}
+
+    def collect(self, dictionaries: Mapping[str, Tensor | None], *, compressed: bool) -> dict[str, Sample]:
+        """Samples for the layers in ``dictionaries`` (D [groups, k, m/groups] each; None for S = x).
+
+        Outputs are the original network's. Inputs are too, or the compressed network's. Where the compressed network
+        takes another path through the code, calls that have no counterpart are left out.
+        """
+        compressed = compressed and bool(self.network.fitted)
+        parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in dictionaries}
+        first = dict.fromkeys(dictionaries, 0)
+        for number, batch in enumerate(self.calibration.batches):
+            images = self.calibration.images[number]
+            calls = sum(len(images.get(name, [])) for name in dictionaries)
+            if not calls:
+                continue
+            draws = {name: _Draw(self, name, d, number, first[name]) for name, d in dictionaries.items()}
+            wants = ("outputs",) if compressed else ("outputs", "inputs")
+            self.network.run(batch, {name: draw.start(*wants).watch for name, draw in draws.items()}, calls=calls)
+            if compressed:
+                watch = {name: draw.start("inputs").watch for name, draw in draws.items()}
+                self.network.run(batch, watch, compressed=True, calls=calls)
+            for name, draw in draws.items():
+                parts[name] += draw.pairs()
+                first[name] += sum(images.get(name, []))
+        return {name: Sample(*(torch.cat(t) for t in zip(*part, strict=True))) for name, part in parts.items() if part}
+
+    def choose(self, name: str, planes: int, shape: Sequence[int], number: int, call: int, first: int) -> _Choice:
+        """Pixels of one call on inputs of this shape, whose first image is the ``first``-th that the layer sees."""
+        geometry = self.network.geometry[name]
+        high, wide = geometry.output_size(shape[2], shape[3])
+        total = self.calibration.total_images(name)
+        budget = min(PIXELS, PATCH_ELEMENTS // (planes * geometry.area))
+        quota = min(high * wide, max(1, budget // total))
+        generator = torch.Generator().manual_seed(hash((self.seed, self._number[name], number, call)) % (1 << 62))
+        pixel = torch.rand(shape[0], high * wide, generator=generator).topk(quota, dim=1).indices.flatten()
+        image = torch.arange(shape[0]).repeat_interleave(quota)
+        held_images = max(1, round(total / HELD_OUT))
+        pixel_held, image_held = torch.arange(quota) < quota // HELD_OUT, ((image + first) * held_images) % total < held_images
+        held = image_held if total > 1 else pixel_held
+        device = self.network.layers[name].weight.device
+        return image.to(device), pixel.to(device), held.to(device)
+
+
+_Choice = tuple[Tensor, Tensor, Tensor]  # image, output pixel, held out; one entry per sampled pixel
+
+
+class _Draw:
+    """The calls of one layer for one batch: first their outputs, then their inputs, in one run or in two."""
+
+    def __init__(self, sampler: Sampler, name: str, dictionary: Tensor | None, number: int, first: int) -> None:
+        self.sampler, self.name, self.dictionary, self.number, self.first = sampler, name, dictionary, number, first
+        self.wants: set[str] = set()
+        self.call, self.image = 0, first
+        self.outputs: list[tuple[Sequence[int], Tensor, Tensor]] = []
+        self.inputs: list[tuple[Sequence[int], Tensor]] = []
+
+    def start(self, *wants: str) -> _Draw:
+        """A run begins that is to show "inputs", "outputs" or both."""
+        self.wants, self.call, self.image = set(wants), 0, self.first
+        return self
+
+    def watch(self, x: Tensor, y: Tensor) -> None:
+        planes = x.shape[1] if self.dictionary is None else self.dictionary.shape[:2].numel()
+        image, pixel, held = self.sampler.choose(self.name, planes, x.shape, self.number, self.call, self.image)
+        if "outputs" in self.wants:
+            self.outputs.append((x.shape, y.flatten(2)[image, :, pixel], held))
+        if "inputs" in self.wants:
+            self.inputs.append((x.shape, self._patches(x, image, pixel)))
+        self.call += 1
+        self.image += x.shape[0]
+
+    def _patches(self, x: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
+        geometry = self.sampler.network.geometry[self.name]
+        s = x.reshape(x.shape[0], geometry.groups, geometry.channels, -1)
+        if self.dictionary is not None:
+            s = torch.einsum("gkm,ngmp->ngkp", self.dictionary, s)
+        patches = geometry.patches(s.reshape(x.shape[0], -1, *x.shape[2:]), image, pixel)
+        return patches.unflatten(2, s.shape[1:3]).transpose(1, 2)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Patches, outputs and held-out marks of the calls that agree in shape."""
+        both = zip(self.inputs, self.outputs, strict=False)
+        return [(patches, outputs, held) for (seen, patches), (shape, outputs, held) in both if seen == shape]

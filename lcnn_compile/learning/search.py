@@ -1,0 +1,143 @@
+"""A layer's choice of sizes: what each dictionary size and number of taps costs, and the error it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lcnn_compile.config import LayerConfig
+from lcnn_compile.learning.dictionary import most_vectors
+from lcnn_compile.learning.fit import Problem
+from lcnn_compile.learning.geometry import Geometry
+from lcnn_compile.learning.grouping import group_filters
+from lcnn_compile.learning.sampling import Sample
+from lcnn_compile.learning.taps import Selection, select_taps, solve_coefficients
+
+FRACTIONS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)  # of the input channels, tried as k
+STEP = 1.12  # neighbouring numbers of taps on a curve differ by at least this factor
+MOST_SPARSITY = 48  # taps per kernel position beyond which lookups are not worth their loads
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice of sizes.
+
+    Attributes:
+        size: k; 0 for the dense layer.
+        taps: of each filter.
+        macs: multiply-adds per sample.
+        error: relative output error to expect.
+    """
+
+    size: int
+    taps: int
+    macs: int
+    error: float
+
+
+def dense_point(geometry: Geometry, pixels: tuple[int, int]) -> Point:
+    """The layer as it is."""
+    return Point(0, 0, geometry.macs * pixels[0], 0.0)
+
+
+def lookup_macs(geometry: Geometry, pixels: tuple[int, int], size: int, taps: int) -> int:
+    """Multiply-adds per sample of k vectors and ``taps`` taps per filter; ``pixels`` is (output, input)."""
+    return geometry.in_channels * size * pixels[1] + geometry.out_channels * taps * pixels[0]
+
+
+def ladder(geometry: Geometry, config: LayerConfig, free: bool) -> list[int]:
+    """The dictionary sizes to try, ascending; ``free`` ignores the one in the configuration."""
+    most = most_vectors(geometry)
+    if config.dictionary_size == "auto" or free:
+        return sorted({min(most, max(1, round(f * geometry.channels))) for f in FRACTIONS})
+    return [min(most, config.vectors(geometry.channels))]
+
+
+def error_curve(
+    geometry: Geometry,
+    lookups: Tensor,
+    sample: Sample | None,
+    sizes: Sequence[int],
+    config: LayerConfig,
+    pixels: tuple[int, int],
+    most_macs: float,
+    *,
+    free: bool = False,
+) -> list[Point]:
+    """Points of every size in ``sizes`` that cost at most ``most_macs`` multiply-adds per sample.
+
+    Args:
+        geometry: of the layer.
+        lookups: P of the dense weight, [groups, n/groups, kh·kw, at least the largest size].
+        sample: patches and outputs; None for the weight alone.
+        sizes: values of k.
+        config: for group_size, and for sparsity unless ``free``.
+        pixels: output and input pixels per sample.
+        most_macs: multiply-adds per sample.
+        free: whether taps are searched even if the configuration names them.
+    """
+    points = []
+    for size in sizes:
+        room = (most_macs - lookup_macs(geometry, pixels, size, 0)) / max(1, geometry.out_channels * pixels[0])
+        most = min(size * geometry.area, MOST_SPARSITY * geometry.area, math.floor(room))
+        if config.sparsity != "auto" and not free:
+            wanted = config.taps_per_filter(size, geometry.area)
+            most = wanted if wanted <= most else 0
+        if most >= 1:
+            points += [
+                Point(size, taps, lookup_macs(geometry, pixels, size, taps), error)
+                for taps, error in _errors(geometry, lookups[..., :size], sample, most, config.group_size)
+                if config.sparsity == "auto" or free or taps == most
+            ]
+    return points
+
+
+def _errors(geometry: Geometry, lookups: Tensor, sample: Sample | None, taps: int, group_size: int) -> list[tuple[int, float]]:
+    """(taps, relative error) up to ``taps``: from the fit, scaled to what held-out pixels say at a few places."""
+    problems, choices = [], []
+    for group in range(geometry.groups):
+        problem = Problem.of(sample, lookups, group)
+        filters = group_filters(problem.profiles(), group_size)
+        problems.append(problem)
+        choices.append((filters, select_taps(problem.gram, problem.cross, problem.energy, filters, taps)))
+    counts = choices[0][1].counts.tolist()
+    energy = sum(float(problem.energy.sum()) for problem in problems)
+    rest = sum(selection.rest.sum(1) for _, selection in choices)
+    assert isinstance(rest, Tensor)
+    fitted = [max(float(r), 0.0) / max(energy, 1e-30) for r in rest]
+    probes = sorted({_nearest(counts, taps * share) for share in (0.1, 0.35, 1.0)})
+    ratios = []
+    for i in probes:
+        wrong = total = 0.0
+        for problem, (filters, selection) in zip(problems, choices, strict=True):
+            error, deviation = _held(problem, filters, selection, counts[i])
+            wrong, total = wrong + error, total + deviation
+        ratios.append(wrong / max(total, 1e-30) / max(fitted[i], 1e-12))
+    points, last = [], 0.0
+    for i, (count, error) in enumerate(zip(counts, fitted, strict=True)):
+        if count >= last * STEP or i == len(counts) - 1:
+            points.append((count, error * _interpolate(count, [counts[j] for j in probes], ratios)))
+            last = count
+    return points
+
+
+def _held(problem: Problem, filters: Tensor, selection: Selection, taps: int) -> tuple[float, float]:
+    columns = selection.columns[:, :taps]
+    matrix = problem.rows(solve_coefficients(problem.gram, problem.cross, columns, filters), columns, filters)
+    return problem.held_error(matrix, problem.bias(matrix))
+
+
+def _nearest(counts: Sequence[int], value: float) -> int:
+    return min(range(len(counts)), key=lambda i: abs(counts[i] - value))
+
+
+def _interpolate(count: int, places: Sequence[int], ratios: Sequence[float]) -> float:
+    """Linear in the logarithm of the number of taps, constant outside."""
+    for (low, a), (high, b) in zip(zip(places, ratios, strict=True), zip(places[1:], ratios[1:], strict=True), strict=False):
+        if count <= high:
+            share = (math.log(max(count, low)) - math.log(low)) / (math.log(high) - math.log(low))
+            return a + share * (b - a)
+    return ratios[-1]

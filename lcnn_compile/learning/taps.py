@@ -1,0 +1,121 @@
+"""Which taps a filter group uses, and their coefficients, from the normal equations of the layer's least squares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORK_ELEMENTS = 1 << 26  # floats of working memory for the factors of all filter groups together
+BLOCK_SHARE = 24  # once t taps are chosen, t / BLOCK_SHARE are chosen at a time
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Taps in the order of their choice, and what each left unexplained.
+
+    Attributes:
+        columns: int64 [F, T], columns of the Gram matrix, best first; the first t are the choice for t taps.
+        counts: int64 [steps], numbers of taps at which the rest was noted.
+        rest: [steps, F], squared output error of each filter group, summed over its filters.
+    """
+
+    columns: Tensor
+    counts: Tensor
+    rest: Tensor
+
+
+def select_taps(gram: Tensor, cross: Tensor, energy: Tensor, filters: Tensor, taps: int) -> Selection:
+    """Simultaneous orthogonal least squares: each step takes the column that lowers the group's squared error most.
+
+    A Cholesky factor grows by the chosen columns of every filter group at once, so the error for every smaller
+    number of taps comes for free (orthogonal matching pursuit with exact gains; LCNN, section 3.1 fixes s per
+    position instead).
+
+    Args:
+        gram: [K, K], second moments of the columns, positive definite.
+        cross: [K, n], moments of columns and outputs.
+        energy: [n], second moments of the outputs.
+        filters: int64 [F, g], filters of each group, -1 for none.
+        taps: T, at most K.
+    """
+    size = gram.shape[0]
+    chunk = max(1, WORK_ELEMENTS // (taps * size))
+    parts = [_select(gram, cross, energy, part, taps) for part in filters.split(chunk)]
+    return Selection(
+        torch.cat([part.columns for part in parts]), parts[0].counts, torch.cat([part.rest for part in parts], dim=1)
+    )
+
+
+def _select(gram: Tensor, cross: Tensor, energy: Tensor, filters: Tensor, taps: int) -> Selection:
+    member = (filters >= 0).to(gram)
+    rows = filters.clamp(min=0)
+    left = cross.T[rows] * member[:, :, None]
+    rest = (energy[rows] * member).sum(1)
+    groups, size = filters.shape[0], gram.shape[0]
+    pivots = gram.diagonal().repeat(groups, 1)
+    floor = gram.diagonal() * 1e-6
+    factor = gram.new_empty(groups, taps, size)
+    columns = torch.empty(groups, taps, dtype=torch.int64, device=gram.device)
+    free = torch.ones(groups, size, dtype=torch.bool, device=gram.device)
+    counts, rests, done = [], [], 0
+    while done < taps:
+        block = min(taps - done, max(1, done // BLOCK_SHARE))
+        gains = torch.where(free, left.square().sum(1) / pivots.maximum(floor), -1.0)
+        chosen = gains.topk(block, dim=1).indices
+        previous = factor[:, :done]
+        at_chosen = previous.gather(2, chosen[:, None, :].expand(-1, done, -1))
+        fresh = torch.baddbmm(gram[chosen], at_chosen.transpose(1, 2), previous, alpha=-1)
+        corner = fresh.gather(2, chosen[:, None, :].expand(-1, block, -1))
+        corner.diagonal(dim1=1, dim2=2).clamp_(min=0).add_(floor[chosen])
+        lower = cholesky(corner)
+        wanted = left.gather(2, chosen[:, None, :].expand(-1, left.shape[1], -1)).transpose(1, 2)
+        fresh = torch.linalg.solve_triangular(lower, fresh, upper=False)
+        step = torch.linalg.solve_triangular(lower, wanted, upper=False)
+        left = torch.baddbmm(left, step.transpose(1, 2), fresh, alpha=-1)
+        pivots = pivots - fresh.square().sum(1)
+        rest = rest - step.square().sum((1, 2))
+        factor[:, done : done + block] = fresh
+        columns[:, done : done + block] = chosen
+        free.scatter_(1, chosen, False)
+        done += block
+        counts.append(done)
+        rests.append(rest)
+    return Selection(columns, torch.tensor(counts), torch.stack(rests).clamp(min=0))
+
+
+def solve_coefficients(gram: Tensor, cross: Tensor, columns: Tensor, filters: Tensor) -> Tensor:
+    """Least-squares coefficients on chosen columns, by Cholesky in float64.
+
+    Args:
+        gram: [K, K].
+        cross: [K, n].
+        columns: int64 [F, T].
+        filters: int64 [F, g].
+
+    Returns:
+        [F, T, g], of the Gram matrix's dtype; zero for filters that do not exist.
+    """
+    taps = columns.shape[1]
+    member = (filters >= 0)[:, None, :]
+    if taps == gram.shape[0]:
+        solution = torch.cholesky_solve(cross.double(), cholesky(gram.double()))
+        return (solution[columns[:, :, None], filters.clamp(min=0)[:, None, :]] * member).to(gram.dtype)
+    parts = []
+    for part, rows in zip(*(t.split(max(1, WORK_ELEMENTS // (4 * taps * taps))) for t in (columns, filters)), strict=True):
+        square = gram[part[:, :, None], part[:, None, :]].double()
+        right = cross[part[:, :, None], rows.clamp(min=0)[:, None, :]].double()
+        parts.append(torch.cholesky_solve(right, cholesky(square)).to(gram.dtype))
+    return torch.cat(parts) * member
+
+
+def cholesky(square: Tensor) -> Tensor:
+    """The lower factor of positive semi-definite matrices, the diagonal raised as little as it takes."""
+    scale = square.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None].clamp(min=1e-30)
+    for power in (-12, -9, -6, -4, -2):
+        raised = square.diagonal_scatter(square.diagonal(dim1=-2, dim2=-1) + scale * 10.0**power, dim1=-2, dim2=-1)
+        factor, info = torch.linalg.cholesky_ex(raised)
+        if not info.any():
+            break
+    return factor
