@@ -1,1 +1,24 @@
-"""x"""
+"""lcnn_compile: convolutional networks made faster by learned lookup convolutions (LCNN, CVPR 2017)."""
+
+from lcnn_compile.checkpoint import load, save
+from lcnn_compile.config import LayerConfig, LookupConfig
+from lcnn_compile.convert import convert, explain
+from lcnn_compile.errors import LcnnError, LcnnWarning
+from lcnn_compile.lookup import LookupWeight
+from lcnn_compile.modules import LookupConv2d, LookupLinear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerConfig",
+    "LcnnError",
+    "LcnnWarning",
+    "LookupConfig",
+    "LookupConv2d",
+    "LookupLinear",
+    "LookupWeight",
+    "convert",
+    "explain",
+    "load",
+    "save",
+]

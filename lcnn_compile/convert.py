@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -47,10 +48,36 @@ def convert(
         ConfigError: for a rule that matches nothing.
         ConversionError: if the model cannot be copied or run, or a budget cannot be reached.
     """
-    config = config or LookupConfig()
     private = _copy(model)
     modes = {name: module.training for name, module in private.named_modules()}
-    private.eval()
+    title = f"lcnn: {type(model).__name__}"
+    result, report = convert_in_place(
+        private.eval(), config or LookupConfig(), calibration, example_inputs=example_inputs, title=title, progress=progress
+    )
+    for name, module in result.named_modules():
+        module.training = modes.get(name, model.training)
+    result.lcnn_report = report  # type: ignore[assignment]
+    if not report.replaced:
+        reasons = {r.reason for r in report if "linear layers" not in r.reason} or {"the model has no convolution"}
+        text = f"lcnn replaced nothing: 0 of {len(report)} layers. Reasons: {'; '.join(sorted(reasons))}"
+        warnings.warn(text, LcnnWarning, stacklevel=2)
+    return result
+
+
+def convert_in_place(
+    model: nn.Module,
+    config: LookupConfig,
+    calibration: Iterable[Any] | None,
+    *,
+    example_inputs: Any = None,
+    title: str = "lcnn",
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Report]:
+    """Put fitted lookup layers into ``model`` itself, which must be in evaluation mode; see :func:`convert`.
+
+    Its tensors are never changed, only its modules. Returns the model (a GraphModule where convolutions were called as
+    functions) and the report.
+    """
     batches: Iterator[Any] | None = None
     if calibration is not None:
         batches = iter(calibration)
@@ -58,9 +85,9 @@ def convert(
             first = next(batches)
         except StopIteration:
             raise ConversionError("calibration has no batches; pass None to fit on the weights alone") from None
-        batches = _chain(first, batches)
+        batches = chain([first], batches)
         example_inputs = first if example_inputs is None else example_inputs
-    plan = Plan(private, config, example_inputs)
+    plan = Plan(model, config, example_inputs)
     fitted = fit_model(
         plan.model,
         plan.chosen,
@@ -73,18 +100,14 @@ def convert(
         seed=config.seed,
         progress=progress,
     )
-    report = Report(tuple(plan.row(name, fitted.get(name)) for name in plan.names()), title=f"lcnn: {type(model).__name__}")
+    report = Report(tuple(plan.row(name, fitted.get(name)) for name in plan.names()), title=title)
     result = plan.model
     for name, fit in fitted.items():
         if not fit.reason:
             layer = plan.chosen[name]
-            new = lookup_layer(fit.weight, layer, fit.bias, plan.configs[name].lowering)
-            result = replace_module(result, layer, new)
-    for name, module in result.named_modules():
-        module.training = modes.get(name, model.training)
-    result.lcnn_report = report  # type: ignore[assignment]
-    _tell(report)
-    return result
+            result = replace_module(result, layer, lookup_layer(fit.weight, layer, fit.bias, plan.configs[name].lowering))
+    log.info("%s\n%s", report.title, report)
+    return result, report
 
 
 def explain(model: nn.Module, config: LookupConfig | None = None, *, example_inputs: Any = None) -> Report:
@@ -106,17 +129,3 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         raise ConversionError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
-def _tell(report: Report) -> None:
-    log.info("%s\n%s", report.title, report)
-    if not report.replaced:
-        reasons = {r.reason for r in report if "linear layers" not in r.reason} or {"the model has no convolution"}
-        warnings.warn(
-            f"lcnn replaced nothing: 0 of {len(report)} layers. Reasons: " + "; ".join(sorted(reasons)), LcnnWarning, stacklevel=3
-        )

@@ -331,7 +331,7 @@ class LookupLinear(LookupModule):
             (1, 1),
             self.lowering,
         )
-        return y.reshape(input.shape[:-1] + (self.out_features,))
+        return y.reshape(input.shape[:-1] + (self.out_features,))  # noqa: RUF005 (a traced shape cannot be unpacked)
 
     def extra_repr(self) -> str:
         """Features, bias and sizes."""

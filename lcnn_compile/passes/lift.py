@@ -51,9 +51,9 @@ def make_conv(weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, di
 
 
 def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
-    """Replace every conv2d call on get_attr weights by a call of a new ``nn.Conv2d`` named after its weight plus "_conv2d".
+    """Replace every conv2d call on get_attr weights by a call of a new ``nn.Conv2d``.
 
-    The graph is changed in place and returned. Two calls with the same weight and geometry share one module.
+    It is named as the owner of its weight where that is a bare container, else after the weight plus "_conv2d". The graph is changed in place and returned. Two calls with the same weight and geometry share one module.
     Convolutions whose weight or geometry is computed in the graph are left as they are.
     """
     made: dict[tuple[Any, ...], str] = {}
@@ -68,7 +68,7 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
             *(str(found[k]) for k in ("stride", "padding", "dilation", "groups")),
         )
         if key not in made:
-            made[key] = _free_name(gm, f"{found['weight'].target}_conv2d")
+            made[key] = _name(gm, str(found["weight"].target))
             tensors = [attribute(gm, found["weight"].target), None if bias is None else attribute(gm, bias.target)]
             geometry = [found[name] for name in ("stride", "padding", "dilation", "groups")]
             gm.add_submodule(made[key], make_conv(*tensors, *geometry).train(gm.training))
@@ -78,22 +78,26 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
         node.replace_all_uses_with(call)
         gm.graph.erase_node(node)
     if made:
-        _drop_dead_attributes(gm)
+        _drop_dead_attributes(gm, set(made.values()))
         gm.graph.lint()
         gm.recompile()
     return gm
 
 
-def _free_name(gm: fx.GraphModule, wanted: str) -> str:
+def _name(gm: fx.GraphModule, weight: str) -> str:
+    """The new module's name: the weight's owner where that is a bare container, as export makes them, else a new name."""
+    owner, _, key = weight.rpartition(".")
+    if key == "weight" and owner and type(gm.get_submodule(owner)) is nn.Module and not gm.get_submodule(owner)._modules:
+        return owner
     taken = {name for name, _ in gm.named_modules()}
-    name, number = wanted, 1
+    name, number = f"{weight}_conv2d", 1
     while name in taken:
-        name, number = f"{wanted}_{number}", number + 1
+        name, number = f"{weight}_conv2d_{number}", number + 1
     return name
 
 
-def _drop_dead_attributes(gm: fx.GraphModule) -> None:
-    """Erase get_attr nodes without users, and the attributes that nothing reads any more."""
+def _drop_dead_attributes(gm: fx.GraphModule, modules: set[str]) -> None:
+    """Erase get_attr nodes without users, and the attributes that nothing reads any more, but for those of ``modules``."""
     dead = [node for node in gm.graph.nodes if node.op == "get_attr" and not node.users]
     for node in dead:
         gm.graph.erase_node(node)
@@ -101,5 +105,7 @@ def _drop_dead_attributes(gm: fx.GraphModule) -> None:
     for target in {str(node.target) for node in dead} - read:
         parent, _, name = target.rpartition(".")
         owner = gm.get_submodule(parent)
+        if parent in modules:
+            continue
         if name in owner._parameters or name in owner._buffers:
             delattr(owner, name)

@@ -17,8 +17,8 @@ def replace_convolutions(
 ) -> fx.GraphModule:
     """Replace the named convolutions by lookup convolutions with the given weights and biases.
 
-    Names are those of modules; a convolution that is called as a function on a parameter becomes a module named after
-    the parameter plus "_conv2d" first (see :func:`lift_functional_convolutions`). Changed in place and returned.
+    Names are those of modules; a convolution that is called as a function on a parameter becomes a module
+    first (see :func:`lift_functional_convolutions`). Changed in place and returned.
 
     Raises:
         ConversionError: for a name that is no Conv2d or Linear of the graph.
