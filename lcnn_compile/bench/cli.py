@@ -14,7 +14,8 @@ from lcnn_compile.bench.engines import ENGINES
 from lcnn_compile.bench.jobs import BenchmarkError, Job, spawn
 from lcnn_compile.bench.measure import Row
 from lcnn_compile.bench.network_bench import QUICK, SETTINGS_OF
-from lcnn_compile.bench.report import document, plot_comparisons, show, write
+from lcnn_compile.bench.profile import show_profile
+from lcnn_compile.bench.report import document, plot_comparisons, show, wide_console, write
 from lcnn_compile.bench.scaling_report import plot_scaling, show_scaling
 from lcnn_compile.bench.summary import compare
 from lcnn_compile.errors import ConfigError
@@ -51,7 +52,7 @@ def _rows(jobs: list[Job], console: Console) -> list[Row]:
 
 
 def _finish(benchmark: str, command: str, jobs: list[Job], out: Path) -> None:
-    console = Console()
+    console = wide_console()
     rows = _rows(jobs, console)
     comparisons = compare(rows)
     show(rows, benchmark, console)
@@ -102,7 +103,7 @@ def networks(
 @app.command()
 def scaling(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False) -> None:
     """One layer over batch, resolution, channels, taps and group size, beside the roofline."""
-    console = Console()
+    console = wide_console()
     results = [spawn(Job("scaling", "", t, 1, quick)) for t in threads]
     show_scaling(results, console)
     write(out / "scaling.json", document("scaling", _command("scaling", threads, None, quick), results=results))
@@ -114,9 +115,15 @@ def resources(out: Out = RESULTS, threads: Threads = ONE, quick: Quick = False) 
     """Start-up times, and peak memory of whole networks."""
     starts = [row for t in threads for row in measurements.starts(t)]
     peaks = measurements.peaks(("resnet18",) if quick else ("alexnet", "vgg16", "resnet18", "resnet50"), threads[0])
-    measurements.show_resources(starts, peaks, Console())
+    measurements.show_resources(starts, peaks, wide_console())
     content = {"starts": starts, "memory_mib": peaks}
     write(out / "resources.json", document("resources", _command("resources", threads, None, quick), **content))
+
+
+@app.command()
+def profile(network: str, setting: str = "ours", threads: int = 1, batch: int = 1) -> None:
+    """Where the time of one compiled lookup network goes."""
+    show_profile(spawn(Job("profile", f"{network} {setting}", threads, batch)), wide_console())
 
 
 @app.command(name="all")

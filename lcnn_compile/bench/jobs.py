@@ -24,7 +24,7 @@ class Job:
     """One piece of a benchmark.
 
     Attributes:
-        benchmark: "layers", "networks", "scaling", "memory" or "start".
+        benchmark: "layers", "networks", "scaling", "memory", "start" or "profile".
         case: a network's name, or whatever else the benchmark needs to know.
         engines: names of dense engines; empty for all.
     """
@@ -77,6 +77,10 @@ def perform(job: Job) -> Any:
         from lcnn_compile.bench.start import first_call
 
         return first_call(job.case)
+    if job.benchmark == "profile":
+        from lcnn_compile.bench.profile import run
+
+        return run(job.case, job.batch)
     from lcnn_compile.bench import layers, network_bench, scaling
     from lcnn_compile.bench.engines import ENGINES
     from lcnn_compile.bench.measure import measure

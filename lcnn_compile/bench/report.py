@@ -17,6 +17,14 @@ from lcnn_compile.bench.measure import Row
 from lcnn_compile.bench.summary import Comparison, compare
 from lcnn_compile.bench.targets import judge
 
+WIDTH = 180
+
+
+def wide_console() -> Console:
+    """A console for the tables: as wide as the terminal, and wide enough for them in a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
 
 def milliseconds(seconds: float | None) -> str:
     """Three significant digits, or a dash."""

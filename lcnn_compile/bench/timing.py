@@ -2,26 +2,37 @@
 
 Single calls that alternate with another candidate measure the cache which that one emptied, and one long run each measures
 the machine's mood at that minute. So each candidate gets a burst (two warm-up calls, five timed ones), bursts take turns,
-each round in another order, and the median over rounds of the bursts' medians counts.
+each round in another order, and the median over rounds of the bursts' medians counts. On a busy machine, bursts in which
+another process took the core away are left out as long as enough others remain.
 """
 
 from __future__ import annotations
 
 import gc
 import random
+import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 WARM_UP, TIMED = 2, 5
 # Calls longer than this fill every cache anew whatever ran before: one warm-up and two timed calls do.
 LONG_CALL = 0.25
+ENOUGH = 3
+
+
+class Burst(NamedTuple):
+    """The median of a burst's calls, and whether another process took the core away meanwhile."""
+
+    seconds: float
+    disturbed: bool
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median over bursts, with the quartiles of the bursts' medians."""
+    """Seconds per call: median over bursts, with the quartiles of the bursts' medians, and how many bursts counted."""
 
     median: float
     low: float
@@ -29,26 +40,33 @@ class Timing:
     bursts: int
 
     @classmethod
-    def of(cls, bursts: list[float]) -> Timing:
-        """Summarise the bursts' medians."""
-        low, middle, high = statistics.quantiles(bursts, n=4, method="inclusive") if len(bursts) > 1 else bursts * 3
-        return cls(middle, low, high, len(bursts))
+    def of(cls, bursts: Sequence[Burst]) -> Timing:
+        """Summarise; disturbed bursts count only where fewer than ENOUGH are not."""
+        calm = [burst.seconds for burst in bursts if not burst.disturbed]
+        seconds = calm if len(calm) >= ENOUGH else [burst.seconds for burst in bursts]
+        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+        return cls(middle, low, high, len(seconds))
 
 
-def _burst(call: Callable[[], object], warm_up: int, timed: int) -> float:
+def _preemptions() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _burst(call: Callable[[], object], warm_up: int, timed: int) -> Burst:
     for _ in range(warm_up):
         call()
     seconds = []
+    before = _preemptions()
     for _ in range(timed):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return Burst(statistics.median(seconds), _preemptions() > before)
 
 
 def once(call: Callable[[], object]) -> float:
     """Seconds of a single call."""
-    return _burst(call, 0, 1)
+    return _burst(call, 0, 1).seconds
 
 
 def alternate(
@@ -56,7 +74,7 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time every call for about ``seconds`` in all, in at least ``rounds[0]`` and at most ``rounds[1]`` rounds."""
     long = {name: once(call) > LONG_CALL for name, call in calls.items()}
-    bursts: dict[str, list[float]] = {name: [] for name in calls}
+    bursts: dict[str, list[Burst]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0)
     collecting = gc.isenabled()
