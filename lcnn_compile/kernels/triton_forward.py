@@ -10,7 +10,7 @@ from torch import Tensor
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, launch_dictionary
 from lcnn_compile.kernels.triton_grouped import GroupedConfig, launch_grouped
 from lcnn_compile.kernels.triton_lookup import LookupConfig, launch_lookup
-from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed
+from lcnn_compile.kernels.triton_pack import INT32, Epilogue, Geometry, Packed
 
 
 class ForwardConfig(NamedTuple):
@@ -32,7 +32,7 @@ def run(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, w
     """Write y [N, n, H, W], contiguous or channels_last, and return it."""
     planes = weight.dictionary.shape[0]
     image = where.image(planes)
-    chunk = max(1, min(x.shape[0], config.chunk // (image * x.element_size()), (2**31 - 1) // image))
+    chunk = max(1, min(x.shape[0], config.chunk // (image * x.element_size()), (INT32 - 1) // image))
     digits = precision(x.dtype)
     room = empty_planes(x, planes, chunk, where)
     for first in range(0, x.shape[0], chunk):
@@ -47,14 +47,3 @@ def run(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, w
         else:
             launch_grouped(s, weight, target, tail, where, digits, config.lookups)
     return y
-
-
-def heuristic(x: Tensor, weight: Packed, groups: int, where: Geometry) -> ForwardConfig:
-    """A configuration that is fair everywhere, where none has been measured."""
-    wide = x.element_size() == 4
-    size = weight.dictionary.shape[0] // groups
-    vectors = min(64 if wide else 128, max(16, 1 << (size - 1).bit_length()))
-    dictionary = DictionaryConfig(vectors, 32, 128, 4, 3)
-    if weight.group_size == 1:
-        return ForwardConfig(dictionary, LookupConfig(8, 512 if not wide else 256, 4, 4), 24 << 20)
-    return ForwardConfig(dictionary, GroupedConfig(32, 128, 4, 3), 24 << 20)

@@ -10,15 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton_pack import ROW_BITS, Epilogue, Geometry, Packed, vector
+from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Epilogue, Geometry, Packed, vector
 from lcnn_compile.kernels.triton_tiles import output_pixels, store_tile, tap_offsets
 
 
 class GroupedConfig(NamedTuple):
-    """Block sizes over taps and pixels, pipeline depth, and warps of a program."""
+    """Block sizes over taps and pixels, filter groups of a program, warps, and pipeline depth.
+
+    A program that goes through many filter groups finds S in its multiprocessor's own cache.
+    """
 
     block_taps: int
     block_pixels: int
+    span: int
     warps: int
     stages: int
 
@@ -35,6 +39,7 @@ def grouped_tile(
     plane,
     row_step,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     LANES: tl.constexpr,
     ROW_BITS: tl.constexpr,
     G: tl.constexpr,
@@ -47,8 +52,8 @@ def grouped_tile(
         o_t = t + tl.arange(0, B_T)
         m_t = o_t < end
         codes = tl.load(p_codes + o_t, mask=m_t, other=0)
-        o_plane = tap_offsets(codes, plane, row_step, LANES, ROW_BITS)
-        s = tl.load(p_s + o_plane[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0)
+        o_plane = tap_offsets(codes, plane, row_step, WIDE, LANES, ROW_BITS)
+        s = tl.load(p_s + o_plane[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0, cache_modifier=".ca")
         c = tl.load(p_c + o_t.to(tl.int64)[:, None] * G + o_g[None, :], mask=m_t[:, None], other=0.0)
         acc = tl.dot(tl.trans(c), s, acc, input_precision=PRECISION)
     return acc
@@ -82,6 +87,7 @@ def grouped_kernel(
     RESIDUAL_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ROW_BITS: tl.constexpr,
@@ -90,23 +96,28 @@ def grouped_kernel(
     B_T: tl.constexpr,
     B_P: tl.constexpr,
     STAGES: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """One filter group, or 128 filters of a larger one, on one block of output pixels."""
+    """SPAN filter groups, or parts of B_G filters of larger ones, on one block of output pixels."""
     pid = tl.program_id(0)
-    blocks = F * (G // B_G)
-    i_f = pid % blocks // (G // B_G)
-    o_g = pid % (G // B_G) * B_G + tl.arange(0, B_G)
-    o_s, o_y, m_p = output_pixels(pid // blocks, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
-    start = tl.load(p_offsets + i_f)
-    end = tl.load(p_offsets + i_f + 1)
-    acc = grouped_tile(
-        p_s, p_codes, p_c, start, end, o_g, o_s, ROWS * PITCH, DILATION_H * PITCH, PRECISION, LANES, ROW_BITS, G, B_T, STAGES
-    )
-    channels, m_c = i_f * size + o_g, o_g < size
-    if not ORDERED:
-        channels = tl.load(p_filters + i_f * G + o_g)
-        m_c = channels >= 0
-    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
+    parts = G // B_G
+    programs = tl.cdiv(F * parts, SPAN)
+    o_s, o_y, m_p = output_pixels(pid // programs, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
+    plane = ROWS * PITCH
+    row_step = DILATION_H * PITCH
+    for i_b in range(pid % programs * SPAN, min((pid % programs + 1) * SPAN, F * parts)):
+        i_f = i_b // parts
+        o_g = i_b % parts * B_G + tl.arange(0, B_G)
+        start = tl.load(p_offsets + i_f)
+        end = tl.load(p_offsets + i_f + 1)
+        acc = grouped_tile(
+            p_s, p_codes, p_c, start, end, o_g, o_s, plane, row_step, PRECISION, WIDE, LANES, ROW_BITS, G, B_T, STAGES
+        )
+        channels, m_c = i_f * size + o_g, o_g < size
+        if not ORDERED:
+            channels = tl.load(p_filters + i_f * G + o_g)
+            m_c = channels >= 0
+        store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
 
 
 def launch_grouped(
@@ -114,9 +125,11 @@ def launch_grouped(
 ) -> None:
     """Write y [images, n, H, W] from S of as many images; g must be more than 1."""
     count, padded = weight.taps.filters.shape
-    block = min(padded, 128)
+    # Hopper's matrix units take 64 rows and more only with taps innermost, which costs float32 its wide loads of S.
+    block = min(padded, 32 if y.element_size() == 4 else 128)
     pixels = y.shape[0] * where.out_height * where.pitch
-    grid = (count * (padded // block) * -(-pixels // config.block_pixels),)
+    image = s.numel() // y.shape[0]
+    grid = (-(-count * (padded // block) // config.span) * -(-pixels // config.block_pixels),)
     grouped_kernel[grid](
         s,
         weight.taps.codes,
@@ -129,7 +142,7 @@ def launch_grouped(
         count,
         weight.group_size,
         y.shape[0],
-        s.numel() // y.shape[0],
+        image,
         where.out_height,
         where.out_width,
         where.rows,
@@ -140,6 +153,7 @@ def launch_grouped(
         ORDERED=weight.taps.ordered,
         **epilogue.flags(y),
         PRECISION=precision,
+        WIDE=image >= INT32,
         LANES=vector(y.element_size()),
         ROW_BITS=ROW_BITS,
         G=padded,
@@ -147,5 +161,6 @@ def launch_grouped(
         B_T=config.block_taps,
         B_P=config.block_pixels,
         STAGES=config.stages,
+        SPAN=config.span,
         num_warps=config.warps,
     )

@@ -10,33 +10,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton_pack import ROW_BITS, Epilogue, Geometry, Packed, vector
+from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Epilogue, Geometry, Packed, vector
 from lcnn_compile.kernels.triton_tiles import output_pixels, store_tile, tap_offsets
 
 
 class LookupConfig(NamedTuple):
-    """Block sizes over filters and pixels, taps in flight, and warps of a program."""
+    """Block sizes over filters and pixels, filter blocks of a program, taps in flight, and warps.
+
+    A program that goes through many filters finds S in its multiprocessor's own cache.
+    """
 
     block_filters: int
     block_pixels: int
+    span: int
     unroll: int
     warps: int
 
 
 @triton.jit
 def lookup_tile(
-    p_s, p_table, p_offsets, o_f, o_s, F, plane, row_step, LANES: tl.constexpr, ROW_BITS: tl.constexpr, UNROLL: tl.constexpr
+    p_s,
+    p_table,
+    p_offsets,
+    o_f,
+    o_s,
+    F,
+    plane,
+    row_step,
+    WIDE: tl.constexpr,
+    LANES: tl.constexpr,
+    ROW_BITS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Σ over the taps of the filters o_f at the pixels o_s, in float32. Filters of fewer taps than others read none of theirs twice."""
+    """Σ over the taps of the filters o_f at the pixels o_s, in float32; a filter out of taps repeats its last one times 0."""
     m_f = o_f < F
+    FILTERS = tl.cdiv(F, 64) * 64
     count = tl.load(p_offsets + o_f + 1, mask=m_f, other=0) - tl.load(p_offsets + o_f, mask=m_f, other=0)
     acc = tl.zeros([o_f.shape[0], o_s.shape[0]], tl.float32)
     for t in tl.range(0, tl.max(count, 0), loop_unroll_factor=UNROLL):
-        entry = tl.load(p_table + t * F + o_f, mask=m_f, other=0)
-        code = (entry & 0xFFFFFFFF).to(tl.int32)
+        entry = tl.load(p_table + t * FILTERS + o_f)
         c = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        o_t = tap_offsets(code, plane, row_step, LANES, ROW_BITS)
-        s = tl.load(p_s + o_t[:, None] + o_s[None, :], mask=(t < count)[:, None], other=0.0)
+        o_t = tap_offsets(entry.to(tl.int32), plane, row_step, WIDE, LANES, ROW_BITS)
+        s = tl.load(p_s + o_t[:, None] + o_s[None, :])
         acc += c[:, None] * s.to(tl.float32)
     return acc
 
@@ -64,6 +79,7 @@ def lookup_kernel(
     y_h,
     y_w,
     ORDERED: tl.constexpr,
+    WIDE: tl.constexpr,
     RESIDUAL_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LANES: tl.constexpr,
@@ -72,25 +88,30 @@ def lookup_kernel(
     B_F: tl.constexpr,
     B_P: tl.constexpr,
     UNROLL: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """One block of filters and output pixels."""
+    """SPAN blocks of filters on one block of output pixels."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(F, B_F)
-    o_f = (pid % blocks) * B_F + tl.arange(0, B_F)
-    o_s, o_y, m_p = output_pixels(pid // blocks, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
-    acc = lookup_tile(p_s, p_table, p_offsets, o_f, o_s, F, ROWS * PITCH, DILATION_H * PITCH, LANES, ROW_BITS, UNROLL)
-    channels, m_c = o_f, o_f < F
-    if not ORDERED:
-        channels = tl.load(p_filters + o_f, mask=m_c, other=-1)
-        m_c = channels >= 0
-    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
+    programs = tl.cdiv(F, B_F * SPAN)
+    o_s, o_y, m_p = output_pixels(pid // programs, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
+    plane = ROWS * PITCH
+    row_step = DILATION_H * PITCH
+    for i_b in range(pid % programs * SPAN, min((pid % programs + 1) * SPAN, tl.cdiv(F, B_F))):
+        o_f = i_b * B_F + tl.arange(0, B_F)
+        acc = lookup_tile(p_s, p_table, p_offsets, o_f, o_s, F, plane, row_step, WIDE, LANES, ROW_BITS, UNROLL)
+        channels, m_c = o_f, o_f < F
+        if not ORDERED:
+            channels = tl.load(p_filters + o_f, mask=m_c, other=-1)
+            m_c = channels >= 0
+        store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
 
 
 def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, where: Geometry, config: LookupConfig) -> None:
     """Write y [images, n, H, W] from S of as many images; g must be 1."""
     count = weight.taps.filters.shape[0]
     pixels = y.shape[0] * where.out_height * where.pitch
-    grid = (-(-count // config.block_filters) * -(-pixels // config.block_pixels),)
+    image = s.numel() // y.shape[0]
+    grid = (-(-count // (config.block_filters * config.span)) * -(-pixels // config.block_pixels),)
     lookup_kernel[grid](
         s,
         weight.coefficients,
@@ -101,7 +122,7 @@ def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, wher
         y,
         count,
         y.shape[0],
-        s.numel() // y.shape[0],
+        image,
         where.out_height,
         where.out_width,
         where.rows,
@@ -110,11 +131,13 @@ def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, wher
         where.dilation[0],
         *y.stride(),
         ORDERED=weight.taps.ordered,
+        WIDE=image >= INT32,
         **epilogue.flags(y),
         LANES=vector(y.element_size()),
         ROW_BITS=ROW_BITS,
         B_F=config.block_filters,
         B_P=config.block_pixels,
         UNROLL=config.unroll,
+        SPAN=config.span,
         num_warps=config.warps,
     )

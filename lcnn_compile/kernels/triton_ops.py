@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -28,20 +30,38 @@ def _kernels(name: str) -> ModuleType:
     return import_module(f"lcnn_compile.kernels.triton_{name}")
 
 
-def _give_up(device: str, error: Exception) -> None:
-    """Remember that Triton fails here, and say so once."""
-    if device not in _unusable:
+@contextmanager
+def attempt(device: torch.device) -> Iterator[None]:
+    """Go on where Triton is absent or fails (no compiler, an unknown device), never to try it there again; say so once."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        absent = isinstance(error, (ImportError, RuntimeError, OSError, subprocess.CalledProcessError))
+        if not absent and not isinstance(error, import_module("triton.errors").TritonError):
+            raise
         reason = str(error).strip().split("\n")[0]
-        _unusable[device] = reason
+        _unusable[str(device)] = reason
         message = (
             f"the Triton kernels cannot run on {device} ({type(error).__name__}: {reason}); lowering 'factored' is used instead"
         )
-        warnings.warn(message, LcnnWarning, stacklevel=4)
+        warnings.warn(message, LcnnWarning, stacklevel=5)
+
+
+Weight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""dictionary, coefficients, indices, positions, offsets, filters."""
+
+
+def _can(input: Tensor, dictionary: Tensor, kernel_size: Sequence[int]) -> bool:
+    planes = dictionary.shape[0] * dictionary.shape[1] * kernel_size[1]
+    fits = planes < 1 << (31 - ROW_BITS) and kernel_size[0] <= 1 << ROW_BITS
+    return fits and input.dtype in DTYPES and str(input.device) not in _unusable
 
 
 def forward(
     input: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    weight: Weight,
     bias: Tensor | None,
     shape: Sequence[int],
     kernel_size: tuple[int, int],
@@ -57,27 +77,40 @@ def forward(
 
     All tensors as in :mod:`lcnn_compile.kernels.reference`, checked already, float16, bfloat16 or float32.
     """
-    device = str(input.device)
-    planes = weight[0].shape[0] * weight[0].shape[1] * kernel_size[1]
-    if input.dtype not in DTYPES or device in _unusable or planes >= 1 << (31 - ROW_BITS) or kernel_size[0] > 1 << ROW_BITS:
+    if not _can(input, weight[0], kernel_size):
         return None
     y = torch.empty(tuple(shape), dtype=input.dtype, device=input.device, memory_format=memory_format)
     if y.numel() == 0:
         return y
-    try:
-        run = _kernels("forward")
-        failures: tuple[type[Exception], ...] = (import_module("triton.errors").TritonError,)
-    except ImportError as error:
-        _give_up(device, error)
-        return None
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
     where = geometry(input.shape[2:], kernel_size, stride, padding, dilation, input.element_size())
     epilogue = Epilogue(bias, residual, activation, residual_last)
     form = pack(weight, kernel_size[1])
-    groups = weight[0].shape[0]
-    try:
-        return run.run(input, y, form, groups, epilogue, where, run.heuristic(input, form, groups, where))
-    except failures as error:
-        _give_up(device, error)
+    call = (input, y, form, weight[0].shape[0], epilogue, where)
+    with attempt(input.device):
+        run, tune = _kernels("forward"), _kernels("tune")
+        return run.run(*call, tune.configuration(*call))
+    return None
+
+
+def coefficient_gradient(
+    grad: Tensor,
+    input: Tensor,
+    weight: Weight,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor | None:
+    """The gradient of the coefficients [T, g] from that of the output, or None where these kernels cannot compute it."""
+    if not _can(input, weight[0], kernel_size) or grad.numel() == 0:
         return None
+    where = geometry(input.shape[2:], kernel_size, stride, padding, dilation, input.element_size())
+    form = pack(weight, kernel_size[1])
+    groups, size, _ = weight[0].shape
+    with attempt(input.device):
+        config = _kernels("tune").dictionary_configs(size, input.element_size())[0]
+        total: Tensor = _kernels("backward").coefficient_gradient(grad, input, form, groups, where, config)
+        return total.to(input.dtype).contiguous()
+    return None

@@ -20,14 +20,22 @@ from lcnn_compile.kernels.reference import output_size, tap_filter_groups
 ROW_BITS = 8
 """Low bits of a code, which hold the kernel row; the rest is the plane of S, row of D times kw plus kernel column."""
 
+INT32 = 2**31
+"""Elements from which offsets take 64 bits."""
+
+BLOCK = 64
+"""Filters of the table of g = 1 come in multiples of this, so that kernels read it without a mask."""
+
 
 class Taps(NamedTuple):
     """The integers of a lookup weight, packed; they change far less often than the coefficients.
 
     Attributes:
         codes: int32 [T], plane of S and kernel row of each tap, ``plane << ROW_BITS | row``.
-        slots: int64 [T], entry of the [L, F] table that each tap goes to, L the largest number of taps of a filter group.
-        longest: L, at least 1.
+        slots: int64 [L, F′], the tap in each entry of the table of g = 1; L is the largest number of taps of a filter, at
+            least 1, F′ is F rounded up to 64. Where a filter has run out of taps, its last one.
+        used: bool [L, F′], false there.
+        longest: taps of the filter group that has most.
         offsets: int32 [F + 1], as in the weight.
         filters: int32 [F, G], output channels, -1 for none; G is 1 or :func:`padded_group` of g.
         ordered: whether channel ``j·g + i`` is column i of filter group j, so that kernels compute what they else look up.
@@ -35,6 +43,7 @@ class Taps(NamedTuple):
 
     codes: Tensor
     slots: Tensor
+    used: Tensor
     longest: int
     offsets: Tensor
     filters: Tensor
@@ -46,7 +55,7 @@ class Packed(NamedTuple):
 
     Attributes:
         dictionary: [groups·k, m/groups], contiguous.
-        coefficients: where g = 1 an int64 table [L, F], tap t of each filter, its coefficient's float32 bits over its code;
+        coefficients: where g = 1 an int64 table [L, F′], tap t of each filter, its coefficient's float32 bits over its code;
             otherwise [T, G], zeros beyond g.
         taps: the integers.
         group_size: g.
@@ -67,27 +76,37 @@ def _taps(
     indices: Tensor, positions: Tensor, offsets: Tensor, filters: Tensor, groups: int, size: int, kernel_width: int
 ) -> Taps:
     count, width = filters.shape
-    number = torch.arange(indices.shape[0], device=indices.device)
     owner = tap_filter_groups(offsets, indices.shape[0])
     plane = (owner // (count // groups) * size + indices) * kernel_width + positions % kernel_width
     natural = torch.arange(count * width, device=filters.device, dtype=torch.int32).view(count, width)
     extra = 0 if width == 1 else padded_group(width) - width
+    slots, used = _slots(offsets.long()) if width == 1 else (offsets[:0].long(), offsets[:0].bool())
     return Taps(
         codes=(plane << ROW_BITS | positions // kernel_width).to(torch.int32),
-        slots=(number - offsets.long()[owner]) * count + owner,
-        longest=max(1, int(offsets.diff().max())),
+        slots=slots,
+        used=used,
+        longest=int(offsets.diff().max()),
         offsets=offsets.contiguous(),
         filters=F.pad(filters, (0, extra), value=-1).contiguous(),
         ordered=torch.equal(filters, natural),
     )
 
 
-def _coefficients(coefficients: Tensor, codes: Tensor, slots: Tensor, longest: int, count: int, width: int) -> Tensor:
+def _slots(offsets: Tensor) -> tuple[Tensor, Tensor]:
+    count = offsets.shape[0] - 1
+    ends = F.pad(offsets, (0, -count % BLOCK), value=int(offsets[-1]))
+    counts = ends.diff()
+    number = torch.arange(max(1, int(counts.max())), device=offsets.device)[:, None]
+    return torch.minimum(ends[:-1] + number, (ends[1:] - 1).clamp(min=0)), number < counts
+
+
+def _coefficients(coefficients: Tensor, codes: Tensor, slots: Tensor, used: Tensor, width: int) -> Tensor:
     if width > 1:
         return F.pad(coefficients, (0, width - coefficients.shape[1])).contiguous()
-    bits = coefficients[:, 0].float().contiguous().view(torch.int32).long()
-    table = codes.new_zeros(longest * count, dtype=torch.int64)
-    return table.index_copy(0, slots, bits << 32 | codes.long())
+    if not codes.numel():
+        return torch.zeros_like(slots)
+    values = torch.where(used, coefficients[slots, 0].float(), 0.0)
+    return values.view(torch.int32).long() << 32 | codes[slots].long()
 
 
 _prepared_taps = Prepared(_taps)
@@ -102,8 +121,7 @@ def pack(weight: tuple[Tensor, ...], kernel_width: int) -> Packed:
     dictionary, coefficients, *integers = weight
     groups, size, _ = dictionary.shape
     taps = _prepared_taps(tuple(integers), groups, size, kernel_width)
-    form = (taps.longest, *taps.filters.shape)
-    values = _prepared_coefficients((coefficients, taps.codes, taps.slots), *form)
+    values = _prepared_coefficients((coefficients, taps.codes, taps.slots, taps.used), taps.filters.shape[1])
     return Packed(dictionary.flatten(0, 1).contiguous(), values, taps, coefficients.shape[1])
 
 
@@ -175,5 +193,5 @@ class Epilogue(NamedTuple):
 
     def flags(self, y: Tensor) -> dict[str, Any]:
         """Compile-time arguments of :func:`lcnn_compile.kernels.triton_tiles.store_tile`."""
-        aligned = gcd(vector(y.element_size()), y.shape[3], y.stride(0), y.stride(1)) if y.stride(3) == 1 else 1
+        aligned = gcd(vector(y.element_size()), y.shape[3], *y.stride()[:3]) if y.stride(3) == 1 else 1
         return {"RESIDUAL_LAST": self.residual_last, "ACTIVATION": self.activation, "VEC": aligned}

@@ -31,9 +31,10 @@ def output_pixels(
 
 
 @triton.jit
-def tap_offsets(codes, plane, row_step, LANES: tl.constexpr, ROW_BITS: tl.constexpr):
-    """Offsets in S (int64) of the planes, shifted by kernel rows, that ``codes`` name."""
-    o_t = (codes >> ROW_BITS).to(tl.int64) * plane + (codes & ((1 << ROW_BITS) - 1)) * row_step
+def tap_offsets(codes, plane, row_step, WIDE: tl.constexpr, LANES: tl.constexpr, ROW_BITS: tl.constexpr):
+    """Offsets in S of the planes, shifted by kernel rows, that ``codes`` name; int64 where WIDE."""
+    i_plane = codes >> ROW_BITS
+    o_t = (i_plane.to(tl.int64) if WIDE else i_plane) * plane + (codes & ((1 << ROW_BITS) - 1)) * row_step
     return tl.multiple_of(o_t, LANES)
 
 

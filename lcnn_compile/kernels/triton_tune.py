@@ -1,0 +1,191 @@
+"""Which block sizes a layer runs with: measured on its first call, remembered on disk, guessed where nothing can be measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+from filelock import FileLock
+from platformdirs import user_cache_dir
+from torch import Tensor
+from triton.errors import TritonError
+
+from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, launch_dictionary
+from lcnn_compile.kernels.triton_forward import ForwardConfig, precision, run
+from lcnn_compile.kernels.triton_grouped import GroupedConfig, launch_grouped
+from lcnn_compile.kernels.triton_lookup import LookupConfig, launch_lookup
+from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, padded_group
+
+T = TypeVar("T")
+
+CHUNK = 24 << 20
+"""Bytes of S formed before they are read, so that they are still in the second-level cache; half of an H100's."""
+
+
+def dictionary_configs(size: int, element_size: int) -> list[DictionaryConfig]:
+    """Configurations for a dictionary of ``size`` vectors, the safest first."""
+    vectors = min(128, max(16, 1 << (size - 1).bit_length()))
+    if element_size == 4:
+        return [
+            DictionaryConfig(min(vectors, 64), 32, 64, 4, 3),
+            DictionaryConfig(min(vectors, 64), 32, 128, 8, 3),
+            DictionaryConfig(min(vectors, 32), 32, 128, 4, 3),
+        ]
+    return [
+        DictionaryConfig(vectors, 32, 128, 8, 4),
+        DictionaryConfig(vectors, 64, 128, 8, 3),
+        DictionaryConfig(min(vectors, 64), 32, 64, 4, 4),
+    ]
+
+
+def lookup_configs(element_size: int) -> list[LookupConfig]:
+    """Configurations where g = 1: many small programs, or few large ones that keep S in their own cache."""
+    lanes = 16 // element_size
+    return [
+        LookupConfig(8, 64 * lanes, 1, 4, 4),
+        LookupConfig(4, 128 * lanes, 1, 4, 4),
+        LookupConfig(64, 32 * lanes, 4, 4, 16),
+        LookupConfig(32, 64 * lanes, 8, 4, 16),
+    ]
+
+
+def grouped_configs(size: int, element_size: int) -> list[GroupedConfig]:
+    """Configurations for groups of ``size`` filters: a group per program, or several that find S in their own cache."""
+    if element_size == 4:
+        return [GroupedConfig(16, 128, 1, 4, 4), GroupedConfig(32, 64, 1, 4, 4), GroupedConfig(16, 128, 8, 4, 4)]
+    if padded_group(size) < 64:
+        return [
+            GroupedConfig(32, 128, 1, 4, 4),
+            GroupedConfig(32, 256, 1, 4, 4),
+            GroupedConfig(32, 256, 16, 8, 4),
+            GroupedConfig(64, 128, 4, 4, 4),
+        ]
+    return [
+        GroupedConfig(32, 128, 1, 4, 5),
+        GroupedConfig(64, 128, 1, 4, 4),
+        GroupedConfig(64, 256, 1, 8, 4),
+        GroupedConfig(64, 128, 4, 4, 4),
+    ]
+
+
+def _candidates(x: Tensor, weight: Packed, groups: int) -> tuple[list[DictionaryConfig], list[Any]]:
+    size = x.element_size()
+    first = dictionary_configs(weight.dictionary.shape[0] // groups, size)
+    second = lookup_configs(size) if weight.group_size == 1 else grouped_configs(weight.group_size, size)
+    return first, list(second)
+
+
+def guess(x: Tensor, weight: Packed, groups: int) -> ForwardConfig:
+    """The configuration that is fair everywhere."""
+    first, second = _candidates(x, weight, groups)
+    return ForwardConfig(first[0], second[0], CHUNK)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a launch; infinite where the configuration does not fit this device."""
+    try:
+        call()
+        return float(triton.testing.do_bench(call, warmup=3, rep=15, return_mode="median"))
+    except TritonError:
+        return float("inf")
+
+
+def _fastest(configs: Iterable[T], launch: Callable[[T], object]) -> T:
+    return min(configs, key=lambda config: _milliseconds(lambda: launch(config)))
+
+
+def measure(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry) -> ForwardConfig:
+    """The fastest configuration for this call; overwrites y. S by its kernel alone, lookups right after it, then whole calls by chunk."""
+    first, second = _candidates(x, weight, groups)
+    planes = weight.dictionary.shape[0]
+    images = max(1, min(x.shape[0], CHUNK // (where.image(planes) * x.element_size())))
+    s = empty_planes(x, planes, images, where)
+    part, target = x[:images], y[:images]
+    tail = epilogue if epilogue.residual is None else epilogue._replace(residual=epilogue.residual[:images])
+    digits = precision(x.dtype)
+    dictionary = _fastest(first, lambda c: launch_dictionary(part, weight.dictionary, s, groups, where, digits, c))
+
+    def launch(config: LookupConfig | GroupedConfig) -> None:
+        launch_dictionary(part, weight.dictionary, s, groups, where, digits, dictionary)
+        if isinstance(config, LookupConfig):
+            launch_lookup(s, weight, target, tail, where, config)
+        else:
+            launch_grouped(s, weight, target, tail, where, digits, config)
+
+    lookups = _fastest(second, launch)
+    whole = [ForwardConfig(dictionary, lookups, chunk) for chunk in (CHUNK, 2**40)]
+    if images == x.shape[0]:
+        return whole[0]
+    return _fastest(whole, lambda config: run(x, y, weight, groups, epilogue, where, config))
+
+
+@cache
+def _file(device: str) -> Path:
+    """Where the choices for this device, this Triton and these kernels are kept."""
+    sources = sorted(Path(__file__).parent.glob("triton_*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    folder = Path(os.environ.get("LCNN_CACHE_DIR") or user_cache_dir("lcnn_compile"))
+    name = "".join(c if c.isalnum() else "-" for c in f"{device}-triton-{triton.__version__}")
+    return folder / "triton" / f"{name}-{digest}.json"
+
+
+@cache
+def _known(path: Path) -> dict[str, Any]:
+    """The choices on disk; an unreadable file counts as empty."""
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _remember(path: Path, key: str, config: ForwardConfig) -> None:
+    """Add one choice to the file, whole or not at all; a folder that cannot be written is not worth failing for."""
+    known = _known(path)
+    known[key] = [list(config.dictionary), list(config.lookups), config.chunk]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"), tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            _known.cache_clear()
+            json.dump({**_known(path), **known}, file)
+            file.flush()
+            os.replace(file.name, path)
+    except OSError:
+        return
+    _known.cache_clear()
+
+
+_chosen: dict[tuple[Any, ...], ForwardConfig] = {}
+
+
+def configuration(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry) -> ForwardConfig:
+    """The configuration for this call; the first such call on a device measures, unless LCNN_TUNE is 0 or a graph is captured."""
+    taps = weight.taps
+    sizes = (x.shape, x.stride(), weight.dictionary.shape, groups, taps.filters.shape, taps.codes.shape, taps.longest)
+    key = (x.device, x.dtype, precision(x.dtype), *sizes, where, epilogue.residual is None, epilogue.activation)
+    found = _chosen.get(key)
+    if found is not None:
+        return found
+    if not x.is_cuda:
+        return guess(x, weight, groups)
+    path = _file(torch.cuda.get_device_name(x.device))
+    name = repr(tuple(tuple(v) if isinstance(v, tuple) else str(v) for v in key[1:]))
+    stored = _known(path).get(name)
+    if stored is not None:
+        form = LookupConfig if weight.group_size == 1 else GroupedConfig
+        found = ForwardConfig(DictionaryConfig(*stored[0]), form(*stored[1]), stored[2])
+    elif os.environ.get("LCNN_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
+        return guess(x, weight, groups)
+    else:
+        found = measure(x, y, weight, groups, epilogue, where)
+        _remember(path, name, found)
+    _chosen[key] = found
+    return found
