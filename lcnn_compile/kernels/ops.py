@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels import choose, cpu, reference, triton_ops
+from lcnn_compile.kernels import choose, cpu, reference, triton_autograd, triton_ops
 from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
 
@@ -71,12 +71,12 @@ def _forward(
     residual: Tensor | None = None,
     residual_last: bool = False,
 ) -> Tensor:
+    shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     size = (kernel_size[0], kernel_size[1])
     weight = (dictionary, coefficients, indices, positions, offsets, filters)
     known = _output_channels(weight, size)
     if known != out_channels:
         raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {known} filters")
-    shape = check_call(input, dictionary, bias, out_channels, size, stride, padding, dilation, activation, residual)
     if lowering == "auto":
         shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, size, stride, padding, dilation)
         problem = choose.problem_of(*shapes, input.device.type, input.dtype)
@@ -151,6 +151,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients through the factored form, which costs k/m of the dense backward pass."""
     input, dictionary, coefficients, indices, positions, offsets, filters = ctx.saved_tensors
     out_channels, kernel_size, stride, padding, dilation = ctx.geometry
+    grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
+    if grad.device.type == "cuda":
+        gradients = triton_autograd.gradients(grad, ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3])
+        return (*gradients, None, None, None, None, grad_bias, *[None] * 9)
     groups, size, _ = dictionary.shape
     convolution_backward = torch.ops.aten.convolution_backward
     pointwise = reference.pointwise_weight(dictionary)
@@ -166,7 +170,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
     grad_dictionary = grad_pointwise.view_as(dictionary) if ctx.needs_input_grad[1] else None
     grad_coefficients = reference.gather_taps(grad_p, indices, positions, offsets, filters) if ctx.needs_input_grad[2] else None
-    grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
     return (grad_input, grad_dictionary, grad_coefficients, None, None, None, None, grad_bias, *[None] * 9)
 
 
