@@ -1,5 +1,6 @@
 """Learning dictionaries, taps and coefficients (LCNN, sections 3.2 and 3.3, with calibration data instead of labels)."""
 
+from lcnn_compile.learning.distill import Epoch, History, distill
 from lcnn_compile.learning.model import FittedLayer, fit_model
 
-__all__ = ["FittedLayer", "fit_model"]
+__all__ = ["Epoch", "FittedLayer", "History", "distill", "fit_model"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,36 @@ RIDGE = 1e-5  # of the mean channel variance, added to the moment so that unused
 MEAN_SHARE = 0.05  # how much of the inputs' mean counts: a bias absorbs it, except where zero padding cuts it
 
 
+@dataclass(frozen=True)
+class Basis:
+    """A dictionary, and the dense weight in its terms.
+
+    Attributes:
+        dictionary: D, [groups, k, m/groups], float32.
+        lookups: P of the dense weight's projection, [groups, n/groups, kh·kw, k], float32.
+        energy: squared norms of the dense filters, [groups, n/groups], float32.
+    """
+
+    dictionary: Tensor
+    lookups: Tensor
+    energy: Tensor
+
+    @property
+    def size(self) -> int:
+        """k."""
+        return self.dictionary.shape[1]
+
+    def first(self, size: int) -> Basis:
+        """The best dictionary of ``size`` vectors."""
+        return Basis(self.dictionary[:, :size], self.lookups[..., :size], self.energy)
+
+
 def most_vectors(geometry: Geometry) -> int:
     """The largest dictionary that makes sense: the filters of a convolution group span no more directions."""
     return min(geometry.channels, geometry.filters * geometry.area)
 
 
-def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: InputMoments | None) -> tuple[Tensor, Tensor]:
+def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: InputMoments | None) -> Basis:
     """The dictionary that minimises ‖(W − P·D)·G^½‖, G the second moment of the inputs (None: the identity).
 
     The first k of the ``size`` vectors are the best dictionary of k vectors, and for these inputs S = D ∗ x is white.
@@ -27,9 +53,6 @@ def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: Input
         geometry: of the layer.
         size: vectors wanted, at most :func:`most_vectors`.
         moments: of the layer's inputs.
-
-    Returns:
-        D [groups, size, m/groups] and the P [groups, n/groups, kh·kw, size] that goes with it, float32.
     """
     rows = weight.detach().double().unflatten(0, (geometry.groups, -1)).flatten(3).transpose(2, 3)
     covariance = mean = sample = None
@@ -52,7 +75,8 @@ def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: Input
             pairs.append(_from_rows(flat, flat[:0], size))
     dictionary = torch.stack([d for d, _ in pairs]).float()
     lookups = torch.stack([p for _, p in pairs]).float()
-    return dictionary, lookups.view(geometry.groups, geometry.filters, geometry.area, size)
+    lookups = lookups.view(geometry.groups, geometry.filters, geometry.area, size)
+    return Basis(dictionary, lookups, rows.square().sum((2, 3)).float())
 
 
 def _from_moment(rows: Tensor, moment: Tensor | None, size: int) -> tuple[Tensor, Tensor]:

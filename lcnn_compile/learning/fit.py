@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcnn_compile.learning.dictionary import Basis
 from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.learning.grouping import group_filters
 from lcnn_compile.learning.sampling import Sample
@@ -41,20 +42,17 @@ class Problem:
     count: int
 
     @classmethod
-    def of(cls, sample: Sample | None, lookups: Tensor, group: int) -> Problem:
-        """From a sample, or from the weight alone.
+    def of(cls, sample: Sample | None, basis: Basis, group: int) -> Problem:
+        """From a sample, whose patches have at least the basis's planes, or from the weight alone.
 
-        Args:
-            sample: of the layer.
-            lookups: P of the dense weight, [groups, n/groups, kh·kw, k]: the solution that data may overrule.
-            group: which convolution group.
+        The dense weight in terms of the basis is the solution that data may overrule.
         """
-        prior = lookups[group].flatten(1).T
+        prior = basis.lookups[group].flatten(1).T
         if sample is None:
             gram = torch.eye(prior.shape[0], dtype=prior.dtype, device=prior.device)
             zero = prior.new_zeros(prior.shape[0])
-            return cls(gram, prior, prior.square().sum(0), zero, prior.new_zeros(prior.shape[1]), None, 0)
-        k, filters = lookups.shape[3], lookups.shape[1]
+            return cls(gram, prior, basis.energy[group], zero, prior.new_zeros(prior.shape[1]), None, 0)
+        k, filters = basis.size, prior.shape[1]
         patches = sample.patches[:, group, :, :k].flatten(1)
         outputs = sample.outputs[:, group * filters : (group + 1) * filters]
         measures = sample.held if sample.held.any() and not sample.held.all() else torch.ones_like(sample.held)
@@ -85,8 +83,8 @@ class Problem:
     def held_error(self, matrix: Tensor, bias: Tensor) -> tuple[float, float]:
         """Squared error on held-out pixels, and the squared deviation of the outputs there from their mean."""
         if self.held is None:
-            dense = self.cross.T
-            return float((dense - matrix).square().sum()), float(dense.square().sum())
+            missed = self.energy.sum() - self.cross.square().sum()
+            return float((self.cross.T - matrix).square().sum() + missed), float(self.energy.sum())
         patches, outputs = self.held
         wrong = torch.addmm(bias - self.output_mean, patches, matrix.T) - (outputs - self.output_mean)
         return float(wrong.square().sum()), float((outputs - outputs.mean(0)).square().sum())
@@ -111,24 +109,21 @@ class Fit:
     error: float
 
 
-def fit_layer(
-    geometry: Geometry, dictionary: Tensor, lookups: Tensor, sample: Sample | None, size: int, taps: int, group_size: int
-) -> Fit:
+def fit_layer(geometry: Geometry, basis: Basis, sample: Sample | None, taps: int, group_size: int) -> Fit:
     """Choose taps and coefficients for given sizes.
 
     Args:
         geometry: of the layer.
-        dictionary: [groups, at least k, m/groups], of which the first k vectors are used.
-        lookups: P of the dense weight, [groups, n/groups, kh·kw, at least k].
+        basis: the dictionary and the dense weight in its terms.
         sample: patches of at least k planes, and outputs; None to approximate the weight alone.
-        size: k.
         taps: of each filter.
         group_size: g.
     """
+    size = basis.size
     parts, biases = [], []
     wrong = total = 0.0
     for group in range(geometry.groups):
-        problem = Problem.of(sample, lookups[..., :size], group)
+        problem = Problem.of(sample, basis, group)
         filters = group_filters(problem.profiles(), group_size)
         if taps == size * geometry.area:
             columns = torch.arange(taps, device=filters.device).expand(filters.shape[0], -1)
@@ -144,7 +139,7 @@ def fit_layer(
         wrong, total = wrong + error, total + energy
         parts.append((columns % size, columns // size, coefficients, filters, group * geometry.filters))
         biases.append(bias)
-    return Fit(_assemble(geometry, dictionary[:, :size], parts), torch.cat(biases), wrong / max(total, 1e-30))
+    return Fit(_assemble(geometry, basis.dictionary, parts), torch.cat(biases), wrong / max(total, 1e-30))
 
 
 def _assemble(geometry: Geometry, dictionary: Tensor, parts: list[tuple[Tensor, Tensor, Tensor, Tensor, int]]) -> LookupWeight:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.learning.allocate import allocate
-from lcnn_compile.learning.dictionary import fit_dictionary, most_vectors
+from lcnn_compile.learning.dictionary import Basis, fit_dictionary, most_vectors
 from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless
 from lcnn_compile.learning.network import Layer, Network
 from lcnn_compile.learning.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler, calibrate
@@ -109,7 +109,7 @@ class _Fitting:
         self.network, self.configs, self.calibration, self.free, self.tell = network, configs, calibration, free, tell
         self.sampler = None if calibration is None else Sampler(network, calibration, seed)
         self.pixels = {name: self._pixels(name, pixels) for name in network.layers}
-        self.dictionaries: dict[str, tuple[Tensor, Tensor]] = {}
+        self.bases: dict[str, Basis] = {}
         self.points: dict[str, Point] = {}
 
     def _pixels(self, name: str, given: Mapping[str, tuple[int, int]] | None) -> tuple[int, int]:
@@ -135,7 +135,7 @@ class _Fitting:
                 result[name] = self._fit(name, samples.pop(name, None))
                 if not result[name].reason:
                     self.network.fitted[name] = (result[name].weight.dense_weight(), result[name].bias)
-                self.dictionaries.pop(name, None)
+                self.bases.pop(name, None)
             self.tell("fit", start + len(names), len(order))
         return {name: result[name] for name in self.network.layers}
 
@@ -159,21 +159,20 @@ class _Fitting:
     def _stays_dense(self, name: str) -> bool:
         return name in self.points and not self.points[name].size
 
-    def _dictionary(self, name: str) -> tuple[Tensor, Tensor]:
-        """D and the dense weight's P for the largest k that the layer may get."""
-        if name not in self.dictionaries:
+    def _basis(self, name: str) -> Basis:
+        """The dictionary of the layer's size, or of the largest it may get."""
+        if name not in self.bases:
             geometry = self.network.geometry[name]
             size = ladder(geometry, self.configs[name], self.free)[-1]
             moments = None if self.calibration is None else self.calibration.moments[name]
-            self.dictionaries[name] = fit_dictionary(self.network.weight(name), geometry, size, moments)
-        dictionary, lookups = self.dictionaries[name]
-        size = self.points[name].size if name in self.points else dictionary.shape[1]
-        return dictionary[:, :size], lookups[..., :size]
+            self.bases[name] = fit_dictionary(self.network.weight(name), geometry, size, moments)
+        basis = self.bases[name]
+        return basis.first(self.points[name].size) if name in self.points else basis
 
     def _samples(self, names: Sequence[str], *, compressed: bool) -> dict[str, Sample]:
         if self.sampler is None or not names:
             return {}
-        wanted = {name: None if self._lossless(name) else self._dictionary(name)[0] for name in names}
+        wanted = {name: None if self._lossless(name) else self._basis(name).dictionary for name in names}
         return self.sampler.collect(wanted, compressed=compressed)
 
     def _curves(self, names: Sequence[str]) -> dict[str, list[Point]]:
@@ -195,7 +194,7 @@ class _Fitting:
         geometry, config = self.network.geometry[name], self.configs[name]
         points = error_curve(
             geometry,
-            self._dictionary(name)[1],
+            self._basis(name),
             sample,
             ladder(geometry, config, self.free),
             config,
@@ -227,8 +226,8 @@ class _Fitting:
         return self._finish(name, self._at(name, sample, size, config.taps_per_filter(size, geometry.area)))
 
     def _at(self, name: str, sample: Sample | None, size: int, taps: int) -> Fit:
-        dictionary, lookups = self._dictionary(name)
-        return fit_layer(self.network.geometry[name], dictionary, lookups, sample, size, taps, self.configs[name].group_size)
+        basis = self._basis(name).first(size)
+        return fit_layer(self.network.geometry[name], basis, sample, taps, self.configs[name].group_size)
 
     def _search(self, name: str, sample: Sample | None) -> FittedLayer:
         """The cheapest sizes within the allowed error, as measured."""

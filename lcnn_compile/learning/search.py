@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lcnn_compile.config import LayerConfig
-from lcnn_compile.learning.dictionary import most_vectors
+from lcnn_compile.learning.dictionary import Basis, most_vectors
 from lcnn_compile.learning.fit import Problem
 from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.learning.grouping import group_filters
@@ -58,7 +58,7 @@ def ladder(geometry: Geometry, config: LayerConfig, free: bool) -> list[int]:
 
 def error_curve(
     geometry: Geometry,
-    lookups: Tensor,
+    basis: Basis,
     sample: Sample | None,
     sizes: Sequence[int],
     config: LayerConfig,
@@ -71,7 +71,7 @@ def error_curve(
 
     Args:
         geometry: of the layer.
-        lookups: P of the dense weight, [groups, n/groups, kh·kw, at least the largest size].
+        basis: of at least the largest size.
         sample: patches and outputs; None for the weight alone.
         sizes: values of k.
         config: for group_size, and for sparsity unless ``free``.
@@ -89,17 +89,17 @@ def error_curve(
         if most >= 1:
             points += [
                 Point(size, taps, lookup_macs(geometry, pixels, size, taps), error)
-                for taps, error in _errors(geometry, lookups[..., :size], sample, most, config.group_size)
+                for taps, error in _errors(geometry, basis.first(size), sample, most, config.group_size)
                 if config.sparsity == "auto" or free or taps == most
             ]
     return points
 
 
-def _errors(geometry: Geometry, lookups: Tensor, sample: Sample | None, taps: int, group_size: int) -> list[tuple[int, float]]:
+def _errors(geometry: Geometry, basis: Basis, sample: Sample | None, taps: int, group_size: int) -> list[tuple[int, float]]:
     """(taps, relative error) up to ``taps``: from the fit, scaled to what held-out pixels say at a few places."""
     problems, choices = [], []
     for group in range(geometry.groups):
-        problem = Problem.of(sample, lookups, group)
+        problem = Problem.of(sample, basis, group)
         filters = group_filters(problem.profiles(), group_size)
         problems.append(problem)
         choices.append((filters, select_taps(problem.gram, problem.cross, problem.energy, filters, taps)))

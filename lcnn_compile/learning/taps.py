@@ -68,7 +68,7 @@ def _select(gram: Tensor, cross: Tensor, energy: Tensor, filters: Tensor, taps: 
         at_chosen = previous.gather(2, chosen[:, None, :].expand(-1, done, -1))
         fresh = torch.baddbmm(gram[chosen], at_chosen.transpose(1, 2), previous, alpha=-1)
         corner = fresh.gather(2, chosen[:, None, :].expand(-1, block, -1))
-        corner.diagonal(dim1=1, dim2=2).clamp_(min=0).add_(floor[chosen])
+        corner.diagonal(dim1=1, dim2=2).clamp_(min=floor[chosen])
         lower = cholesky(corner)
         wanted = left.gather(2, chosen[:, None, :].expand(-1, left.shape[1], -1)).transpose(1, 2)
         fresh = torch.linalg.solve_triangular(lower, fresh, upper=False)
