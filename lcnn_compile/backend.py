@@ -76,7 +76,7 @@ def lcnn(
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled: Any = compile_fx(graph, list(inputs), config_patches=patches)
-        return compiled  # type: ignore[no-any-return]
+        return compiled
 
     places = weight_placeholders(gm, example_inputs)
     bound = bind_weights(gm, example_inputs, places)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,20 +104,19 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class _FunctionWatch(TorchFunctionMode):
-    """Records convolutions called as functions on weights that belong to none of the known layers."""
+    """Records convolutions that are called as functions, outside the known layers."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self._owned = {id(getattr(layer, "weight", None)) for layer in layers}
         self._names = {id(p): name for name, p in model.named_parameters()}
         self.found: dict[str, str] = {}
+        self.inside = 0
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in CONVOLUTION_FUNCTIONS:
+        if func in CONVOLUTION_FUNCTIONS and not self.inside:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if id(weight) not in self._owned and isinstance(weight, Tensor):
-                self.found[self._names.get(id(weight), func.__name__)] = CONVOLUTION_FUNCTIONS[func]
+            self.found[self._names.get(id(weight), func.__name__)] = CONVOLUTION_FUNCTIONS[func]
         return func(*args, **kwargs)
 
 
@@ -150,7 +149,13 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
     if batch is not None:
         names = {id(layer): name for name, layer in layers.items()}
 
+        watch = _FunctionWatch(model)
+
+        def enter(layer: nn.Module, args: Any) -> None:
+            watch.inside += 1
+
         def record(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            watch.inside -= 1
             input = args[0] if args else kwargs.get("input")
             if isinstance(input, Tensor) and isinstance(output, Tensor):
                 seen, new = usage.setdefault(names[id(layer)], Usage()), _usage(layer, input, output)
@@ -159,9 +164,9 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
                 seen.macs += new.macs
                 seen.size = new.size
 
-        watch = _FunctionWatch(model, layers.values())
         with ExitStack() as stack:
             for layer in layers.values():
+                stack.callback(layer.register_forward_pre_hook(enter).remove)
                 stack.callback(layer.register_forward_hook(record, with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(watch)

@@ -108,6 +108,7 @@ def check_call(
     Only shapes, dtypes and devices are looked at, so this also serves the fake.
     """
     _require(input.dim() == 4, name, f"input has shape {tuple(input.shape)}; [N, C, H, W] is required")
+    _require(dictionary.dim() == 3, name, f"dictionary has shape {tuple(dictionary.shape)}; 3 dimensions are required")
     channels = dictionary.shape[0] * dictionary.shape[2]
     _require(input.shape[1] == channels, name, f"input has {input.shape[1]} channels; the dictionary is for {channels}")
     _require(

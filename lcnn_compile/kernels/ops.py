@@ -71,22 +71,23 @@ def _forward(
     residual: Tensor | None = None,
     residual_last: bool = False,
 ) -> Tensor:
-    shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
-    size = (kernel_size[0], kernel_size[1])
+    call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     weight = (dictionary, coefficients, indices, positions, offsets, filters)
+    if lowering == "auto":
+        check_call(*call)
+        shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, kernel_size, stride, padding, dilation)
+        problem = choose.problem_of(*shapes, input.device.type, input.dtype)
+        lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
+    if lowering == "lookup" and cpu.takes(input, dictionary):
+        y = cpu.packed_weight(weight, tuple(kernel_size))(*call, residual_last)
+        return y.contiguous(memory_format=output_format(input))
+    shape = check_call(*call)
+    size = (kernel_size[0], kernel_size[1])
     known = _output_channels(weight, size)
     if known != out_channels:
         raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {known} filters")
-    if lowering == "auto":
-        shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, size, stride, padding, dilation)
-        problem = choose.problem_of(*shapes, input.device.type, input.dtype)
-        lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
     if lowering == "lookup" and input.is_cpu and input.dtype in cpu.DTYPES:
-        if cpu.is_available():
-            packed = cpu.packed_weight(weight, size)
-            y = packed(input, bias, shape, stride, padding, dilation, activation, residual, residual_last)
-            return y.contiguous(memory_format=output_format(input))
-        lowering = "factored"
+        lowering = "factored"  # the kernels are unavailable, and have said so
     if lowering == "lookup" and input.device.type == "cuda":
         format = output_format(input)
         fused = (activation, residual, residual_last)

@@ -1,0 +1,37 @@
+import os
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+# Tests run side by side and on tiny tensors, where a second thread only waits.
+torch.set_num_threads(1)
+settings.register_profile("fast", max_examples=25, deadline=None, suppress_health_check=slow, derandomize=True)
+settings.register_profile("fuzz", max_examples=20_000, deadline=None, suppress_health_check=slow, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Same random numbers in every test, and memory that nobody wrote is NaN, so a kernel that skips a pixel is seen."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*")
+        yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def backend_reset():
+    """A fresh Dynamo before and after, and the backend's one-time warnings as if never given."""
+    from lcnn_compile import backend
+
+    torch.compiler.reset()
+    backend._warned.clear()
+    yield
+    torch.compiler.reset()

@@ -1,0 +1,191 @@
+"""Each FX pass alone, on traced, exported and randomly generated graphs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from nets import Functional, SmallResNet, pictures, randomise
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from lcnn_compile import LcnnError, LookupConv2d, LookupWeight, passes
+from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.testing import assert_equivalent, networks
+
+ORDER = ("lift_functional_convolutions", "to_functional", "fold_batch_norm", "choose_lowerings", "fuse_epilogues")
+
+
+def with_lookups(model):
+    """The model with a random lookup convolution in every place, computing another function than before."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and child.in_channels > 3:
+                sizes = (child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding)
+                setattr(module, name, LookupConv2d(*sizes, groups=child.groups, bias=child.bias is not None, group_size=3))
+    return model
+
+
+def traced(model, x):
+    gm = fx.symbolic_trace(model)
+    ShapeProp(gm).propagate(x)
+    return gm
+
+
+def targets(gm):
+    return [node.target for node in gm.graph.nodes if node.op == "call_function"]
+
+
+@given(networks())
+def test_no_pass_changes_the_outputs(case):
+    for model in (case.model, with_lookups(case.model)):
+        gm = traced(model, case.inputs)
+        for name in ORDER:
+            getattr(passes, name)(gm)
+            assert_equivalent(model, gm, case.inputs, factor=32)
+
+
+def test_passes_on_an_exported_graph():
+    model = randomise(with_lookups(SmallResNet(8)))
+    for module in model.modules():
+        if isinstance(module, LookupConv2d):
+            module.lowering = "lookup"
+    x = pictures(2)
+    gm = torch.export.export(model, (x,)).module()
+    for name in ORDER:
+        getattr(passes, name)(gm)
+        assert_equivalent(model, gm, x, factor=32)
+    fused = [node for node in gm.graph.nodes if node.target is lookup_conv2d]
+    kinds = [(node.kwargs.get("activation"), node.kwargs.get("residual") is not None) for node in fused]
+    assert kinds == [("relu", False), ("relu", True), (None, False), ("relu", False), ("relu", True)]
+    assert not any("batch_norm" in str(t) for t in targets(gm))
+
+
+def test_find():
+    gm = fx.symbolic_trace(with_lookups(Functional()))
+    found = passes.find_convolutions(gm)
+    assert [(c.name, c.lookup) for c in found] == [("first", False), ("kernel", False), ("kernel", False)]
+    gm = fx.symbolic_trace(with_lookups(SmallResNet(8)))
+    assert sum(c.lookup for c in passes.find_convolutions(gm)) == 5
+
+
+def test_lift_shares_a_module_between_calls_of_the_same_geometry():
+    model = Functional().eval()
+    gm = passes.lift_functional_convolutions(fx.symbolic_trace(model))
+    convs = {name: m for name, m in gm.named_modules() if isinstance(m, nn.Conv2d)}
+    assert sorted(convs) == ["first", "kernel_conv2d", "kernel_conv2d_1"]
+    assert convs["kernel_conv2d"].weight is convs["kernel_conv2d_1"].weight
+    assert_equivalent(model, gm, pictures(2))
+
+
+def test_lift_leaves_computed_weights_alone():
+    class Hyper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.w * 2)
+
+    gm = passes.lift_functional_convolutions(fx.symbolic_trace(Hyper()))
+    assert F.conv2d in targets(gm)
+
+
+def test_fold_leaves_what_it_may_not_fold():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y + self.norm(y)
+
+    model, x = randomise(Net()), pictures(2)
+    gm = passes.fold_batch_norm(fx.symbolic_trace(model))
+    assert F.batch_norm in targets(gm)
+    assert_equivalent(model, gm, x)
+    training = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train())
+    assert [n.op for n in passes.fold_batch_norm(training).graph.nodes].count("call_module") == 1
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (lambda y, x: F.relu(y), ("relu", False, False)),
+        (lambda y, x: torch.relu_(y), ("relu", False, False)),
+        (lambda y, x: y.relu(), ("relu", False, False)),
+        (lambda y, x: y.clamp(0, 6), ("relu6", False, False)),
+        (lambda y, x: F.hardtanh(y, 0.0, 6.0), ("relu6", False, False)),
+        (lambda y, x: F.silu(y) + x, ("silu", True, True)),
+        (lambda y, x: F.hardswish(x + y), ("hardswish", True, False)),
+        (lambda y, x: x + y, ("none", True, False)),
+        (lambda y, x: F.hardtanh(y), None),
+        (lambda y, x: y.clamp(1, 6), None),
+        (lambda y, x: torch.add(y, x, alpha=2), None),
+        (lambda y, x: y + x.mean(), None),
+        (lambda y, x: y + x[:, :, :1], None),
+        (lambda y, x: y + 1, None),
+        (lambda y, x: y * F.relu(y), None),
+        (lambda y, x: F.relu(y) * y, None),
+    ],
+)
+def test_fuse(tail, expected):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = LookupConv2d(4, 4, 3, padding=1, dictionary_size=2, lowering="lookup")
+
+        def forward(self, x):
+            return tail(self.conv(x), x)
+
+    model, x = Net().eval(), torch.randn(2, 4, 7, 5)
+    gm = passes.fuse_epilogues(traced(model, x))
+    node = next(n for n in gm.graph.nodes if n.target is lookup_conv2d)
+    found = tuple(node.kwargs.get(k) for k in ("activation", "residual", "residual_last"))
+    if expected is None:
+        assert found == (None, None, None)
+    else:
+        assert (found[0], found[1] is not None, bool(found[2])) == expected
+    assert_equivalent(model, gm, x, factor=16)
+
+
+def test_fuse_does_not_move_a_read_past_a_write():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = LookupConv2d(4, 4, 3, padding=1, dictionary_size=2, lowering="lookup")
+
+        def forward(self, x):
+            x = x + 1
+            y = self.conv(x)
+            x.mul_(2)
+            return F.relu(y + x)
+
+    model, x = Net().eval(), torch.randn(2, 4, 7, 5)
+    assert_equivalent(model, passes.fuse_epilogues(traced(model, x)), x, factor=16)
+
+
+@pytest.mark.parametrize("lowering", ["lookup", "factored", "dense", "auto"])
+@pytest.mark.parametrize("padding", [1, "same", (2, 0)])
+def test_choose(lowering, padding):
+    model = nn.Sequential(LookupConv2d(8, 16, (4, 3), padding=padding, groups=2, lowering=lowering)).eval()
+    x = torch.randn(2, 8, 12, 9)
+    gm = passes.choose_lowerings(traced(model, x))
+    convolutions = targets(gm).count(F.conv2d)
+    if lowering != "auto":
+        assert convolutions == {"lookup": 0, "factored": 2, "dense": 1}[lowering]
+    assert_equivalent(model, gm, x, factor=16)
+
+
+def test_replace():
+    model, x = Functional().eval(), pictures(2)
+    gm = passes.lift_functional_convolutions(fx.symbolic_trace(model))
+    weights = {
+        name: (LookupWeight.lossless(gm.get_submodule(name).weight), gm.get_submodule(name).bias)
+        for name in ("first", "kernel_conv2d")
+    }
+    passes.replace_convolutions(gm, weights)
+    assert isinstance(gm.get_submodule("kernel_conv2d"), LookupConv2d)
+    assert_equivalent(model, gm, x)
+    with pytest.raises(LcnnError, match="'nothing'"):
+        passes.replace_convolutions(gm, {"nothing": weights["first"]})
