@@ -37,6 +37,7 @@ def test_layers_are_timed_and_compared() -> None:
     rows = measure(tiny_case(), [EAGER], 0.0, [LOOKUP])
     assert [(row.setting, row.engine) for row in rows] == [("dense", "eager"), ("a", "lcnn eager"), ("b", "lcnn eager")]
     assert all(row.seconds is not None and not row.failed and row.error <= row.allowed for row in rows)
+    assert [row.lookups for row in rows] == [None, 1, 1]
     first, second = compare(rows)
     assert first.mac_ratio == pytest.approx(8 * 8 * 9 / (8 * 2 + 8 * 18))
     assert second.mac_ratio == pytest.approx(8 * 8 * 9 / (8 * 2 + 8 * 9))

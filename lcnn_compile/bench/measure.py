@@ -7,8 +7,8 @@ own float32 dense model is; one that is farther gets no time, only a reason. Den
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lcnn_compile.bench import macs
 from lcnn_compile.bench.engines import Engine, Runnable, run_torch
 from lcnn_compile.bench.settings import dense_twin
 from lcnn_compile.bench.timing import Timing, alternate
+from lcnn_compile.kernels import cpu, cpu_build
 
 FACTOR = 4.0
 DENSE_LIMIT = 1e-4
@@ -50,6 +51,9 @@ class Row:
         setting: "dense", or the setting of the lookup model.
         exact: float32 throughout.
         error: distance from the float64 truth, relative to its norm; ``allowed`` is the largest accepted.
+        low, high: quartiles of ``bursts`` bursts.
+        lookups: calls of the lookup operator in one call of the model; what "auto" keeps dense is not among them.
+        kernels: instruction set of the C++ kernels, or "none" where lookups fall back to the factored lowering.
     """
 
     case: str
@@ -66,7 +70,8 @@ class Row:
     high: float | None = None
     bursts: int = 0
     reason: str = ""
-    notes: dict[str, Any] = field(default_factory=dict)
+    lookups: int | None = None
+    kernels: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -83,6 +88,13 @@ def distance(y: Tensor, truth: Tensor) -> float:
     if y.shape != truth.shape or not bool(torch.isfinite(y).all()):
         return float("inf")
     return float((y.double() - truth).norm() / truth.norm())
+
+
+def lookup_calls(call: Callable[[], object]) -> int:
+    """How often one call runs the lookup operator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        call()
+    return sum(event.count for event in profiler.key_averages() if event.key == "lcnn::lookup_conv2d")
 
 
 def _prepare(
@@ -138,6 +150,9 @@ def measure(
         multiply_adds = macs.count(model, example)
         for engine in lookup_engines:
             add(setting, engine, model, multiply_adds, truth, FACTOR * own)
+            if runnable := calls.get(len(rows) - 1):
+                rows[-1].lookups = lookup_calls(runnable.call)
+                rows[-1].kernels = cpu_build.instruction_set() if cpu.is_available() else "none"
     timings = alternate({str(number): runnable.call for number, runnable in calls.items()}, seconds)
     for number in calls:
         _record(rows[number], timings[str(number)])

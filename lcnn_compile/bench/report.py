@@ -94,6 +94,8 @@ def show(rows: Sequence[Row], title: str, console: Console) -> None:
     targets = target_table(comparisons)
     if targets is not None:
         console.print(targets)
+    if any(row.kernels == "none" for row in rows):
+        console.print("the C++ kernels were not available: lookups ran as the factored lowering", style="red")
     for reason in dict.fromkeys(f"{row.engine}, {row.setting}: {row.reason}" for row in rows if row.reason):
         console.print(reason, style="yellow", highlight=False)
 
