@@ -31,8 +31,6 @@ struct Block {
   int size, first_filter;
 };
 
-constexpr int BLOCK = 8;
-
 // A lookup weight, packed by blocks of filters: coefficients [taps][size].
 struct Weight {
   int64_t groups, k, m, kh, kw, n;
@@ -117,7 +115,10 @@ struct Plan {
   std::vector<int32_t> offsets;  // of the taps, in S
   int64_t reach_h, reach_w;      // farthest row and column of a phase that a tap adds
   int64_t pitch, band, bands, phase_plane, plane, tile;
+  int64_t extent;         // floats from the address of x to the end of its memory
+  int64_t direct_blocks;  // up to so many blocks of D, x is read where it lies
   bool by_rows;     // vectors of output pixels start at each row, rather than anywhere
+  bool stream;    // output goes past the caches
   bool cooperate;   // all threads share one band, rather than each having its own
 
   Plan(const Weight& weight, const Geometry& geometry);
@@ -126,7 +127,8 @@ struct Plan {
   void layout(int64_t rows);
 };
 
-constexpr int64_t S_BYTES = 160 << 10;
+static int64_t env(const char* n, int64_t d) { const char* v = getenv(n); return v ? atoll(v) : d; }
+const int64_t S_BYTES = env("LCNN_S", 160 << 10);
 
 Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geometry) {
   reach_h = (w.kh - 1) * g.dilation[0] / g.stride[0];
@@ -156,6 +158,10 @@ Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geomet
   bands = ceil_div(g.out_height, band);
   by_rows = ceil_div(g.out_width, LANES) * band <= ceil_div((band - 1) * pitch + g.out_width, LANES);
   tile = w.m > 1024 ? 3 : TILE;
+  extent = (g.batch - 1) * g.stride_n + (w.groups * w.m - 1) * g.stride_c + (g.height - 1) * g.stride_h +
+           (g.width - 1) * g.stride_w + 1;
+  direct_blocks = env("LCNN_DIRECT", 4);
+  stream = by_rows && g.out_width % LANES == 0 && w.n * g.out_height * g.out_width * 4 > env("LCNN_STREAM", 8 << 20);
   offsets.resize(w.indices.size());
   for (size_t t = 0; t < offsets.size(); ++t) {
     const int64_t down = w.positions[t] / w.kw * g.dilation[0], right = w.positions[t] % w.kw * g.dilation[1];
@@ -186,6 +192,8 @@ struct Team {
   }
 };
 
+struct Grid;
+
 struct Call {
   const Plan& p;
   const float* x;
@@ -193,29 +201,78 @@ struct Call {
   const float* residual;
   float* y;
 
+  Grid grid(const Phase& at, int64_t first_row, int64_t rows) const;
+  Pixels pixels_in(const Grid& grid, const Phase& at, int64_t first) const;
   void band(int64_t image, int64_t index, float* s, float* packed, Team team) const;
   void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed, Team team) const;
   void lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const;
 };
 
-// A run of pixels that is valid: where it lies in a tile, and in a channel of x.
-struct Run {
-  int64_t lane, length, source;
+// Where the dictionary stage stands in the grid of a phase.
+struct Grid {
+  int64_t begin, stop;  // the pixels to form; zeros around them
+  int64_t first_source, row_source, column_source;  // in a channel of x: of pixel (0, 0), and per row and column
 };
 
-// Copy the runs of one tile from every channel; lanes outside them become zeros.
-void pack(const float* x, int64_t channels, int64_t stride_c, int64_t step, const std::vector<Run>& runs, int64_t lanes,
-          float* to) {
-  const bool whole = runs.size() == 1 && runs[0].length == lanes;
-  for (int64_t c = 0; c < channels; ++c, x += stride_c, to += lanes) {
-    if (!whole) std::memset(to, 0, sizeof(float) * lanes);
-    for (const Run& run : runs) {
-      const float* from = x + run.source;
-      float* target = to + run.lane;
-      if (step == 1)
-        std::memcpy(target, from, sizeof(float) * run.length);
-      else
-        for (int64_t i = 0; i < run.length; ++i) target[i] = from[i * step];
+Grid Call::grid(const Phase& at, int64_t first_row, int64_t rows) const {
+  const Geometry& g = p.g;
+  const auto row_of = [&](int64_t h) {
+    return std::clamp<int64_t>(ceil_div(h + g.top - at.row - first_row * g.stride[0], g.stride[0]), 0, rows + p.reach_h);
+  };
+  const int64_t first = row_of(0), end = row_of(g.height);
+  const bool empty = first >= end || at.first_valid >= at.end_valid;
+  return {empty ? 0 : first * p.pitch + at.first_valid,
+          empty ? 0 : (end - 1) * p.pitch + at.end_valid,
+          (first_row * g.stride[0] + at.row - g.top) * g.stride_h + (at.column - g.left) * g.stride_w,
+          g.stride[0] * g.stride_h,
+          g.stride[1] * g.stride_w};
+}
+
+// The vector of grid pixels from `first` on.
+Pixels Call::pixels_in(const Grid& grid, const Phase& at, int64_t first) const {
+  Pixels found{0, first, 0, 0};
+  for (int64_t lane = 0, row = first / p.pitch; lane < LANES && first + lane < grid.stop; ++row) {
+    const int64_t from = std::max(first + lane, row * p.pitch + at.first_valid);
+    const int64_t end = std::min({first + LANES, row * p.pitch + at.end_valid, grid.stop});
+    if (end > from) {
+      if (!found.count)
+        found.source = grid.first_source + row * grid.row_source + (from - row * p.pitch) * grid.column_source;
+      found.mask |= ((1u << (end - from)) - 1) << (from - first);
+      found.count += int(end - from);
+    }
+    lane = (row + 1) * p.pitch - first;
+  }
+  return found;
+}
+
+// `length` floats that lie `step` apart.
+void copy_spread(float* to, const float* from, int64_t length, int64_t step) {
+  int64_t i = 0;
+  if (step == 1)
+    for (; i + LANES <= length; i += LANES) store(to + i, load(from + i));
+  if (step == 2)
+    for (; i + LANES < length; i += LANES) store(to + i, even_lanes(load(from + 2 * i), load(from + 2 * i + LANES)));
+  for (; i < length; ++i) to[i] = from[i * step];
+}
+
+// Copy one tile of every channel, vectors side by side; lanes that are not valid become zeros.
+void pack(const float* x, const Former& to, const Pixels* pixels, int64_t count, const Phase& at, const Grid& grid,
+          int64_t pitch, int64_t first_pixel, bool contiguous, float* packed) {
+  if (contiguous) {
+    for (int64_t c = 0; c < to.channels; ++c, x += to.pitch)
+      for (int64_t v = 0; v < count; ++v, packed += LANES)
+        store(packed, pixels[v].mask == FULL ? load(x + pixels[v].source)
+                                             : expand(load_first(x + pixels[v].source, pixels[v].count), pixels[v].mask));
+    return;
+  }
+  const int64_t lanes = count * LANES, last_pixel = std::min(first_pixel + lanes, grid.stop);
+  for (int64_t c = 0; c < to.channels; ++c, x += to.pitch, packed += lanes) {
+    std::memset(packed, 0, sizeof(float) * lanes);
+    for (int64_t row = first_pixel / pitch; row * pitch < last_pixel; ++row) {
+      const int64_t from = std::max(first_pixel, row * pitch + at.first_valid);
+      const int64_t length = std::min(last_pixel, row * pitch + at.end_valid) - from;
+      const float* source = x + grid.first_source + row * grid.row_source + (from - row * pitch) * grid.column_source;
+      copy_spread(packed + (from - first_pixel), source, length, grid.column_source);
     }
   }
 }
@@ -223,54 +280,53 @@ void pack(const float* x, int64_t channels, int64_t stride_c, int64_t step, cons
 void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed,
                             Team team) const {
   const Weight& w = p.w;
-  const Geometry& g = p.g;
-  const float* origin = x + image * g.stride_n + group * w.m * g.stride_c;
+  const int64_t offset = image * p.g.stride_n + group * w.m * p.g.stride_c, blocks = int64_t(w.rows.size());
+  const float* origin = x + offset;
   const float* dictionary = w.dictionary.data() + group * w.k * w.m;
-  std::vector<Run> runs;
   for (size_t phase = 0; phase < p.phases.size(); ++phase) {
     const Phase& at = p.phases[phase];
-    const auto row_at = [&](int64_t h) {
-      return std::clamp<int64_t>(ceil_div(h + g.top - at.row - first_row * g.stride[0], g.stride[0]), 0, rows + p.reach_h);
-    };
-    const int64_t first = row_at(0), end = row_at(g.height), width = at.end_valid - at.first_valid;
-    const bool empty = first >= end || width <= 0;
-    const int64_t begin = empty ? 0 : first * p.pitch + at.first_valid, stop = empty ? 0 : (end - 1) * p.pitch + at.end_valid;
-    float* grid = s + phase * p.phase_plane;
+    const Grid grid = this->grid(at, first_row, rows);
+    float* const plane = s + phase * p.phase_plane;
     for (int64_t i = w.k * team.rank / team.size; i < w.k * (team.rank + 1) / team.size; ++i) {
-      std::fill(grid + i * p.plane, grid + i * p.plane + begin, 0.0f);
-      std::fill(grid + i * p.plane + stop, grid + i * p.plane + p.phase_plane, 0.0f);
+      std::fill(plane + i * p.plane, plane + i * p.plane + grid.begin, 0.0f);
+      std::fill(plane + i * p.plane + grid.stop, plane + i * p.plane + p.phase_plane, 0.0f);
     }
-    const int64_t vectors = ceil_div(stop - begin, LANES), tiles = ceil_div(vectors, p.tile), blocks = int64_t(w.rows.size());
-    int64_t tile = -1, lanes = 0, count = 0, at_pixel = 0;
-    for (int64_t unit = tiles * blocks * team.rank / team.size; unit < tiles * blocks * (team.rank + 1) / team.size; ++unit) {
+    // Valid lanes lie side by side in x, even where a vector goes from one row to the next.
+    const bool contiguous = grid.column_source == 1 && grid.row_source == at.end_valid - at.first_valid;
+    const int64_t vectors = ceil_div(grid.stop - grid.begin, LANES), tiles = ceil_div(vectors, p.tile);
+    const int64_t units = tiles * blocks;
+    Pixels pixels[TILE];
+    Former from{};
+    int64_t tile = -1, count = 0;
+    for (int64_t unit = units * team.rank / team.size; unit < units * (team.rank + 1) / team.size; ++unit) {
+      const int64_t number = unit % blocks;
       if (unit / blocks != tile) {
         tile = unit / blocks;
-        const int64_t from = vectors * tile / tiles;
-        count = vectors * (tile + 1) / tiles - from;
-        lanes = count * LANES;
-        at_pixel = begin + from * LANES;
-        runs.clear();
-        for (int64_t q = at_pixel; q < std::min(at_pixel + lanes, stop);) {
-          const int64_t row = q / p.pitch, column = std::max(q % p.pitch, at.first_valid);
-          const int64_t last = std::min(at.end_valid, at_pixel + lanes - row * p.pitch);
-          if (last > column)
-            runs.push_back({row * p.pitch + column - at_pixel, last - column,
-                            ((first_row + row) * g.stride[0] + at.row - g.top) * g.stride_h +
-                                (column * g.stride[1] + at.column - g.left) * g.stride_w});
-          q = (row + 1) * p.pitch;
+        const int64_t first = vectors * tile / tiles;
+        count = vectors * (tile + 1) / tiles - first;
+        for (int64_t v = 0; v < count; ++v) pixels[v] = pixels_in(grid, at, grid.begin + (first + v) * LANES);
+        from = {origin, p.g.stride_c, w.m, plane, p.plane, {}};
+        const int64_t last = pixels[count - 1].source + LANES + (w.m - 1) * p.g.stride_c + offset;
+        if (contiguous) from.ahead = {(const char*)(origin + pixels[count - 1].source), p.g.stride_c * 4};
+        if (!contiguous || blocks > p.direct_blocks || last > p.extent) {
+          pack(origin, from, pixels, count, at, grid, p.pitch, grid.begin + first * LANES, contiguous, packed);
+          from.x = packed;
+          from.pitch = count * LANES;
+          for (int64_t v = 0; v < count; ++v) pixels[v].source = v * LANES, pixels[v].mask = FULL;
         }
-        pack(origin, w.m, g.stride_c, g.stride[1] * g.stride_w, runs, lanes, packed);
       }
-      const Block& block = w.rows[unit % blocks];
+      const Block& block = w.rows[number];
       for (int f = 0; f < block.size; f += FILTERS) {
         const int filters = std::min(FILTERS, block.size - f);
         const int64_t passes = ceil_div(count, vectors_for(filters));
         for (int64_t i = 0; i < passes; ++i) {
           const int64_t v = count * i / passes;
-          kernels.form[filters][count * (i + 1) / passes - v](packed + v * LANES, lanes, dictionary + block.coefficients + f,
-                                                              block.size, w.m,
-                                                              grid + (block.first_filter + f) * p.plane + at_pixel + v * LANES,
-                                                              p.plane);
+          Former here = from;
+          const int64_t call = number * passes + i;
+          here.ahead.at += call * 128;
+          kernels.form[filters][count * (i + 1) / passes - v](here, pixels + v, dictionary + block.coefficients + f, block.size,
+                                                              plane + (block.first_filter + f) * p.plane,
+                                                              contiguous && call < 4);
         }
       }
     }
@@ -287,7 +343,7 @@ void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t
   const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
   const int64_t start = image * w.n * area + first_row * g.out_width;
   const Lookup to{s, bias, residual ? residual + start : nullptr, y + start, area,
-                  Epilogue(int(g.activation), g.residual_last != 0)};
+                  Epilogue(int(g.activation), g.residual_last != 0), p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
   Pixels pixels[TILE];
   int64_t tile = -1, count = 0;
   for (int64_t unit = tiles * blocks * team.rank / team.size; unit < tiles * blocks * (team.rank + 1) / team.size; ++unit) {
@@ -330,6 +386,7 @@ void Call::band(int64_t image, int64_t index, float* s, float* packed, Team team
     dictionary_stage(image, group, first_row, rows, s, packed, team);
     team.wait();
     lookup_stage(image, group, first_row, rows, s, team);
+    if (p.stream) fence();
     team.wait();
   }
 }

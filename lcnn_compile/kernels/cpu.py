@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu_build
-from lcnn_compile.kernels.checks import check_weight
+from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(("none", "relu", "relu6", "silu", "hardswish"))}
@@ -28,6 +29,11 @@ def usable(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype in DTYPES and is_available()
 
 
+def takes(input: Tensor, dictionary: Tensor) -> bool:
+    """Whether the lookup lowering of this input runs on these kernels."""
+    return input.dim() == 4 and input.is_cpu and dictionary.is_cpu and input.dtype in DTYPES and is_available()
+
+
 class _Handle:
     """An object of the library, freed with this one."""
 
@@ -41,6 +47,13 @@ class _Handle:
     def __del__(self) -> None:
         if hasattr(self, "address"):
             self._free(self.address)
+
+
+class _Plan(NamedTuple):
+    """What is worked out once for all calls of the same geometry."""
+
+    handle: _Handle
+    shape: tuple[int, int, int, int]
 
 
 class PackedWeight:
@@ -66,26 +79,29 @@ class PackedWeight:
             raise KernelError("lookup_conv2d: the C++ kernels are unavailable")
         self.out_channels = int((filters >= 0).sum())
         self._library = library
-        self._plans: dict[tuple[object, ...], _Handle] = {}
+        self._plans: dict[tuple[object, ...], _Plan] = {}
         tensors = [t.detach().to(torch.float32).contiguous() for t in (dictionary, coefficients)]
         tensors += [t.contiguous() for t in (indices, positions, offsets, filters)]
         sizes = (ctypes.c_int64 * 7)(*dictionary.shape, *size, *filters.shape)
         packed = library.lcnn_weight_new(sizes, *[t.data_ptr() for t in tensors])
         self._handle = _Handle(packed, library.lcnn_weight_free)
 
-    def _plan(self, key: tuple[object, ...], numbers: list[int]) -> _Handle:
-        geometry = (ctypes.c_int64 * len(numbers))(*numbers)
-        plan = _Handle(self._library.lcnn_plan_new(self._handle.address, geometry), self._library.lcnn_plan_free)
+    def _plan(self, key: tuple[object, ...], x: Tensor, shape: tuple[int, int, int, int], numbers: list[int]) -> _Plan:
+        batch, _, height, width = x.shape
+        geometry = [batch, height, width, *x.stride(), shape[2], shape[3], *numbers]
+        made = self._library.lcnn_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry))
         if len(self._plans) >= PLANS:
             self._plans = {}
-        self._plans[key] = plan
+        plan = self._plans[key] = _Plan(_Handle(made, self._library.lcnn_plan_free), shape)
         return plan
 
     def __call__(
         self,
         input: Tensor,
+        dictionary: Tensor,
         bias: Tensor | None,
-        shape: tuple[int, int, int, int],
+        out_channels: int,
+        kernel_size: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -93,27 +109,33 @@ class PackedWeight:
         residual: Tensor | None,
         residual_last: bool,
     ) -> Tensor:
-        """``activation(conv(input, P·D) + bias + residual)``, contiguous, of the output's ``shape`` and the input's dtype.
+        """``activation(conv(input, P·D) + bias + residual)``, contiguous, in the input's dtype.
 
-        The arguments are those of the operator and have passed ``check_call``.
+        The arguments are those of the operator. What ``check_call`` says of them is remembered with the plan.
         """
         x = input if input.dtype == torch.float32 else input.to(torch.float32)
         if x.stride(3) != 1:
             x = x.contiguous()
-        y = torch.empty(shape, dtype=torch.float32)
-        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
-            bias = bias.to(torch.float32).contiguous()
-        if residual is not None and (residual.dtype != torch.float32 or not residual.is_contiguous()):
-            residual = residual.to(torch.float32).contiguous()
         threads = torch.get_num_threads()
-        key = (x.shape, x.stride(), *stride, *padding, *dilation, activation, residual_last, threads)
+        key = (
+            *(input.dtype, x.shape, x.stride(), out_channels, *kernel_size, *stride, *padding, *dilation),
+            *(activation, residual_last, threads),
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
+            None if residual is None else (residual.shape, residual.dtype, residual.device),
+        )
         plan = self._plans.get(key)
         if plan is None:
-            batch, _, height, width = x.shape
-            numbers = [batch, height, width, *x.stride(), *shape[2:], *stride, *dilation, padding[0], padding[2]]
-            plan = self._plan(key, [*numbers, ACTIVATION_CODES[activation], int(residual_last), threads])
+            if out_channels != self.out_channels:
+                raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {self.out_channels} filters")
+            call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
+            shape = check_call(*call)
+            numbers = [*stride, *dilation, padding[0], padding[2], ACTIVATION_CODES[activation], int(residual_last), threads]
+            plan = self._plan(key, x, shape, numbers)
+        bias = bias if bias is None else bias.to(torch.float32).contiguous()
+        residual = residual if residual is None else residual.to(torch.float32).contiguous()
+        y = torch.empty(plan.shape, dtype=torch.float32)
         failed = self._library.lcnn_run(
-            plan.address,
+            plan.handle.address,
             x.data_ptr(),
             None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),

@@ -1,71 +1,108 @@
-// The micro-kernel of both stages: some filters that share their taps, at some vectors of pixels.
+// The micro-kernels of both stages: some filters that share their taps, at some pixels. The dictionary stage is such a
+// lookup too: rows of D share all input channels as taps.
 #pragma once
 
 #include "cpu_vector.h"
 
 namespace lcnn {
 
-constexpr int TILE = 6;  // vectors of pixels in a tile, at most
+constexpr int TILE = 6;   // vectors of pixels in a tile, at most
+constexpr int BLOCK = 8;  // filters of a group that are packed together, at most
 
 enum Activation { NONE, RELU, RELU6, SILU, HARDSWISH };
 
 // What happens to a sum before it is written.
 struct Epilogue {
   Activation activation;
-  float low, high;      // none, relu and relu6 are clamps
+  float low, high;  // none, relu and relu6 are clamps
   bool residual_last;
 
-  explicit Epilogue(int code, bool last)
+  Epilogue(int code, bool last)
       : activation(Activation(code)),
         low(code == RELU || code == RELU6 ? 0.0f : -__builtin_inff()),
         high(code == RELU6 ? 6.0f : __builtin_inff()),
         residual_last(last) {}
 
+  bool is_clamp() const { return activation != SILU && activation != HARDSWISH; }
+  Vec clamp(Vec v) const { return at_most(at_least(v, low), high); }
   Vec operator()(Vec v) const {
     if (activation == SILU) return v / (exponential(-v) + 1.0f);
     if (activation == HARDSWISH) return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
-    return at_most(at_least(v, low), high);
+    return clamp(v);
   }
 };
 
-// A vector of pixels: where its taps start, and where its valid lanes go, which are contiguous there.
+// A vector of pixels: where its taps start, and the lanes that are valid, `count` of them. Valid lanes lie contiguously
+// on the side where there are no gaps between rows: in x for the dictionary stage, in y for the lookup stage.
 struct Pixels {
   int64_t source, target;
   uint32_t mask;
   int count;
 };
 
-// Tap t of the dictionary stage: channel t of a packed tile.
+// Tap t of the dictionary stage is channel t.
 struct Channels {
   int64_t pitch;
   int64_t operator[](int64_t t) const { return t * pitch; }
 };
 
-// acc[f][v] += sum over t of coefficients[t][f] * base[offsets[t] + starts[v]]
-template <int F, int V, class Offsets>
+// Lines that will be wanted soon, two for each tap.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t pitch = 0;
+  void operator()(int64_t t) const {
+    __builtin_prefetch(at + t * pitch);
+    __builtin_prefetch(at + t * pitch + 64);
+  }
+};
+
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+
+// acc[f][v] += sum over t of coefficients[t][f] * base[v][offsets[t]]
+template <int F, int V, class Offsets, class Hint>
 static inline __attribute__((always_inline)) void accumulate(Vec (&acc)[F][V], const float* const (&base)[V], Offsets offsets,
-                                                             const float* coefficients, int64_t width, int64_t taps) {
+                                                             const float* coefficients, int64_t width, int64_t taps,
+                                                             Hint hint) {
   for (int64_t t = 0; t < taps; ++t, coefficients += width) {
     const int64_t offset = offsets[t];
+    hint(t);
     Vec s[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) s[v] = load(base[v] + offset);
-#pragma GCC unroll 8
-    for (int f = 0; f < F; ++f)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[f][v] += coefficients[f] * s[v];
+    UNROLL for (int v = 0; v < V; ++v) s[v] = load(base[v] + offset);
+    UNROLL for (int f = 0; f < F; ++f) {
+      UNROLL for (int v = 0; v < V; ++v) acc[f][v] += coefficients[f] * s[v];
+    }
   }
 }
 
-// Dictionary stage: F rows of D at V vectors of a packed tile, into F planes of S.
+// The dictionary stage: `channels` of x, or of a packed tile of it, and where S goes.
+struct Former {
+  const float* x;
+  int64_t pitch, channels;
+  float* s;
+  int64_t plane;
+  Ahead ahead;
+};
+
+// F rows of D at V vectors of pixels, into F planes of S.
 template <int F, int V>
-static void form(const float* tile, int64_t pitch, const float* rows, int64_t width, int64_t channels, float* s, int64_t plane) {
+static void form(const Former& from, const Pixels* pixels, const float* rows, int64_t width, float* s, bool look_ahead) {
   const float* base[V];
-  for (int v = 0; v < V; ++v) base[v] = tile + v * LANES;
+  UNROLL for (int v = 0; v < V; ++v) base[v] = from.x + pixels[v].source;
   Vec acc[F][V] = {};
-  accumulate<F, V>(acc, base, Channels{pitch}, rows, width, channels);
-  for (int f = 0; f < F; ++f)
-    for (int v = 0; v < V; ++v) store(s + f * plane + v * LANES, acc[f][v]);
+  if (look_ahead)
+    accumulate<F, V>(acc, base, Channels{from.pitch}, rows, width, from.channels, from.ahead);
+  else
+    accumulate<F, V>(acc, base, Channels{from.pitch}, rows, width, from.channels, Nothing{});
+  UNROLL for (int v = 0; v < V; ++v) {
+    float* target = s + pixels[v].target;
+    if (pixels[v].mask == FULL) {
+      UNROLL for (int f = 0; f < F; ++f) store(target + f * from.plane, acc[f][v]);
+    } else {
+      UNROLL for (int f = 0; f < F; ++f) store(target + f * from.plane, expand(acc[f][v], pixels[v].mask));
+    }
+  }
 }
 
 // Where the lookup stage reads and writes.
@@ -76,27 +113,55 @@ struct Lookup {
   float* y;
   int64_t plane;  // of y
   Epilogue epilogue;
+  bool stream;  // write past the caches: every vector is full and aligned
 };
 
-// Lookup stage: F filters at V vectors of pixels.
+// F filters at V vectors of pixels.
 template <int F, int V>
 static void look_up(const Lookup& to, const Pixels* pixels, const int32_t* offsets, const float* coefficients, int64_t width,
                     int64_t taps, const int32_t* filters) {
   const float* base[V];
-  for (int v = 0; v < V; ++v) base[v] = to.s + pixels[v].source;
+  UNROLL for (int v = 0; v < V; ++v) base[v] = to.s + pixels[v].source;
   Vec acc[F][V];
-  for (int f = 0; f < F; ++f)
-    for (int v = 0; v < V; ++v) acc[f][v] = splat(to.bias ? to.bias[filters[f]] : 0.0f);
-  accumulate<F, V>(acc, base, offsets, coefficients, width, taps);
+  UNROLL for (int f = 0; f < F; ++f) {
+    const Vec start = splat(to.bias ? to.bias[filters[f]] : 0.0f);
+    UNROLL for (int v = 0; v < V; ++v) acc[f][v] = start;
+  }
+  if (!to.stream)
+    for (int f = 0; f < F; ++f)
+      for (int v = 0; v < V; ++v) __builtin_prefetch(to.y + filters[f] * to.plane + pixels[v].target, 1);
+  accumulate<F, V>(acc, base, offsets, coefficients, width, taps, Nothing{});
+  if (to.epilogue.is_clamp() && !to.residual) {
+    UNROLL for (int f = 0; f < F; ++f) {
+      float* y = to.y + filters[f] * to.plane;
+      UNROLL for (int v = 0; v < V; ++v) {
+        const Vec value = to.epilogue.clamp(acc[f][v]);
+        if (to.stream)
+          store_past_caches(y + pixels[v].target, value);
+        else if (pixels[v].mask == FULL)
+          store(y + pixels[v].target, value);
+        else
+          store_first(y + pixels[v].target, compress(value, pixels[v].mask), pixels[v].count);
+      }
+    }
+    return;
+  }
+  Vec sums[F][V];  // a copy, so that acc stays in registers on the path above
+  UNROLL for (int f = 0; f < F; ++f) {
+    UNROLL for (int v = 0; v < V; ++v) sums[f][v] = acc[f][v];
+  }
   for (int f = 0; f < F; ++f)
     for (int v = 0; v < V; ++v) {
       const Pixels& p = pixels[v];
       const int64_t target = filters[f] * to.plane + p.target;
-      Vec y = p.mask == FULL ? acc[f][v] : compress(acc[f][v], p.mask);
+      Vec y = p.mask == FULL ? sums[f][v] : compress(sums[f][v], p.mask);
       if (to.residual && !to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
       y = to.epilogue(y);
       if (to.residual && to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
-      store_first(to.y + target, y, p.count);
+      if (to.stream)
+        store_past_caches(to.y + target, y);
+      else
+        store_first(to.y + target, y, p.count);
     }
 }
 

@@ -26,6 +26,8 @@ constexpr int LANES = 4, FILTERS = 4;
 constexpr int vectors_for(int filters) { return filters > 2 ? 2 : filters > 1 ? 4 : 6; }
 #endif
 
+#define UNROLL _Pragma("GCC unroll 16")
+
 constexpr uint32_t FULL = (1u << LANES) - 1;
 
 typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
@@ -35,6 +37,24 @@ typedef int32_t IntVec __attribute__((vector_size(LANES * 4), may_alias));
 static inline Vec load(const float* from) { return *reinterpret_cast<const UnalignedVec*>(from); }
 static inline void store(float* to, Vec v) { *reinterpret_cast<UnalignedVec*>(to) = v; }
 static inline Vec splat(float value) { return value - Vec{}; }
+
+// A full aligned vector to memory that nobody reads soon.
+static inline void store_past_caches(float* to, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)v);
+#else
+  store(to, v);
+#endif
+}
+
+// Makes stores past the caches visible to other threads.
+static inline void fence() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // The first `count` lanes from memory, zeros behind them; never reads past them.
 static inline Vec load_first(const float* from, int count) {
@@ -78,6 +98,17 @@ static inline Vec expand(Vec v, uint32_t mask) {
   for (int lane = 0, next = 0; lane < LANES; ++lane)
     if (mask >> lane & 1) spread[lane] = v[next++];
   return spread;
+#endif
+}
+
+// Lanes 0, 2, 4, ... of both, in order.
+static inline Vec even_lanes(Vec low, Vec high) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6);
 #endif
 }
 
