@@ -127,6 +127,8 @@ class _Fitting:
         if target_speedup is not None:
             others = other_macs + sum(dense_point(self.network.geometry[n], self.pixels[n]).macs for n in result)
             self.points = allocate(self._curves(order), target_speedup=target_speedup, other_macs=others)
+        if self.sampler is not None:
+            self.sampler.remember({name: self._planes(name) for name in order if not self._stays_dense(name)})
         step = max(1, -(-len(order) // PASSES))
         for start in range(0, len(order), step):
             names = order[start : start + step]
@@ -168,6 +170,14 @@ class _Fitting:
             self.bases[name] = fit_dictionary(self.network.weight(name), geometry, size, moments)
         basis = self.bases[name]
         return basis.first(self.points[name].size) if name in self.points else basis
+
+    def _planes(self, name: str) -> int:
+        """Planes of S that the layer's sample is to have."""
+        geometry = self.network.geometry[name]
+        if self._lossless(name):
+            return geometry.in_channels
+        size = self.points[name].size if name in self.points else ladder(geometry, self.configs[name], self.free)[-1]
+        return geometry.groups * size
 
     def _samples(self, names: Sequence[str], *, compressed: bool) -> dict[str, Sample]:
         if self.sampler is None or not names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ BATCH_ELEMENTS = 10_000_000  # of input kept for the layer-by-layer passes: 66 i
 BATCH_IMAGES = 1024
 PIXELS = 16384  # sampled per layer
 PATCH_ELEMENTS = 24_000_000  # floats of patches per layer at most; fewer pixels where patches are large
+OUTPUT_ELEMENTS = 200_000_000  # floats of outputs kept between passes
 HELD_OUT = 5  # one image in HELD_OUT measures, the others fit
 
 
@@ -92,6 +93,21 @@ class Sampler:
         self.calibration = calibration
         self.seed = seed
         self._number = {name: i for i, name in enumerate(network.layers)}
+        self._remembered: dict[str, list[_Draw]] = {}
+
+    def remember(self, planes: Mapping[str, int]) -> None:
+        """Keep the original network's outputs at the pixels that later samples will ask for, as far as memory allows.
+
+        It saves a run of the original network for each of these layers, which are to have so many planes of S.
+        """
+        names, room = [], OUTPUT_ELEMENTS
+        for name, count in planes.items():
+            room -= self._budget(name, count) * self.network.geometry[name].out_channels
+            if room < 0:
+                break
+            names.append(name)
+        self._remembered = {name: self._draws(name, planes[name]) for name in names}
+        self._run([self._remembered[name] for name in names], "outputs")
 
     def collect(self, dictionaries: Mapping[str, Tensor | None], *, compressed: bool) -> dict[str, Sample]:
         """Samples for the layers in ``dictionaries`` (D [groups, k, m/groups] each; None for S = x).
@@ -99,32 +115,52 @@ class Sampler:
         Outputs are the original network's. Inputs are too, or the compressed network's. Where the compressed network
         takes another path through the code, calls that have no counterpart are left out.
         """
-        compressed = compressed and bool(self.network.fitted)
-        parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in dictionaries}
-        first = dict.fromkeys(dictionaries, 0)
-        for number, batch in enumerate(self.calibration.batches):
-            images = self.calibration.images[number]
-            calls = sum(len(images.get(name, [])) for name in dictionaries)
-            if not calls:
-                continue
-            draws = {name: _Draw(self, name, d, number, first[name]) for name, d in dictionaries.items()}
-            wants = ("outputs",) if compressed else ("outputs", "inputs")
-            self.network.run(batch, {name: draw.start(*wants).watch for name, draw in draws.items()}, calls=calls)
-            if compressed:
-                watch = {name: draw.start("inputs").watch for name, draw in draws.items()}
-                self.network.run(batch, watch, compressed=True, calls=calls)
-            for name, draw in draws.items():
-                parts[name] += draw.pairs()
-                first[name] += sum(images.get(name, []))
+        old, new = {}, {}
+        for name, dictionary in dictionaries.items():
+            if name in self._remembered:
+                old[name] = self._remembered.pop(name)
+            else:
+                planes = self.network.geometry[name].in_channels if dictionary is None else dictionary.shape[:2].numel()
+                new[name] = self._draws(name, planes)
+        both = old | new
+        for name, dictionary in dictionaries.items():
+            for draw in both[name]:
+                draw.dictionary = dictionary
+        if compressed and self.network.fitted:
+            self._run(new.values(), "outputs")
+            self._run(both.values(), "inputs", compressed=True)
+        else:
+            self._run(new.values(), "inputs", "outputs")
+            self._run(old.values(), "inputs")
+        parts = {name: [pair for draw in draws for pair in draw.pairs()] for name, draws in both.items()}
         return {name: Sample(*(torch.cat(t) for t in zip(*part, strict=True))) for name, part in parts.items() if part}
+
+    def _draws(self, name: str, planes: int) -> list[_Draw]:
+        """One for each batch."""
+        draws, first = [], 0
+        for number, images in enumerate(self.calibration.images):
+            draws.append(_Draw(self, name, planes, number, first))
+            first += sum(images.get(name, []))
+        return draws
+
+    def _run(self, layers: Collection[list[_Draw]], *wants: str, compressed: bool = False) -> None:
+        """Run every batch that reaches the layers, and show the draws what they want."""
+        for number, batch in enumerate(self.calibration.batches):
+            draws = [draws[number].start(*wants) for draws in layers]
+            calls = sum(len(self.calibration.images[number].get(draw.name, [])) for draw in draws)
+            if calls:
+                self.network.run(batch, {draw.name: draw.watch for draw in draws}, compressed=compressed, calls=calls)
+
+    def _budget(self, name: str, planes: int) -> int:
+        """Pixels to sample of a layer whose S has so many planes."""
+        return min(PIXELS, PATCH_ELEMENTS // (planes * self.network.geometry[name].area))
 
     def choose(self, name: str, planes: int, shape: Sequence[int], number: int, call: int, first: int) -> _Choice:
         """Pixels of one call on inputs of this shape, whose first image is the ``first``-th that the layer sees."""
         geometry = self.network.geometry[name]
         high, wide = geometry.output_size(shape[2], shape[3])
         total = self.calibration.total_images(name)
-        budget = min(PIXELS, PATCH_ELEMENTS // (planes * geometry.area))
-        quota = min(high * wide, max(1, budget // total))
+        quota = min(high * wide, max(1, self._budget(name, planes) // total))
         generator = torch.Generator().manual_seed(hash((self.seed, self._number[name], number, call)) % (1 << 62))
         pixel = torch.rand(shape[0], high * wide, generator=generator).topk(quota, dim=1).indices.flatten()
         image = torch.arange(shape[0]).repeat_interleave(quota)
@@ -141,8 +177,9 @@ _Choice = tuple[Tensor, Tensor, Tensor]  # image, output pixel, held out; one en
 class _Draw:
     """The calls of one layer for one batch: first their outputs, then their inputs, in one run or in two."""
 
-    def __init__(self, sampler: Sampler, name: str, dictionary: Tensor | None, number: int, first: int) -> None:
-        self.sampler, self.name, self.dictionary, self.number, self.first = sampler, name, dictionary, number, first
+    def __init__(self, sampler: Sampler, name: str, planes: int, number: int, first: int) -> None:
+        self.sampler, self.name, self.planes, self.number, self.first = sampler, name, planes, number, first
+        self.dictionary: Tensor | None = None
         self.wants: set[str] = set()
         self.call, self.image = 0, first
         self.outputs: list[tuple[Sequence[int], Tensor, Tensor]] = []
@@ -154,8 +191,7 @@ class _Draw:
         return self
 
     def watch(self, x: Tensor, y: Tensor) -> None:
-        planes = x.shape[1] if self.dictionary is None else self.dictionary.shape[:2].numel()
-        image, pixel, held = self.sampler.choose(self.name, planes, x.shape, self.number, self.call, self.image)
+        image, pixel, held = self.sampler.choose(self.name, self.planes, x.shape, self.number, self.call, self.image)
         if "outputs" in self.wants:
             self.outputs.append((x.shape, y.flatten(2)[image, :, pixel], held))
         if "inputs" in self.wants:

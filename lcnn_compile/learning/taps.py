@@ -71,8 +71,7 @@ def _select(gram: Tensor, cross: Tensor, energy: Tensor, filters: Tensor, taps: 
         corner.diagonal(dim1=1, dim2=2).clamp_(min=floor[chosen])
         lower = cholesky(corner)
         wanted = left.gather(2, chosen[:, None, :].expand(-1, left.shape[1], -1)).transpose(1, 2)
-        fresh = torch.linalg.solve_triangular(lower, fresh, upper=False)
-        step = torch.linalg.solve_triangular(lower, wanted, upper=False)
+        fresh, step = _forward(lower, fresh), _forward(lower, wanted)
         left = torch.baddbmm(left, step.transpose(1, 2), fresh, alpha=-1)
         pivots = pivots - fresh.square().sum(1)
         rest = rest - step.square().sum((1, 2))
@@ -83,6 +82,11 @@ def _select(gram: Tensor, cross: Tensor, energy: Tensor, filters: Tensor, taps: 
         counts.append(done)
         rests.append(rest)
     return Selection(columns, torch.tensor(counts), torch.stack(rests).clamp(min=0))
+
+
+def _forward(lower: Tensor, right: Tensor) -> Tensor:
+    """Forward substitution; for one row a division is much faster."""
+    return right / lower if lower.shape[-1] == 1 else torch.linalg.solve_triangular(lower, right, upper=False)
 
 
 def solve_coefficients(gram: Tensor, cross: Tensor, columns: Tensor, filters: Tensor) -> Tensor:
