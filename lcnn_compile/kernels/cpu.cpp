@@ -15,12 +15,14 @@
 #include <omp.h>
 #endif
 
-#include "cpu_kernels.h"
+#include "cpu_narrow.h"
 
 namespace lcnn {
 namespace {
 
 const Kernels kernels;
+const NarrowKernels<Channels> narrow_form;
+const NarrowKernels<const int32_t*> narrow_look_up;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -117,6 +119,8 @@ struct Plan {
   int64_t pitch, band, bands, phase_plane, plane, tile;
   int64_t extent;         // floats from the address of x to the end of its memory
   int64_t direct_blocks;  // up to so many blocks of D, x is read where it lies
+  bool connected;  // a fully connected layer: images become the pixels of one row, and lie next to their filters in y
+  bool few;        // too few pixels for vectors
   bool by_rows;     // vectors of output pixels start at each row, rather than anywhere
   bool stream;    // output goes past the caches
   bool cooperate;   // all threads share one band, rather than each having its own
@@ -131,6 +135,13 @@ static int64_t env(const char* n, int64_t d) { const char* v = getenv(n); return
 const int64_t S_BYTES = env("LCNN_S", 160 << 10);
 
 Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geometry) {
+  connected = w.kh * w.kw == 1 && g.height * g.width == 1 && g.out_height * g.out_width == 1 && g.top + g.left == 0;
+  if (connected) {
+    g.width = g.out_width = g.batch;
+    g.stride_w = g.stride_n;
+    g.batch = g.stride[0] = g.stride[1] = 1;
+  }
+  few = connected || g.out_height * g.out_width <= 4;
   reach_h = (w.kh - 1) * g.dilation[0] / g.stride[0];
   reach_w = (w.kw - 1) * g.dilation[1] / g.stride[1];
   pitch = g.out_width;
@@ -202,6 +213,8 @@ struct Call {
   float* y;
 
   Grid grid(const Phase& at, int64_t first_row, int64_t rows) const;
+  void form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane, Team team) const;
+  void look_up_few(const Lookup& to, int64_t group, int64_t rows, Team team) const;
   Pixels pixels_in(const Grid& grid, const Phase& at, int64_t first) const;
   void band(int64_t image, int64_t index, float* s, float* packed, Team team) const;
   void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed, Team team) const;
@@ -277,6 +290,39 @@ void pack(const float* x, const Former& to, const Pixels* pixels, int64_t count,
   }
 }
 
+// Calls `at_pixels(index, pixels)` for every pixel from `begin` on in steps of FEW and 1.
+template <class Each>
+void in_few(int64_t count, Each at_pixels) {
+  for (int64_t i = 0; i < count;) {
+    const int size = count - i >= FEW ? FEW : 1;
+    at_pixels(i, size);
+    i += size;
+  }
+}
+
+void Call::form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane,
+                    Team team) const {
+  const int64_t blocks = int64_t(p.w.rows.size()), width = at.end_valid - at.first_valid;
+  const int64_t first = grid.begin / p.pitch, pixels = grid.stop ? width * ((grid.stop - 1) / p.pitch + 1 - first) : 0;
+  for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
+    const Block& block = p.w.rows[b];
+    for (int f = 0; f < block.size; ++f) std::fill_n(plane + (block.first_filter + f) * p.plane, p.phase_plane, 0.0f);
+    in_few(pixels, [&](int64_t begin, int size) {
+      const float* base[FEW];
+      int64_t target[FEW];
+      for (int i = 0; i < size; ++i) {
+        const int64_t row = first + (begin + i) / width, column = at.first_valid + (begin + i) % width;
+        base[i] = origin + grid.first_source + row * grid.row_source + column * grid.column_source;
+        target[i] = row * p.pitch + column;
+      }
+      float sums[FEW * BLOCK];
+      narrow_form.at[block.size][size](base, {p.g.stride_c}, dictionary + block.coefficients, p.w.m, sums);
+      for (int i = 0; i < size; ++i)
+        for (int f = 0; f < block.size; ++f) plane[(block.first_filter + f) * p.plane + target[i]] = sums[i * block.size + f];
+    });
+  }
+}
+
 void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed,
                             Team team) const {
   const Weight& w = p.w;
@@ -287,6 +333,10 @@ void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int
     const Phase& at = p.phases[phase];
     const Grid grid = this->grid(at, first_row, rows);
     float* const plane = s + phase * p.phase_plane;
+    if (p.few) {
+      form_few(origin, dictionary, at, grid, plane, team);
+      continue;
+    }
     for (int64_t i = w.k * team.rank / team.size; i < w.k * (team.rank + 1) / team.size; ++i) {
       std::fill(plane + i * p.plane, plane + i * p.plane + grid.begin, 0.0f);
       std::fill(plane + i * p.plane + grid.stop, plane + i * p.plane + p.phase_plane, 0.0f);
@@ -333,6 +383,32 @@ void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int
   }
 }
 
+void Call::look_up_few(const Lookup& to, int64_t group, int64_t rows, Team team) const {
+  const Weight& w = p.w;
+  const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
+  for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
+    const Block& block = w.blocks[first_block + b];
+    in_few(rows * p.g.out_width, [&](int64_t begin, int size) {
+      const float* base[FEW];
+      for (int i = 0; i < size; ++i)
+        base[i] = to.s + (begin + i) / p.g.out_width * p.pitch + (begin + i) % p.g.out_width;
+      float sums[FEW * BLOCK];
+      narrow_look_up.at[block.size][size](base, p.offsets.data() + block.first_tap,
+                                          w.coefficients.data() + block.coefficients, block.taps, sums);
+      for (int i = 0; i < size; ++i)
+        for (int f = 0; f < block.size; ++f) {
+          const int64_t filter = w.filters[block.first_filter + f];
+          const int64_t target = p.connected ? (begin + i) * w.n + filter : filter * to.plane + begin + i;
+          Vec y = splat(sums[i * block.size + f] + (bias ? bias[filter] : 0.0f));
+          if (to.residual && !to.epilogue.residual_last) y += to.residual[target];
+          y = to.epilogue(y);
+          if (to.residual && to.epilogue.residual_last) y += to.residual[target];
+          to.y[target] = y[0];
+        }
+    });
+  }
+}
+
 void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const {
   const Weight& w = p.w;
   const Geometry& g = p.g;
@@ -344,6 +420,7 @@ void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t
   const int64_t start = image * w.n * area + first_row * g.out_width;
   const Lookup to{s, bias, residual ? residual + start : nullptr, y + start, area,
                   Epilogue(int(g.activation), g.residual_last != 0), p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
+  if (p.few) return look_up_few(to, group, rows, team);
   Pixels pixels[TILE];
   int64_t tile = -1, count = 0;
   for (int64_t unit = tiles * blocks * team.rank / team.size; unit < tiles * blocks * (team.rank + 1) / team.size; ++unit) {

@@ -26,14 +26,14 @@ import torch
 
 from lcnn_compile.errors import KernelError, LcnnWarning
 
-SOURCES = ("cpu.cpp", "cpu_kernels.h", "cpu_vector.h")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+SOURCES = ("cpu.cpp", "cpu_kernels.h", "cpu_narrow.h", "cpu_vector.h")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 ISA_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
-SANITIZE_FLAGS = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+SANITIZE_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 COMPILE_SECONDS = 120
 
 

@@ -1,0 +1,77 @@
+// Where pixels are too few to fill vectors (a fully connected layer has one per image): the same sums with vectors that
+// run over the filters of a block instead, which is how their coefficients lie in memory.
+#pragma once
+
+#include "cpu_kernels.h"
+
+namespace lcnn {
+
+constexpr int FEW = 4;  // pixels in flight, at most
+
+// One sum for each of F filters.
+template <int F>
+struct Sums {
+  float at[F] = {};
+  void add(const float* coefficients, float s) {
+    UNROLL for (int f = 0; f < F; ++f) at[f] += coefficients[f] * s;
+  }
+  void add(const Sums& other) {
+    UNROLL for (int f = 0; f < F; ++f) at[f] += other.at[f];
+  }
+  float operator[](int f) const { return at[f]; }
+};
+
+template <>
+struct Sums<8> {
+  typedef float Row __attribute__((vector_size(32)));
+  typedef float UnalignedRow __attribute__((vector_size(32), aligned(4), may_alias));
+  Row at = {};
+  void add(const float* coefficients, float s) { at += *reinterpret_cast<const UnalignedRow*>(coefficients) * s; }
+  void add(const Sums& other) { at += other.at; }
+  float operator[](int f) const { return at[f]; }
+};
+
+// sums[p * F + f] = sum over t of coefficients[t][f] * base[p][offsets[t]]; taps take turns among a few partial sums,
+// so that one addition need not wait for the last.
+template <int F, int P, class Offsets>
+static void narrow(const float* const* bases, Offsets offsets, const float* coefficients, int64_t taps, float* sums) {
+  constexpr int TURNS = 8 / P;
+  const float* base[P];
+  UNROLL for (int p = 0; p < P; ++p) base[p] = bases[p];
+  Sums<F> acc[TURNS][P];
+  int64_t t = 0;
+  for (; t + TURNS <= taps; t += TURNS)
+    UNROLL for (int turn = 0; turn < TURNS; ++turn) {
+      const int64_t offset = offsets[t + turn];
+      UNROLL for (int p = 0; p < P; ++p) acc[turn][p].add(coefficients + (t + turn) * F, base[p][offset]);
+    }
+  for (; t < taps; ++t)
+    UNROLL for (int p = 0; p < P; ++p) acc[0][p].add(coefficients + t * F, base[p][offsets[t]]);
+  UNROLL for (int p = 0; p < P; ++p) {
+    UNROLL for (int turn = 1; turn < TURNS; ++turn) acc[0][p].add(acc[turn][p]);
+    for (int f = 0; f < F; ++f) sums[p * F + f] = acc[0][p][f];
+  }
+}
+
+template <class Offsets>
+using Narrow = void (*)(const float* const*, Offsets, const float*, int64_t, float*);
+
+// The kernels for 1 to BLOCK filters, at 1 or FEW pixels.
+template <class Offsets>
+struct NarrowKernels {
+  Narrow<Offsets> at[BLOCK + 1][FEW + 1] = {};
+
+  NarrowKernels() { fill<BLOCK>(); }
+
+ private:
+  template <int F>
+  void fill() {
+    if constexpr (F > 0) {
+      at[F][1] = narrow<F, 1, Offsets>;
+      at[F][FEW] = narrow<F, FEW, Offsets>;
+      fill<F - 1>();
+    }
+  }
+};
+
+}  // namespace lcnn
