@@ -119,7 +119,7 @@ def coefficient_gradient(
     planes = weight.dictionary.shape[0]
     image = where.image(planes)
     chunk = max(1, min(x.shape[0], CHUNK // (image * x.element_size()), (INT32 - 1) // image))
-    block = min(64, max(16, padded))
+    block = min(32 if x.element_size() == 4 else 64, max(16, padded))
     tap_blocks = -(-max(1, taps.longest) // config.block_taps)
     programs = count * -(-padded // block) * tap_blocks
     aligned = gcd(vector(x.element_size()), where.out_width, *grad.stride()[:3]) if grad.stride(3) == 1 else 1

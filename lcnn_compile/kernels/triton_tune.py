@@ -35,9 +35,9 @@ def dictionary_configs(size: int, element_size: int) -> list[DictionaryConfig]:
     vectors = min(128, max(16, 1 << (size - 1).bit_length()))
     if element_size == 4:
         return [
-            DictionaryConfig(min(vectors, 64), 32, 64, 4, 3),
             DictionaryConfig(min(vectors, 64), 32, 128, 8, 3),
             DictionaryConfig(min(vectors, 32), 32, 128, 4, 3),
+            DictionaryConfig(min(vectors, 64), 16, 64, 4, 4),
         ]
     return [
         DictionaryConfig(vectors, 32, 128, 8, 4),
@@ -52,8 +52,8 @@ def lookup_configs(element_size: int) -> list[LookupConfig]:
     return [
         LookupConfig(8, 64 * lanes, 1, 4, 4),
         LookupConfig(4, 128 * lanes, 1, 4, 4),
-        LookupConfig(64, 32 * lanes, 4, 4, 16),
-        LookupConfig(32, 64 * lanes, 8, 4, 16),
+        LookupConfig(32, 32 * lanes, 8, 4, 8),
+        LookupConfig(16, 32 * lanes, 16, 4, 8),
     ]
 
 

@@ -1,0 +1,147 @@
+"""Every kernel configuration, compiled for GPUs that are not there: registers, spills, and the width of global accesses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from emulate import compiling, resources
+
+from lcnn_compile.kernels import triton_backward, triton_tune
+from lcnn_compile.kernels.triton_dictionary import empty_planes, launch_dictionary
+from lcnn_compile.kernels.triton_forward import precision
+from lcnn_compile.kernels.triton_grouped import launch_grouped
+from lcnn_compile.kernels.triton_lookup import launch_lookup
+from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
+from lcnn_compile.lookup import LookupWeight, filter_table
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+    pytest.mark.filterwarnings("ignore:.*fill_uninitialized"),
+]
+
+CAPABILITIES = [80, 90, 100]
+DTYPES = [torch.float16, torch.float32]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+MATRIX = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
+
+
+@pytest.fixture(autouse=True)
+def _float32_without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+class Layer:
+    """A 3x3 layer, 128 to 128 channels on 16x16, and what its launchers take."""
+
+    def __init__(self, group_size, dtype, format, vectors=64, taps=48, size=(16, 16)):
+        count = 128 // group_size
+        weight = LookupWeight(
+            dictionary=torch.zeros(1, vectors, 128, dtype=dtype),
+            coefficients=torch.zeros(count * taps, group_size, dtype=dtype),
+            indices=torch.zeros(count * taps, dtype=torch.int32),
+            positions=torch.zeros(count * taps, dtype=torch.int32),
+            offsets=torch.arange(count + 1, dtype=torch.int32) * taps,
+            filters=filter_table(128, group_size),
+            kernel_size=(3, 3),
+        )
+        self.packed = pack(tuple(weight.tensors().values()), 3)
+        self.where = geometry(size, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), dtype.itemsize)
+        self.x = torch.zeros(2, 128, *size, dtype=dtype).contiguous(memory_format=format)
+        self.y = torch.zeros_like(self.x)
+        self.s = empty_planes(self.x, vectors, 2, self.where)
+        self.digits = precision(dtype)
+
+    def epilogue(self, full):
+        bias = torch.zeros(128, dtype=self.x.dtype)
+        return Epilogue(bias, torch.zeros_like(self.y) if full else None, "silu" if full else "relu", full)
+
+
+def compiled(capability, launch, *args):
+    """Resources of the one kernel that this launch compiles; it must not spill, and must fit a multiprocessor."""
+    with compiling(capability) as kernels:
+        launch(*args)
+    (kernel,) = kernels
+    found = resources(kernel)
+    assert found["STACK"] == 0, found
+    assert found["spills"] == 0, found
+    assert found["REG"] * 32 * kernel.metadata.num_warps <= 65536, found
+    assert found["smem"] <= (163 if capability == 80 else 227) * 1024, found
+    return found
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_dictionary(capability, dtype, index, format):
+    config = triton_tune.dictionary_configs(64, dtype.itemsize)[index]
+    layer = Layer(1, dtype, format)
+    args = (layer.x, layer.packed.dictionary, layer.s, 1, layer.where, layer.digits, config)
+    found = compiled(capability, launch_dictionary, *args)
+    assert set(found["async"]) == {16}, found
+    assert not found["load"], found
+    assert set(found["matrix"]) & MATRIX[capability], found
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_lookups(capability, dtype, index):
+    config = triton_tune.lookup_configs(dtype.itemsize)[index]
+    layer = Layer(1, dtype, FORMATS[index % 2])
+    args = (layer.s, layer.packed, layer.y, layer.epilogue(index == 0), layer.where, config)
+    found = compiled(capability, launch_lookup, *args)
+    vectors = config.block_filters * config.block_pixels * dtype.itemsize // 16 // (32 * config.warps)
+    assert found["load"][16] >= vectors * config.unroll, found
+    assert found["load"].get(2, 0) + found["load"].get(4, 0) <= 4 * config.block_filters, found
+    assert min(found["store"]) >= 8, found
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("group_size", [16, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_grouped(capability, dtype, group_size, index):
+    configs = triton_tune.grouped_configs(group_size, dtype.itemsize)
+    config = configs[index % len(configs)]
+    layer = Layer(group_size, dtype, FORMATS[index % 2])
+    args = (layer.s, layer.packed, layer.y, layer.epilogue(index == 0), layer.where, layer.digits, config)
+    found = compiled(capability, launch_grouped, *args)
+    vectors = config.block_taps * config.block_pixels * dtype.itemsize // 16 // (32 * config.warps)
+    assert found["async"][16] >= vectors, found
+    assert set(found["matrix"]) & MATRIX[capability], found
+    assert set(found["store"]) == {16}, found
+
+
+@pytest.mark.parametrize("group_size", [1, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gradient_of_coefficients(capability, dtype, group_size):
+    layer = Layer(group_size, dtype, FORMATS[0])
+    dictionary = triton_tune.dictionary_configs(64, dtype.itemsize)[0]
+
+    def launch():
+        triton_backward.coefficient_gradient(layer.y, layer.x, layer.packed, 1, layer.where, dictionary)
+
+    with compiling(capability) as kernels:
+        launch()
+    found = resources(kernels[-1])
+    assert found["STACK"] == found["spills"] == 0, found
+    assert found["async"][16] >= 4, found
+    assert set(found["matrix"]) & MATRIX[capability], found
+
+
+def test_wide_loads_need_no_aligned_image():
+    """On 14x14 rows are 28 bytes: S is still read 16 bytes at a time, and the output written 4."""
+    layer = Layer(64, torch.float16, FORMATS[0], size=(14, 14))
+    config = triton_tune.grouped_configs(64, 2)[0]
+    args = (layer.s, layer.packed, layer.y, layer.epilogue(False), layer.where, layer.digits, config)
+    found = compiled(90, launch_grouped, *args)
+    assert found["async"][16] >= 4, found
+    assert set(found["store"]) == {4}, found
