@@ -45,7 +45,7 @@ def test_layers_are_timed_and_compared() -> None:
 
 
 def test_a_wrong_lookup_gets_no_time() -> None:
-    def prepare(model: nn.Module, example: Tensor) -> Runnable:
+    def prepare(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
         return run_torch(lambda x: model(x) * 1.0001, example)
 
     rows = measure(tiny_case(), [EAGER], 0.0, [Engine("slightly off", True, (), prepare)])
@@ -60,12 +60,12 @@ def test_a_wrong_lookup_gets_no_time() -> None:
     "result", [torch.full((2, 8, 6, 6), float("nan")), torch.zeros(2, 8, 5, 6), torch.full((2, 8, 6, 6), float("inf"))]
 )
 def test_garbage_is_wrong(result: Tensor) -> None:
-    engine = Engine("garbage", True, (), lambda model, example: run_torch(lambda x: result, example))
+    engine = Engine("garbage", True, (), lambda model, example, folder: run_torch(lambda x: result, example))
     assert all(row.failed for row in measure(tiny_case(), [EAGER], 0.0, [engine])[1:])
 
 
 def test_missing_and_failing_engines_are_listed() -> None:
-    def fail(model: nn.Module, example: Tensor) -> Runnable:
+    def fail(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
         raise NotImplementedError("no such layer")
 
     engines = [EAGER, Engine("absent", True, ("no_such_package",), fail), Engine("broken", True, (), fail)]

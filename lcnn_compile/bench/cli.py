@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -42,12 +44,13 @@ def _engines(names: list[str]) -> tuple[str, ...]:
 def _rows(jobs: list[Job], console: Console) -> list[Row]:
     """The rows of every job; one that dies is reported and the others go on."""
     rows: list[Row] = []
-    for job in jobs:
-        with console.status(f"{job.benchmark} {job.case}, batch {job.batch}, {job.threads} thread(s)"):
-            try:
-                rows += [Row(**row) for row in spawn(job)]
-            except BenchmarkError as error:
-                console.print(str(error), style="red", markup=False)
+    with TemporaryDirectory() as folder:
+        for job in jobs:
+            with console.status(f"{job.benchmark} {job.case}, batch {job.batch}, {job.threads} thread(s)"):
+                try:
+                    rows += [Row(**row) for row in spawn(replace(job, folder=folder))]
+                except BenchmarkError as error:
+                    console.print(str(error), style="red", markup=False)
     return rows
 
 
@@ -96,8 +99,9 @@ def networks(
         raise ConfigError(f"networks are {unknown}; allowed are {list(SETTINGS_OF)}")
     names = network or list(QUICK if quick else SETTINGS_OF)
     chosen = _engines(engine)
-    jobs = [Job("networks", name, t, b, quick, chosen) for name in names for t in threads for b in batch]
-    _finish("networks", _command("networks", threads, batch, quick), jobs, out)
+    for b in batch:
+        jobs = [Job("networks", name, t, b, quick, chosen) for name in names for t in threads]
+        _finish(f"networks-batch{b}", _command("networks", threads, [b], quick), jobs, out)
 
 
 @app.command()

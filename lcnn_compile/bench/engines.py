@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import io
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ class Runnable:
     output: Callable[[], Tensor]
 
 
+Prepare = Callable[[nn.Module, Tensor, Path], Runnable]
+
+
 @dataclass(frozen=True)
 class Engine:
     """A way to run a dense network.
@@ -37,31 +40,32 @@ class Engine:
         name: as in tables and on the command line.
         exact: float32 throughout; "best dense" is the fastest of these.
         requires: packages to be installed.
-        prepare: (model, example input) to what is timed; called without gradients.
+        prepare: (model, example input, folder) to what is timed; called without gradients. Engines with a file format of
+            their own leave the converted model in the folder, and take it from there the next time.
     """
 
     name: str
     exact: bool
     requires: tuple[str, ...]
-    prepare: Callable[[nn.Module, Tensor], Runnable]
+    prepare: Prepare
 
     def missing(self) -> list[str]:
         """Packages that are required and not installed."""
         return [package for package in self.requires if importlib.util.find_spec(package) is None]
 
 
-def run_torch(model: Callable[[Tensor], Tensor], example: Tensor) -> Runnable:
+def run_torch(model: Callable[[Tensor], Tensor], example: Tensor, folder: Path | None = None) -> Runnable:
     """A PyTorch callable on a fixed input."""
     return Runnable(lambda: model(example), lambda: model(example))
 
 
-def _channels_last(model: nn.Module, example: Tensor) -> Runnable:
+def _channels_last(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return run_torch(last, example.contiguous(memory_format=torch.channels_last))
 
 
-def _inductor(**options: bool) -> Callable[[nn.Module, Tensor], Runnable]:
-    def prepare(model: nn.Module, example: Tensor) -> Runnable:
+def _inductor(**options: bool) -> Prepare:
+    def prepare(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
         # Freezing turns weights into constants of the graph and may drop them from the module: hence the copy.
         compiled = torch.compile(copy.deepcopy(model), fullgraph=True, options={"freezing": True, **options})
         return run_torch(compiled, example)
@@ -69,33 +73,46 @@ def _inductor(**options: bool) -> Callable[[nn.Module, Tensor], Runnable]:
     return prepare
 
 
-def _onnxruntime(model: nn.Module, example: Tensor) -> Runnable:
+def _onnxruntime(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     import onnxruntime as ort
 
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        # The older exporter takes a stream and needs no further package.
-        torch.onnx.export(model, (example,), file, dynamo=False)  # type: ignore[arg-type]
+    file = folder / "model.onnx"
+    if not file.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # The older exporter needs no further package.
+            names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "batch"}}}
+            torch.onnx.export(model, (example,), file, dynamo=False, **names)
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    session = ort.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    options.add_free_dimension_override_by_name("batch", example.shape[0])
+    session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    binding.bind_ortvalue_input(session.get_inputs()[0].name, ort.OrtValue.ortvalue_from_numpy(example.numpy()))
-    binding.bind_output(session.get_outputs()[0].name)
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(example.numpy()))
+    binding.bind_output("y")
     return Runnable(lambda: session.run_with_iobinding(binding), lambda: torch.from_numpy(binding.copy_outputs_to_cpu()[0]))
 
 
-def _convert_openvino(model: nn.Module, example: Tensor) -> Any:
+def _read_openvino(model: nn.Module, example: Tensor, folder: Path) -> Any:
+    """The network in OpenVINO's form, for the example's shape."""
     import openvino as ov
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ov.convert_model(model, example_input=example, input=list(example.shape))
+    file = folder / "model.xml"
+    if not file.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Saved as it is: in half precision, the default, the weights would be rounded.
+            ov.save_model(ov.convert_model(model, example_input=example), file, compress_to_fp16=False)
+    return _reshaped(ov.Core().read_model(file), example)
 
 
-def _compile_openvino(converted: Any, example: Tensor, precision: str) -> Runnable:
+def _reshaped(network: Any, example: Tensor) -> Any:
+    network.reshape(list(example.shape))
+    return network
+
+
+def _compile_openvino(network: Any, example: Tensor, precision: str) -> Runnable:
     import openvino as ov
 
     # On CPUs with bfloat16 units OpenVINO computes float32 models in bfloat16 unless told otherwise.
@@ -105,23 +122,28 @@ def _compile_openvino(converted: Any, example: Tensor, precision: str) -> Runnab
         "NUM_STREAMS": "1",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = ov.Core().compile_model(converted, "CPU", properties).create_infer_request()
+    request = ov.Core().compile_model(network, "CPU", properties).create_infer_request()
     request.set_input_tensor(ov.Tensor(example.numpy(), shared_memory=True))
     return Runnable(request.infer, lambda: torch.from_numpy(request.get_output_tensor(0).data.copy()))
 
 
-def _openvino(precision: str) -> Callable[[nn.Module, Tensor], Runnable]:
-    return lambda model, example: _compile_openvino(_convert_openvino(model, example), example, precision)
+def _openvino(precision: str) -> Prepare:
+    return lambda model, example, folder: _compile_openvino(_read_openvino(model, example, folder), example, precision)
 
 
-def _openvino_int8(model: nn.Module, example: Tensor) -> Runnable:
+def _openvino_int8(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     import nncf  # type: ignore[import-untyped]
+    import openvino as ov
 
-    nncf.set_log_level(logging.ERROR)
-    batches = [example.numpy(), *(torch.randn_like(example).numpy() for _ in range(CALIBRATION_BATCHES - 1))]
-    quantised = nncf.quantize(_convert_openvino(model, example), nncf.Dataset(batches), subset_size=CALIBRATION_BATCHES)
+    file = folder / "int8.xml"
+    if not file.exists():
+        nncf.set_log_level(logging.ERROR)
+        batches = nncf.Dataset([torch.randn_like(example).numpy() for _ in range(CALIBRATION_BATCHES)])
+        network = nncf.quantize(_read_openvino(model, example, folder), batches, subset_size=CALIBRATION_BATCHES)
+        network.reshape([-1, *example.shape[1:]])
+        ov.save_model(network, file, compress_to_fp16=False)
     # What is not quantised may run in bfloat16: this is the fastest that OpenVINO offers.
-    return _compile_openvino(quantised, example, "bf16")
+    return _compile_openvino(_reshaped(ov.Core().read_model(file), example), example, "bf16")
 
 
 ENGINES = {

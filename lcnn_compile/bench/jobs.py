@@ -27,6 +27,7 @@ class Job:
         benchmark: "layers", "networks", "scaling", "memory", "start" or "profile".
         case: a network's name, or whatever else the benchmark needs to know.
         engines: names of dense engines; empty for all.
+        folder: where engines keep converted models for later jobs of the same run; none are kept by default.
     """
 
     benchmark: str
@@ -35,6 +36,7 @@ class Job:
     batch: int = 1
     quick: bool = False
     engines: tuple[str, ...] = ()
+    folder: str = ""
 
 
 class BenchmarkError(LcnnError):
@@ -83,18 +85,25 @@ def perform(job: Job) -> Any:
         return run(job.case, job.batch)
     from lcnn_compile.bench import layers, network_bench, scaling
     from lcnn_compile.bench.engines import ENGINES
-    from lcnn_compile.bench.measure import measure
+    from lcnn_compile.bench.measure import LOOKUP_ENGINES, measure
 
     if job.benchmark == "scaling":
         return scaling.run(job.quick)
     engines = [ENGINES[name] for name in job.engines or ENGINES]
-    network = job.benchmark == "networks"
-    cases = [network_bench.network_case(job.case, job.batch)] if network else layers.cases(job.quick, (job.batch,))
+    if job.benchmark == "networks":
+        cases, seconds = [network_bench.network_case(job.case, job.batch)], 12.0
+        ours = [LOOKUP_ENGINES["lcnn"]]
+    else:
+        cases, seconds = layers.cases(job.quick, (job.batch,)), 8.0
+        ours = list(LOOKUP_ENGINES.values())
     rows = []
-    for case in cases:
+    for number, case in enumerate(cases):
         # Dynamo stops compiling a function after a few variants of it; every case starts afresh.
         torch._dynamo.reset()
-        rows += measure(case, engines, seconds=3.0 if job.quick else 25.0 if network else 8.0)
+        folder = Path(job.folder, f"{job.case}{number}") if job.folder else None
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+        rows += measure(case, engines, 3.0 if job.quick else seconds, ours, folder)
     return [row.to_dict() for row in rows]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,14 +19,14 @@ from torch import Tensor, nn
 from lcnn_compile.bench import macs
 from lcnn_compile.bench.engines import Engine, Runnable, run_torch
 from lcnn_compile.bench.settings import dense_twin
-from lcnn_compile.bench.timing import Timing, alternate
+from lcnn_compile.bench.timing import alternate
 from lcnn_compile.kernels import cpu, cpu_build
 
 FACTOR = 4.0
 DENSE_LIMIT = 1e-4
 
 
-def _compiled(model: nn.Module, example: Tensor) -> Runnable:
+def _compiled(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     return run_torch(torch.compile(model, backend="lcnn"), example)
 
 
@@ -97,24 +99,21 @@ def lookup_calls(call: Callable[[], object]) -> int:
     return sum(event.count for event in profiler.key_averages() if event.key == "lcnn::lookup_conv2d")
 
 
-def _prepare(
-    engine: Engine, model: nn.Module, example: Tensor, row: Row, truth: Tensor, allowed: float | None
-) -> Runnable | None:
+def _prepare(engine: Engine, model: nn.Module, case: Case, folder: Path, row: Row, truth: Tensor) -> Runnable | None:
     """The engine's runnable if it can run the model and is right; else None, and the row says why."""
     missing = engine.missing()
     if missing:
         row.reason = f"missing: {', '.join(missing)}"
         return None
     try:
-        runnable = engine.prepare(model, example)
+        runnable = engine.prepare(model, case.example, folder)
         runnable.call()
         row.error = distance(runnable.output(), truth)
     except Exception as error:  # an engine of somebody else's may fail in any way; it is listed, the others still count
         row.reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
         return None
-    row.allowed = allowed
-    if allowed is not None and not row.error <= allowed:
-        row.reason = f"wrong: error {row.error:.1e}, allowed {allowed:.1e}"
+    if row.allowed is not None and not row.error <= row.allowed:
+        row.reason = f"wrong: error {row.error:.1e}, allowed {row.allowed:.1e}"
         return None
     return runnable
 
@@ -125,39 +124,49 @@ def measure(
     engines: Sequence[Engine],
     seconds: float = 10.0,
     lookup_engines: Sequence[Engine] = tuple(LOOKUP_ENGINES.values()),
+    folder: Path | None = None,
 ) -> list[Row]:
-    """Check, then time, every lookup model and the dense model it replaces; one row for each model and engine."""
-    example = case.example
-    threads, batch = torch.get_num_threads(), example.shape[0]
-    dense = dense_twin(next(iter(case.lookups.values())))
+    """Check, then time, every lookup model and the dense model that the first of them replaces.
+
+    Args:
+        case: what to measure.
+        engines: for the dense model.
+        seconds: of timing, about, after all is prepared.
+        lookup_engines: for the lookup models.
+        folder: where engines keep converted models for the next time; a temporary one by default.
+
+    Returns:
+        One row for each model and engine.
+    """
+    if folder is None:
+        with TemporaryDirectory() as temporary:
+            return measure(case, engines, seconds, lookup_engines, Path(temporary))
     rows: list[Row] = []
-    calls: dict[int, Runnable] = {}
+    calls: dict[str, Runnable] = {}
 
     def add(setting: str, engine: Engine, model: nn.Module, multiply_adds: int, truth: Tensor, allowed: float | None) -> None:
-        row = Row(case.name, setting, engine.name, engine.exact, threads, batch, multiply_adds)
-        rows.append(row)
-        runnable = _prepare(engine, model, example, row, truth, allowed)
+        sizes = (torch.get_num_threads(), case.example.shape[0], multiply_adds)
+        row = Row(case.name, setting, engine.name, engine.exact, *sizes, allowed=allowed)
+        runnable = _prepare(engine, model, case, folder, row, truth)
         if runnable is not None:
-            calls[len(rows) - 1] = runnable
+            calls[str(len(rows))] = runnable
+            if setting != "dense":
+                row.lookups = lookup_calls(runnable.call)
+                row.kernels = cpu_build.instruction_set() if cpu.is_available() else "none"
+        rows.append(row)
 
-    truth = copy.deepcopy(dense).double()(example.double())
-    dense_macs = macs.count(dense, example)
-    for engine in engines:
-        add("dense", engine, dense, dense_macs, truth, DENSE_LIMIT if engine.exact else None)
-    for setting, model in case.lookups.items():
-        truth = dense_twin(copy.deepcopy(model).double())(example.double())
-        own = distance(dense_twin(model)(example), truth)
-        multiply_adds = macs.count(model, example)
+    for number, (setting, model) in enumerate(case.lookups.items()):
+        dense = dense_twin(model)
+        truth = dense_twin(copy.deepcopy(model).double())(case.example.double())
+        if number == 0:
+            multiply_adds = macs.count(dense, case.example)
+            for engine in engines:
+                add("dense", engine, dense, multiply_adds, truth, DENSE_LIMIT if engine.exact else None)
+        allowed = FACTOR * distance(dense(case.example), truth)
+        multiply_adds = macs.count(model, case.example)
         for engine in lookup_engines:
-            add(setting, engine, model, multiply_adds, truth, FACTOR * own)
-            if runnable := calls.get(len(rows) - 1):
-                rows[-1].lookups = lookup_calls(runnable.call)
-                rows[-1].kernels = cpu_build.instruction_set() if cpu.is_available() else "none"
-    timings = alternate({str(number): runnable.call for number, runnable in calls.items()}, seconds)
-    for number in calls:
-        _record(rows[number], timings[str(number)])
+            add(setting, engine, model, multiply_adds, truth, allowed)
+    for key, timing in alternate({key: runnable.call for key, runnable in calls.items()}, seconds).items():
+        row = rows[int(key)]
+        row.seconds, row.low, row.high, row.bursts = timing.median, timing.low, timing.high, timing.bursts
     return rows
-
-
-def _record(row: Row, timing: Timing) -> None:
-    row.seconds, row.low, row.high, row.bursts = timing.median, timing.low, timing.high, timing.bursts

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -40,7 +41,8 @@ def peak(case: str) -> dict[str, float]:
     if setting != "dense":
         model = lookup_network(network, model, SETTINGS[setting])
     engines = ENGINES if setting == "dense" else LOOKUP_ENGINES
-    runnable = engines[engine].prepare(model, example)
+    with TemporaryDirectory() as folder:
+        runnable = engines[engine].prepare(model, example, Path(folder))
     runnable.call()
     _settle()
     for _ in range(3):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -36,8 +38,8 @@ def run(case: str, batch: int) -> dict[str, Any]:
     network, setting = case.split(" ")
     torch.manual_seed(0)
     model, example = lookup_network(network, build(network), SETTINGS[setting]), example_input(batch)
-    with torch._inductor.config.patch("cpp.enable_kernel_profile", True):
-        call = LOOKUP_ENGINES["lcnn"].prepare(model, example).call
+    with torch._inductor.config.patch("cpp.enable_kernel_profile", True), TemporaryDirectory() as folder:
+        call = LOOKUP_ENGINES["lcnn"].prepare(model, example, Path(folder)).call
         call()
     for _ in range(3):
         call()
