@@ -118,7 +118,6 @@ struct Plan {
   int64_t reach_h, reach_w;      // farthest row and column of a phase that a tap adds
   int64_t pitch, band, bands, phase_plane, plane, tile;
   int64_t extent;         // floats from the address of x to the end of its memory
-  int64_t direct_blocks;  // up to so many blocks of D, x is read where it lies
   bool connected;  // a fully connected layer: images become the pixels of one row, and lie next to their filters in y
   bool few;        // too few pixels for vectors
   bool by_rows;     // vectors of output pixels start at each row, rather than anywhere
@@ -130,6 +129,9 @@ struct Plan {
   int64_t packed() const { return w.m * tile * LANES; }
   void layout(int64_t rows);
 };
+
+constexpr int64_t DIRECT_BLOCKS = 4;  // up to so many blocks of D, x is read where it lies rather than packed
+constexpr int64_t LINES_AHEAD = 8;    // of each channel, wanted for the next tile
 
 static int64_t env(const char* n, int64_t d) { const char* v = getenv(n); return v ? atoll(v) : d; }
 const int64_t S_BYTES = env("LCNN_S", 160 << 10);
@@ -171,7 +173,6 @@ Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geomet
   tile = w.m > 1024 ? 3 : TILE;
   extent = (g.batch - 1) * g.stride_n + (w.groups * w.m - 1) * g.stride_c + (g.height - 1) * g.stride_h +
            (g.width - 1) * g.stride_w + 1;
-  direct_blocks = env("LCNN_DIRECT", 4);
   stream = by_rows && g.out_width % LANES == 0 && w.n * g.out_height * g.out_width * 4 > env("LCNN_STREAM", 8 << 20);
   offsets.resize(w.indices.size());
   for (size_t t = 0; t < offsets.size(); ++t) {
@@ -214,6 +215,7 @@ struct Call {
 
   Grid grid(const Phase& at, int64_t first_row, int64_t rows) const;
   void form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane, Team team) const;
+  Pixels out_pixels(int64_t v, int64_t per_row, int64_t rows) const;
   void look_up_few(const Lookup& to, int64_t group, int64_t rows, Team team) const;
   Pixels pixels_in(const Grid& grid, const Phase& at, int64_t first) const;
   void band(int64_t image, int64_t index, float* s, float* packed, Team team) const;
@@ -290,6 +292,43 @@ void pack(const float* x, const Former& to, const Pixels* pixels, int64_t count,
   }
 }
 
+// A member's share of the units of a stage: every block at one tile of pixels, then at the next.
+struct Share {
+  int64_t unit, end, blocks, tile, block;
+  bool new_tile = true;
+
+  Share(int64_t tiles, int64_t count, Team team)
+      : unit(tiles * count * team.rank / team.size),
+        end(tiles * count * (team.rank + 1) / team.size),
+        blocks(count),
+        tile(count ? unit / count : 0),
+        block(count ? unit % count : 0) {}
+  bool more() const { return unit < end; }
+  void advance() {
+    ++unit;
+    new_tile = ++block == blocks;
+    if (new_tile) block = 0, ++tile;
+  }
+};
+
+// Calls `pass(f, filters, v, vectors)` for pieces of `size` filters x `count` vectors that fit the registers.
+template <class Pass>
+inline void in_passes(int size, int64_t count, Pass pass) {
+  for (int f = 0; f < size; f += FILTERS) {
+    const int filters = std::min(FILTERS, size - f), fit = vectors_for(filters);
+    if (count <= fit) {
+      pass(f, filters, 0, count);
+      continue;
+    }
+    const int64_t passes = (count + fit - 1) / fit;
+    for (int64_t i = 0, v = 0; i < passes; ++i) {
+      const int64_t next = count * (i + 1) / passes;
+      pass(f, filters, v, next - v);
+      v = next;
+    }
+  }
+}
+
 // Calls `at_pixels(index, pixels)` for every pixel from `begin` on in steps of FEW and 1.
 template <class Each>
 void in_few(int64_t count, Each at_pixels) {
@@ -344,41 +383,32 @@ void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int
     // Valid lanes lie side by side in x, even where a vector goes from one row to the next.
     const bool contiguous = grid.column_source == 1 && grid.row_source == at.end_valid - at.first_valid;
     const int64_t vectors = ceil_div(grid.stop - grid.begin, LANES), tiles = ceil_div(vectors, p.tile);
-    const int64_t units = tiles * blocks;
     Pixels pixels[TILE];
     Former from{};
-    int64_t tile = -1, count = 0;
-    for (int64_t unit = units * team.rank / team.size; unit < units * (team.rank + 1) / team.size; ++unit) {
-      const int64_t number = unit % blocks;
-      if (unit / blocks != tile) {
-        tile = unit / blocks;
-        const int64_t first = vectors * tile / tiles;
-        count = vectors * (tile + 1) / tiles - first;
+    int64_t count = 0, calls = 0;
+    for (Share share(tiles, blocks, team); share.more(); share.advance()) {
+      if (share.new_tile) {
+        const int64_t first = vectors * share.tile / tiles;
+        count = vectors * (share.tile + 1) / tiles - first;
         for (int64_t v = 0; v < count; ++v) pixels[v] = pixels_in(grid, at, grid.begin + (first + v) * LANES);
         from = {origin, p.g.stride_c, w.m, plane, p.plane, {}};
         const int64_t last = pixels[count - 1].source + LANES + (w.m - 1) * p.g.stride_c + offset;
-        if (contiguous) from.ahead = {(const char*)(origin + pixels[count - 1].source), p.g.stride_c * 4};
-        if (!contiguous || blocks > p.direct_blocks || last > p.extent) {
+        from.ahead = {reinterpret_cast<const char*>(origin + pixels[count - 1].source), p.g.stride_c * 4};
+        if (!contiguous || blocks > DIRECT_BLOCKS || last > p.extent) {
           pack(origin, from, pixels, count, at, grid, p.pitch, grid.begin + first * LANES, contiguous, packed);
           from.x = packed;
           from.pitch = count * LANES;
           for (int64_t v = 0; v < count; ++v) pixels[v].source = v * LANES, pixels[v].mask = FULL;
         }
+        calls = 0;
       }
-      const Block& block = w.rows[number];
-      for (int f = 0; f < block.size; f += FILTERS) {
-        const int filters = std::min(FILTERS, block.size - f);
-        const int64_t passes = ceil_div(count, vectors_for(filters));
-        for (int64_t i = 0; i < passes; ++i) {
-          const int64_t v = count * i / passes;
-          Former here = from;
-          const int64_t call = number * passes + i;
-          here.ahead.at += call * 128;
-          kernels.form[filters][count * (i + 1) / passes - v](here, pixels + v, dictionary + block.coefficients + f, block.size,
-                                                              plane + (block.first_filter + f) * p.plane,
-                                                              contiguous && call < 4);
-        }
-      }
+      const Block& block = w.rows[share.block];
+      in_passes(block.size, count, [&](int f, int filters, int64_t v, int64_t width) {
+        const bool look_ahead = contiguous && calls++ < LINES_AHEAD / 2;
+        kernels.form[filters][width](from, pixels + v, dictionary + block.coefficients + f, block.size,
+                                     plane + (block.first_filter + f) * p.plane, look_ahead);
+        from.ahead.at += 128;
+      });
     }
   }
 }
@@ -409,6 +439,21 @@ void Call::look_up_few(const Lookup& to, int64_t group, int64_t rows, Team team)
   }
 }
 
+// Vector number `v` of output pixels.
+Pixels Call::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
+  const int64_t wide = p.g.out_width, source = p.by_rows ? v / per_row * p.pitch + v % per_row * LANES : v * LANES;
+  int64_t row = source / p.pitch, column = source % p.pitch;
+  Pixels found{source, row * wide + std::min(column, wide), 0, 0};
+  for (int64_t lane = 0; lane < LANES && row < rows; ++row, column = 0) {
+    const int64_t valid = std::clamp<int64_t>(wide - column, 0, LANES - lane);
+    found.mask |= ((1u << valid) - 1) << lane;
+    found.count += int(valid);
+    lane += p.pitch - column;
+    if (p.by_rows) break;
+  }
+  return found;
+}
+
 void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const {
   const Weight& w = p.w;
   const Geometry& g = p.g;
@@ -422,38 +467,19 @@ void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t
                   Epilogue(int(g.activation), g.residual_last != 0), p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
   if (p.few) return look_up_few(to, group, rows, team);
   Pixels pixels[TILE];
-  int64_t tile = -1, count = 0;
-  for (int64_t unit = tiles * blocks * team.rank / team.size; unit < tiles * blocks * (team.rank + 1) / team.size; ++unit) {
-    if (unit / blocks != tile) {
-      tile = unit / blocks;
-      const int64_t from = vectors * tile / tiles;
-      count = vectors * (tile + 1) / tiles - from;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t v = from + i;
-        const int64_t source = p.by_rows ? v / per_row * p.pitch + v % per_row * LANES : v * LANES;
-        int64_t row = source / p.pitch, column = source % p.pitch;
-        Pixels& to_pixels = pixels[i];
-        to_pixels = {source, row * g.out_width + std::min(column, g.out_width), 0, 0};
-        for (int64_t lane = 0; lane < LANES && row < rows; ++row, column = 0) {
-          const int64_t valid = std::clamp<int64_t>(g.out_width - column, 0, LANES - lane);
-          to_pixels.mask |= ((1u << valid) - 1) << lane;
-          to_pixels.count += int(valid);
-          lane += p.pitch - column;
-          if (p.by_rows) break;
-        }
-      }
+  int64_t count = 0;
+  for (Share share(tiles, blocks, team); share.more(); share.advance()) {
+    if (share.new_tile) {
+      const int64_t first = vectors * share.tile / tiles;
+      count = vectors * (share.tile + 1) / tiles - first;
+      for (int64_t i = 0; i < count; ++i) pixels[i] = out_pixels(first + i, per_row, rows);
     }
-    const Block& block = w.blocks[first_block + unit % blocks];
-    for (int f = 0; f < block.size; f += FILTERS) {
-      const int filters = std::min(FILTERS, block.size - f);
-      const int64_t passes = ceil_div(count, vectors_for(filters));
-      for (int64_t i = 0; i < passes; ++i) {
-        const int64_t v = count * i / passes;
-        kernels.look_up[filters][count * (i + 1) / passes - v](to, pixels + v, p.offsets.data() + block.first_tap,
-                                                               w.coefficients.data() + block.coefficients + f, block.size,
-                                                               block.taps, w.filters.data() + block.first_filter + f);
-      }
-    }
+    const Block& block = w.blocks[first_block + share.block];
+    in_passes(block.size, count, [&](int f, int filters, int64_t v, int64_t width) {
+      kernels.look_up[filters][width](to, pixels + v, p.offsets.data() + block.first_tap,
+                                      w.coefficients.data() + block.coefficients + f, block.size, block.taps,
+                                      w.filters.data() + block.first_filter + f);
+    });
   }
 }
 

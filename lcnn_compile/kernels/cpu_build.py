@@ -109,22 +109,29 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
+def target() -> Path:
+    """Where the library for this source, compiler and processor is kept, whether it has been compiled or not.
+
+    Raises:
+        OSError, KernelError: no compiler, or no such instruction set.
+    """
+    folder = Path(__file__).parent
+    return cache_directory() / f"lcnn_{_key(_compiler(), _flags(), [folder / name for name in SOURCES])}.so"
+
+
 def build() -> Path:
     """Path of the compiled library, compiling it if no process has done so before.
 
     Raises:
         OSError, subprocess.SubprocessError, filelock.Timeout, KernelError: why there is none.
     """
-    folder = Path(__file__).parent
-    compiler, flags = _compiler(), _flags()
-    directory = cache_directory()
-    target = directory / f"lcnn_{_key(compiler, flags, [folder / name for name in SOURCES])}.so"
-    if not target.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{target}.lock", timeout=2 * COMPILE_SECONDS):
-            if not target.exists():
-                _compile(compiler, flags, folder / SOURCES[0], target)
-    return target
+    path = target()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
+            if not path.exists():
+                _compile(_compiler(), _flags(), Path(__file__).parent / SOURCES[0], path)
+    return path
 
 
 @functools.cache
