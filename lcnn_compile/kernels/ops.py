@@ -19,6 +19,8 @@ from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
 
 LOWERINGS = ("lookup", "factored", "dense")
+WEIGHTS = (1, 2, 7)
+"""Places of the dictionary, the coefficients and the bias among the operator's arguments."""
 
 library = torch.library.Library("lcnn", "DEF")
 library.define(
@@ -30,14 +32,24 @@ library.define(
 
 
 def _validated(*arguments: Any) -> int:
-    """Check a weight once and return its number of output channels."""
-    *tensors, kernel_size = arguments
-    dictionary, coefficients, indices, positions, offsets, filters = tensors
+    indices, positions, offsets, filters, *floating, kernel_size = arguments
+    # Of the floating tensors only the form matters, and it outlives their values, which change at every training step.
+    dictionary, coefficients = (torch.empty((), dtype=kind, device=where).expand(shape) for shape, kind, where in floating)
     check_weight("lookup_conv2d", dictionary, coefficients, indices, positions, offsets, filters, kernel_size)
     return int((filters >= 0).sum())
 
 
-_output_channels = Prepared(_validated)
+_prepared_validated = Prepared(_validated)
+
+
+def _output_channels(weight: tuple[Tensor, ...], kernel_size: tuple[int, int]) -> int:
+    """Check a weight, once until it changes, and return its number of output channels."""
+    dictionary, coefficients, *integers = weight
+    forms = [(t.shape, t.dtype, t.device) for t in (dictionary, coefficients)]
+    return _prepared_validated(tuple(integers), *forms, kernel_size)
+
+
+_cast_weight = Prepared(Tensor.to)
 _lookups = Prepared(reference.lookup_tensor)
 
 
@@ -183,12 +195,14 @@ def _autocast(device: str) -> Any:
     def call(*args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
 
-        def cast(value: Any) -> Any:
-            low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if low else value
+        def cast(value: Any, place: int = 0) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+                return value
+            constant = place in WEIGHTS and not (torch.is_grad_enabled() and value.requires_grad)
+            return _cast_weight((value,), dtype) if constant and value.dtype != dtype else value.to(dtype)
 
         with torch._C._ExcludeDispatchKeyGuard(key):
-            cast_args = [cast(a) for a in args]
+            cast_args = [cast(a, place) for place, a in enumerate(args)]
             return torch.ops.lcnn.lookup_conv2d(*cast_args, **{k: cast(v) for k, v in kwargs.items()})
 
     return call
