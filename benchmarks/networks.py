@@ -1,5 +1,12 @@
-"""The benchmark networks: ``build(name)`` gives one in evaluation mode with random weights."""
+"""The benchmark networks, and ``python benchmarks/networks.py [options]``, the same as ``lcnn-compile bench networks``."""
+
+import sys
 
 from lcnn_compile.bench.networks import NETWORKS, build, example_input
 
 __all__ = ["NETWORKS", "build", "example_input"]
+
+if __name__ == "__main__":
+    from lcnn_compile.bench.cli import app
+
+    app(["networks", *sys.argv[1:]])
