@@ -26,7 +26,7 @@ import torch
 
 from lcnn_compile.errors import KernelError, LcnnWarning
 
-SOURCES = ("cpu.cpp", "cpu_kernels.h", "cpu_narrow.h", "cpu_vector.h")
+SOURCES = ("cpu.cpp", "cpu_stages.h", "cpu_plan.h", "cpu_weight.h", "cpu_narrow.h", "cpu_kernels.h", "cpu_vector.h")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 ISA_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),

@@ -127,11 +127,21 @@ static void look_up(const Lookup& to, const Pixels* pixels, const int32_t* offse
     const Vec start = splat(to.bias ? to.bias[filters[f]] : 0.0f);
     UNROLL for (int v = 0; v < V; ++v) acc[f][v] = start;
   }
+  if (to.residual && !to.epilogue.residual_last)
+    UNROLL for (int v = 0; v < V; ++v) {
+      const float* from = to.residual + pixels[v].target;
+      if (pixels[v].mask == FULL) {
+        UNROLL for (int f = 0; f < F; ++f) acc[f][v] += load(from + filters[f] * to.plane);
+      } else {
+        UNROLL for (int f = 0; f < F; ++f)
+          acc[f][v] += expand(load_first(from + filters[f] * to.plane, pixels[v].count), pixels[v].mask);
+      }
+    }
   if (!to.stream)
     for (int f = 0; f < F; ++f)
       for (int v = 0; v < V; ++v) __builtin_prefetch(to.y + filters[f] * to.plane + pixels[v].target, 1);
   accumulate<F, V>(acc, base, offsets, coefficients, width, taps, Nothing{});
-  if (to.epilogue.is_clamp() && !to.residual) {
+  if (to.epilogue.is_clamp() && !(to.residual && to.epilogue.residual_last)) {
     UNROLL for (int f = 0; f < F; ++f) {
       float* y = to.y + filters[f] * to.plane;
       UNROLL for (int v = 0; v < V; ++v) {
@@ -154,9 +164,7 @@ static void look_up(const Lookup& to, const Pixels* pixels, const int32_t* offse
     for (int v = 0; v < V; ++v) {
       const Pixels& p = pixels[v];
       const int64_t target = filters[f] * to.plane + p.target;
-      Vec y = p.mask == FULL ? sums[f][v] : compress(sums[f][v], p.mask);
-      if (to.residual && !to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
-      y = to.epilogue(y);
+      Vec y = to.epilogue(p.mask == FULL ? sums[f][v] : compress(sums[f][v], p.mask));
       if (to.residual && to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
       if (to.stream)
         store_past_caches(to.y + target, y);

@@ -1,0 +1,335 @@
+// The two stages of a band, by one thread or by a team of them.
+#pragma once
+
+#include <cstring>
+
+#include "cpu_narrow.h"
+#include "cpu_plan.h"
+
+namespace lcnn {
+
+const Kernels kernels;
+const NarrowKernels<Channels> narrow_form;
+const NarrowKernels<const int32_t*> narrow_look_up;
+
+// The threads that work on one band, and the place of this one among them.
+struct Team {
+  int64_t rank, size;
+  void wait() const {
+#if defined(_OPENMP)
+    if (size > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+};
+
+struct Grid;
+
+struct Call {
+  const Plan& p;
+  const float* x;
+  const float* bias;
+  const float* residual;
+  float* y;
+
+  Grid grid(const Phase& at, int64_t first_row, int64_t rows) const;
+  void form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane, Team team) const;
+  Pixels out_pixels(int64_t v, int64_t per_row, int64_t rows) const;
+  void look_up_few(const Lookup& to, int64_t group, int64_t rows, Team team) const;
+  Pixels pixels_in(const Grid& grid, const Phase& at, int64_t first) const;
+  void band(int64_t image, int64_t index, float* s, float* packed, Team team) const;
+  void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed, Team team) const;
+  void copy_shifts(int64_t rows, const float* s, float* copies, Team team) const;
+  void lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const;
+};
+
+// Where the dictionary stage stands in the grid of a phase.
+struct Grid {
+  int64_t begin, stop;  // the pixels to form; zeros around them
+  int64_t first_source, row_source, column_source;  // in a channel of x: of pixel (0, 0), and per row and column
+};
+
+inline Grid Call::grid(const Phase& at, int64_t first_row, int64_t rows) const {
+  const Geometry& g = p.g;
+  const auto row_of = [&](int64_t h) {
+    return std::clamp<int64_t>(ceil_div(h + g.top - at.row - first_row * g.stride[0], g.stride[0]), 0, rows + p.reach_h);
+  };
+  const int64_t first = row_of(0), end = row_of(g.height);
+  const bool empty = first >= end || at.first_valid >= at.end_valid;
+  return {empty ? 0 : first * p.pitch + at.first_valid,
+          empty ? 0 : (end - 1) * p.pitch + at.end_valid,
+          (first_row * g.stride[0] + at.row - g.top) * g.stride_h + (at.column - g.left) * g.stride_w,
+          g.stride[0] * g.stride_h,
+          g.stride[1] * g.stride_w};
+}
+
+// The vector of grid pixels from `first` on.
+inline Pixels Call::pixels_in(const Grid& grid, const Phase& at, int64_t first) const {
+  Pixels found{0, first, 0, 0};
+  for (int64_t lane = 0, row = first / p.pitch; lane < LANES && first + lane < grid.stop; ++row) {
+    const int64_t from = std::max(first + lane, row * p.pitch + at.first_valid);
+    const int64_t end = std::min({first + LANES, row * p.pitch + at.end_valid, grid.stop});
+    if (end > from) {
+      if (!found.count)
+        found.source = grid.first_source + row * grid.row_source + (from - row * p.pitch) * grid.column_source;
+      found.mask |= ((1u << (end - from)) - 1) << (from - first);
+      found.count += int(end - from);
+    }
+    lane = (row + 1) * p.pitch - first;
+  }
+  return found;
+}
+
+// `length` floats that lie `step` apart.
+inline void copy_spread(float* to, const float* from, int64_t length, int64_t step) {
+  int64_t i = 0;
+  if (step == 1)
+    for (; i + LANES <= length; i += LANES) store(to + i, load(from + i));
+  if (step == 2)
+    for (; i + LANES < length; i += LANES) store(to + i, even_lanes(load(from + 2 * i), load(from + 2 * i + LANES)));
+  for (; i < length; ++i) to[i] = from[i * step];
+}
+
+// Copy one tile of every channel, vectors side by side; lanes that are not valid become zeros.
+inline void pack(const float* x, const Former& to, const Pixels* pixels, int64_t count, const Phase& at, const Grid& grid,
+          int64_t pitch, int64_t first_pixel, bool contiguous, float* packed) {
+  if (contiguous) {
+    for (int64_t c = 0; c < to.channels; ++c, x += to.pitch)
+      for (int64_t v = 0; v < count; ++v, packed += LANES)
+        store(packed, pixels[v].mask == FULL ? load(x + pixels[v].source)
+                                             : expand(load_first(x + pixels[v].source, pixels[v].count), pixels[v].mask));
+    return;
+  }
+  const int64_t lanes = count * LANES, last_pixel = std::min(first_pixel + lanes, grid.stop);
+  for (int64_t c = 0; c < to.channels; ++c, x += to.pitch, packed += lanes) {
+    std::memset(packed, 0, sizeof(float) * lanes);
+    for (int64_t row = first_pixel / pitch; row * pitch < last_pixel; ++row) {
+      const int64_t from = std::max(first_pixel, row * pitch + at.first_valid);
+      const int64_t length = std::min(last_pixel, row * pitch + at.end_valid) - from;
+      const float* source = x + grid.first_source + row * grid.row_source + (from - row * pitch) * grid.column_source;
+      copy_spread(packed + (from - first_pixel), source, length, grid.column_source);
+    }
+  }
+}
+
+// A member's share of the units of a stage: every block at one tile of pixels, then at the next.
+struct Share {
+  int64_t unit, end, blocks, tile, block;
+  bool new_tile = true;
+
+  Share(int64_t tiles, int64_t count, Team team)
+      : unit(tiles * count * team.rank / team.size),
+        end(tiles * count * (team.rank + 1) / team.size),
+        blocks(count),
+        tile(count ? unit / count : 0),
+        block(count ? unit % count : 0) {}
+  bool more() const { return unit < end; }
+  void advance() {
+    ++unit;
+    new_tile = ++block == blocks;
+    if (new_tile) block = 0, ++tile;
+  }
+};
+
+// Calls `pass(f, filters, v, vectors)` for pieces of `size` filters x `count` vectors that fit the registers.
+template <class Pass>
+inline void in_passes(int size, int64_t count, Pass pass) {
+  for (int f = 0; f < size; f += FILTERS) {
+    const int filters = std::min(FILTERS, size - f), fit = vectors_for(filters);
+    if (count <= fit) {
+      pass(f, filters, 0, count);
+      continue;
+    }
+    const int64_t passes = (count + fit - 1) / fit;
+    for (int64_t i = 0, v = 0; i < passes; ++i) {
+      const int64_t next = count * (i + 1) / passes;
+      pass(f, filters, v, next - v);
+      v = next;
+    }
+  }
+}
+
+// Calls `at_pixels(index, pixels)` for every pixel from `begin` on in steps of FEW and 1.
+template <class Each>
+void in_few(int64_t count, Each at_pixels) {
+  for (int64_t i = 0; i < count;) {
+    const int size = count - i >= FEW ? FEW : 1;
+    at_pixels(i, size);
+    i += size;
+  }
+}
+
+inline void Call::form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane,
+                    Team team) const {
+  const int64_t blocks = int64_t(p.w.rows.size()), width = at.end_valid - at.first_valid;
+  const int64_t first = grid.begin / p.pitch, pixels = grid.stop ? width * ((grid.stop - 1) / p.pitch + 1 - first) : 0;
+  for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
+    const Block& block = p.w.rows[b];
+    for (int f = 0; f < block.size; ++f) std::fill_n(plane + (block.first_filter + f) * p.plane, p.phase_plane, 0.0f);
+    in_few(pixels, [&](int64_t begin, int size) {
+      const float* base[FEW];
+      int64_t target[FEW];
+      for (int i = 0; i < size; ++i) {
+        const int64_t row = first + (begin + i) / width, column = at.first_valid + (begin + i) % width;
+        base[i] = origin + grid.first_source + row * grid.row_source + column * grid.column_source;
+        target[i] = row * p.pitch + column;
+      }
+      float sums[FEW * BLOCK];
+      narrow_form.at[block.size][size](base, {p.g.stride_c}, dictionary + block.coefficients, p.w.m, sums);
+      for (int i = 0; i < size; ++i)
+        for (int f = 0; f < block.size; ++f) plane[(block.first_filter + f) * p.plane + target[i]] = sums[i * block.size + f];
+    });
+  }
+}
+
+inline void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed,
+                            Team team) const {
+  const Weight& w = p.w;
+  const int64_t offset = image * p.g.stride_n + group * w.m * p.g.stride_c, blocks = int64_t(w.rows.size());
+  const float* origin = x + offset;
+  const float* dictionary = w.dictionary.data() + group * w.k * w.m;
+  for (size_t phase = 0; phase < p.phases.size(); ++phase) {
+    const Phase& at = p.phases[phase];
+    const Grid grid = this->grid(at, first_row, rows);
+    float* const plane = s + phase * p.phase_plane;
+    if (p.few) {
+      form_few(origin, dictionary, at, grid, plane, team);
+      continue;
+    }
+    for (int64_t i = w.k * team.rank / team.size; i < w.k * (team.rank + 1) / team.size; ++i) {
+      std::fill(plane + i * p.plane, plane + i * p.plane + grid.begin, 0.0f);
+      std::fill(plane + i * p.plane + grid.stop, plane + i * p.plane + p.phase_plane, 0.0f);
+    }
+    // Valid lanes lie side by side in x, even where a vector goes from one row to the next.
+    const bool contiguous = grid.column_source == 1 && grid.row_source == at.end_valid - at.first_valid;
+    const int64_t vectors = ceil_div(grid.stop - grid.begin, LANES), tiles = ceil_div(vectors, p.tile);
+    Pixels pixels[TILE];
+    Former from{};
+    int64_t count = 0, calls = 0;
+    for (Share share(tiles, blocks, team); share.more(); share.advance()) {
+      if (share.new_tile) {
+        const int64_t first = vectors * share.tile / tiles;
+        count = vectors * (share.tile + 1) / tiles - first;
+        for (int64_t v = 0; v < count; ++v) pixels[v] = pixels_in(grid, at, grid.begin + (first + v) * LANES);
+        from = {origin, p.g.stride_c, w.m, plane, p.plane, {}};
+        const int64_t last = pixels[count - 1].source + LANES + (w.m - 1) * p.g.stride_c + offset;
+        from.ahead = {reinterpret_cast<const char*>(origin + pixels[count - 1].source), p.g.stride_c * 4};
+        if (!contiguous || blocks > DIRECT_BLOCKS || last > p.extent) {
+          pack(origin, from, pixels, count, at, grid, p.pitch, grid.begin + first * LANES, contiguous, packed);
+          from.x = packed;
+          from.pitch = count * LANES;
+          for (int64_t v = 0; v < count; ++v) pixels[v].source = v * LANES, pixels[v].mask = FULL;
+        }
+        calls = 0;
+      }
+      const Block& block = w.rows[share.block];
+      in_passes(block.size, count, [&](int f, int filters, int64_t v, int64_t width) {
+        const bool look_ahead = contiguous && calls++ < LINES_AHEAD / 2;
+        kernels.form[filters][width](from, pixels + v, dictionary + block.coefficients + f, block.size,
+                                     plane + (block.first_filter + f) * p.plane, look_ahead);
+        from.ahead.at += 128;
+      });
+    }
+  }
+}
+
+inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t rows, Team team) const {
+  const Weight& w = p.w;
+  const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
+  for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
+    const Block& block = w.blocks[first_block + b];
+    in_few(rows * p.g.out_width, [&](int64_t begin, int size) {
+      const float* base[FEW];
+      for (int i = 0; i < size; ++i)
+        base[i] = to.s + (begin + i) / p.g.out_width * p.pitch + (begin + i) % p.g.out_width;
+      float sums[FEW * BLOCK];
+      narrow_look_up.at[block.size][size](base, p.offsets.data() + block.first_tap,
+                                          w.coefficients.data() + block.coefficients, block.taps, sums);
+      for (int i = 0; i < size; ++i)
+        for (int f = 0; f < block.size; ++f) {
+          const int64_t filter = w.filters[block.first_filter + f];
+          const int64_t target = p.connected ? (begin + i) * w.n + filter : filter * to.plane + begin + i;
+          Vec y = splat(sums[i * block.size + f] + (bias ? bias[filter] : 0.0f));
+          if (to.residual && !to.epilogue.residual_last) y += to.residual[target];
+          y = to.epilogue(y);
+          if (to.residual && to.epilogue.residual_last) y += to.residual[target];
+          to.y[target] = y[0];
+        }
+    });
+  }
+}
+
+// Vector number `v` of output pixels.
+inline Pixels Call::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
+  const int64_t wide = p.g.out_width, source = p.by_rows ? v / per_row * p.read_pitch + v % per_row * LANES : v * LANES;
+  int64_t row = source / p.read_pitch, column = source % p.read_pitch;
+  Pixels found{source, row * wide + std::min(column, wide), 0, 0};
+  for (int64_t lane = 0; lane < LANES && row < rows; ++row, column = 0) {
+    const int64_t valid = std::clamp<int64_t>(wide - column, 0, LANES - lane);
+    found.mask |= ((1u << valid) - 1) << lane;
+    found.count += int(valid);
+    lane += p.read_pitch - column;
+    if (p.by_rows) break;
+  }
+  return found;
+}
+
+inline void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const {
+  const Weight& w = p.w;
+  const Geometry& g = p.g;
+  const int64_t area = g.out_height * g.out_width;
+  const int64_t per_row = ceil_div(g.out_width, LANES);
+  const int64_t vectors = p.by_rows ? per_row * rows : p.vectors(rows, p.read_pitch);
+  const int64_t tiles = ceil_div(vectors, TILE);
+  const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
+  const int64_t start = image * w.n * area + first_row * g.out_width;
+  const Lookup to{s, bias, residual ? residual + start : nullptr, y + start, area,
+                  Epilogue(int(g.activation), g.residual_last != 0), p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
+  if (p.few) return look_up_few(to, group, rows, team);
+  Pixels pixels[TILE];
+  int64_t count = 0;
+  for (Share share(tiles, blocks, team); share.more(); share.advance()) {
+    if (share.new_tile) {
+      const int64_t first = vectors * share.tile / tiles;
+      count = vectors * (share.tile + 1) / tiles - first;
+      for (int64_t i = 0; i < count; ++i) pixels[i] = out_pixels(first + i, per_row, rows);
+    }
+    const Block& block = w.blocks[first_block + share.block];
+    in_passes(block.size, count, [&](int f, int filters, int64_t v, int64_t width) {
+      kernels.look_up[filters][width](to, pixels + v, p.offsets.data() + block.first_tap,
+                                      w.coefficients.data() + block.coefficients + f, block.size, block.taps,
+                                      w.filters.data() + block.first_filter + f);
+    });
+  }
+}
+
+// Rows of S moved to where each shift finds them aligned. What a row writes too much, the next one overwrites.
+inline void Call::copy_shifts(int64_t rows, const float* s, float* copies, Team team) const {
+  for (int64_t i = p.w.k * team.rank / team.size; i < p.w.k * (team.rank + 1) / team.size; ++i)
+    for (size_t shift = 0; shift < p.shifts.size(); ++shift) {
+      const float* from = s + i * p.plane + p.shifts[shift].phase * p.phase_plane + p.shifts[shift].column;
+      float* to = copies + i * p.read_plane + int64_t(shift) * p.shift_plane;
+      for (int64_t row = 0; row < rows + p.reach_h; ++row, from += p.pitch, to += p.read_pitch)
+        for (int64_t column = 0; column < p.g.out_width; column += LANES) store(to + column, load(from + column));
+    }
+}
+
+inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Team team) const {
+  const int64_t first_row = index * p.band, rows = std::min(p.band, p.g.out_height - first_row);
+  for (int64_t group = 0; group < p.w.groups; ++group) {
+    dictionary_stage(image, group, first_row, rows, s, packed, team);
+    team.wait();
+    float* read = s;
+    if (p.aligned) {
+      read = s + p.formed();
+      copy_shifts(rows, s, read, team);
+      team.wait();
+    }
+    lookup_stage(image, group, first_row, rows, read, team);
+    if (p.stream) fence();
+    team.wait();
+  }
+}
+
+}  // namespace lcnn

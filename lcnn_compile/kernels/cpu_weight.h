@@ -1,0 +1,87 @@
+// A lookup weight as the kernels read it.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace lcnn {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Filters that share their taps, few enough for one call of the micro-kernel (or two, where registers are few).
+struct Block {
+  int64_t first_tap, taps, coefficients;
+  int size, first_filter;
+};
+
+// A lookup weight, packed by blocks of filters: coefficients [taps][size].
+struct Weight {
+  int64_t groups, k, m, kh, kw, n;
+  std::vector<float> dictionary, coefficients;
+  std::vector<Block> rows, blocks;
+  std::vector<int64_t> first_block;  // of each convolution group
+  std::vector<int32_t> indices, positions, filters;
+
+  // Multiply-adds per pixel of the taps that serve one filter only: they are bound by loads of S.
+  int64_t lone_taps() const {
+    int64_t taps = 0;
+    for (const Block& block : blocks) taps += block.size == 1 ? block.taps : 0;
+    return taps;
+  }
+};
+
+// Sizes as equal as possible, none above BLOCK.
+inline int part_size(int64_t total, int64_t parts, int64_t i) { return int((i + 1) * total / parts - i * total / parts); }
+
+inline void pack_dictionary(Weight& w, const float* dictionary) {
+  const int64_t parts = ceil_div(w.k, BLOCK);
+  w.dictionary.resize(w.groups * w.k * w.m);
+  float* to = w.dictionary.data();
+  for (int64_t i = 0, row = 0; i < parts; ++i) {
+    const int size = part_size(w.k, parts, i);
+    w.rows.push_back({0, w.m, row * w.m, size, int(row)});
+    row += size;
+  }
+  for (int64_t g = 0; g < w.groups; ++g)
+    for (const Block& block : w.rows)
+      for (int64_t c = 0; c < w.m; ++c)
+        for (int f = 0; f < block.size; ++f) *to++ = dictionary[((g * w.k) + block.first_filter + f) * w.m + c];
+}
+
+inline void pack_lookups(Weight& w, int64_t filter_groups, int64_t size, const float* coefficients, const int32_t* indices,
+                  const int32_t* positions, const int32_t* offsets, const int32_t* table) {
+  std::vector<int32_t> order;
+  for (int64_t j = 0; j < filter_groups; ++j) {
+    if (j % (filter_groups / w.groups) == 0) w.first_block.push_back(int64_t(w.blocks.size()));
+    const int64_t first = int64_t(w.indices.size()), taps = offsets[j + 1] - offsets[j];
+    order.resize(taps);
+    std::iota(order.begin(), order.end(), offsets[j]);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {  // by address: kinder to the TLB
+      return indices[a] != indices[b] ? indices[a] < indices[b] : positions[a] < positions[b];
+    });
+    for (int32_t t : order) {
+      w.indices.push_back(indices[t]);
+      w.positions.push_back(positions[t]);
+    }
+    std::vector<int> columns;
+    for (int64_t f = 0; f < size; ++f)
+      if (table[j * size + f] >= 0) columns.push_back(int(f));
+    const int64_t members = int64_t(columns.size()), parts = ceil_div(members, BLOCK);
+    for (int64_t i = 0, next = 0; i < parts; ++i) {
+      const int part = part_size(members, parts, i);
+      w.blocks.push_back({first, taps, int64_t(w.coefficients.size()), part, int(w.filters.size())});
+      for (int32_t t : order)
+        for (int f = 0; f < part; ++f) w.coefficients.push_back(coefficients[t * size + columns[next + f]]);
+      for (int f = 0; f < part; ++f) w.filters.push_back(table[j * size + columns[next + f]]);
+      next += part;
+    }
+  }
+  w.first_block.push_back(int64_t(w.blocks.size()));
+  w.n = int64_t(w.filters.size());
+}
+
+}  // namespace lcnn
