@@ -49,11 +49,30 @@ def source_pixels(i_p, images, H, W, ROWS, WIDE, PITCH, TOP, LEFT, x_n, x_h, x_w
 
 
 @triton.jit
-def dictionary_tile(
-    p_x, p_d, o_x, m_x, o_k, K, M, x_c, PRECISION: tl.constexpr, VEC: tl.constexpr, B_M: tl.constexpr, STAGES: tl.constexpr
+def dictionary_block(
+    p_x,
+    p_d,
+    i_k,
+    o_x,
+    m_x,
+    K,
+    M,
+    x_c,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    B_K: tl.constexpr,
+    B_M: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """D[o_k, :] times the pixels at o_x of a convolution group's input, in float32; 0 where m_x is false."""
-    acc = tl.zeros([o_k.shape[0], o_x.shape[0]], tl.float32)
+    """Block i_k of B_K vectors, counted over all convolution groups, times the pixels at o_x of x; 0 where m_x is false.
+
+    Returns the float32 tile, its planes of S, and which of them exist.
+    """
+    i_group = i_k // tl.cdiv(K, B_K)
+    o_k = i_k % tl.cdiv(K, B_K) * B_K + tl.arange(0, B_K)
+    p_x += i_group.to(tl.int64) * M * x_c
+    p_d += i_group * K * M
+    acc = tl.zeros([B_K, o_x.shape[0]], tl.float32)
     for start in tl.range(0, M, B_M, num_stages=STAGES):
         o_m = start + tl.arange(0, B_M)
         o_c = o_m.to(tl.int64) * x_c
@@ -64,7 +83,7 @@ def dictionary_tile(
         x = tl.load(p_x + (o_c[:, None] + o_x[None, :]), mask=m_mx, other=0.0)
         d = tl.load(p_d + o_k[:, None] * M + o_m[None, :], mask=(o_k < K)[:, None] & (o_m < M)[None, :], other=0.0)
         acc = tl.dot(d, x, acc, input_precision=PRECISION)
-    return acc
+    return acc, i_group * K + o_k, o_k < K
 
 
 @triton.jit
@@ -113,18 +132,12 @@ def dictionary_kernel(
 ):
     """One block of vectors and padded pixels of S."""
     pid = tl.program_id(0)
-    i_k = pid % blocks
-    i_group = i_k // tl.cdiv(K, B_K)
-    i_k = i_k % tl.cdiv(K, B_K)
     n, r, column, o_x, m_x, m_p = source_pixels(
         pid // blocks, images, H, W, ROWS, WIDE, PITCH_X, TOP, LEFT, x_n, x_h, x_w, VEC, B_P
     )
-    o_k = i_k * B_K + tl.arange(0, B_K)
-    p_x += i_group.to(tl.int64) * M * x_c
-    p_d += i_group * K * M
-    acc = dictionary_tile(p_x, p_d, o_x, m_x, o_k, K, M, x_c, PRECISION, VEC, B_M, STAGES)
-    s = acc.to(p_s.dtype.element_ty)
-    store_shifted(s, p_s, i_group * K + o_k, n, r, column, o_k < K, m_p, image, ROWS * PITCH, PITCH, KW, STRIDE_W, DILATION_W)
+    s, planes, m_k = dictionary_block(p_x, p_d, pid % blocks, o_x, m_x, K, M, x_c, PRECISION, VEC, B_K, B_M, STAGES)
+    s = s.to(p_s.dtype.element_ty)
+    store_shifted(s, p_s, planes, n, r, column, m_k, m_p, image, ROWS * PITCH, PITCH, KW, STRIDE_W, DILATION_W)
 
 
 def input_vector(x: Tensor, where: Geometry) -> int:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, launch_dictionary
+from lcnn_compile.kernels.triton_fused import FusedConfig, band_of, launch_fused
 from lcnn_compile.kernels.triton_grouped import GroupedConfig, launch_grouped
 from lcnn_compile.kernels.triton_lookup import LookupConfig, launch_lookup
 from lcnn_compile.kernels.triton_pack import INT32, Epilogue, Geometry, Packed
@@ -28,9 +30,23 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"  # type: ignore[attr-defined]
 
 
-def run(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry, config: ForwardConfig) -> Tensor:
+def run(
+    x: Tensor,
+    y: Tensor,
+    weight: Packed,
+    groups: int,
+    epilogue: Epilogue,
+    where: Geometry,
+    config: ForwardConfig | FusedConfig,
+) -> Tensor:
     """Write y [N, n, H, W], contiguous or channels_last, and return it."""
     planes = weight.dictionary.shape[0]
+    if isinstance(config, FusedConfig):
+        band = band_of(where, x.shape[0], planes, config.room // x.element_size())
+        if band is None:
+            raise KernelError(f"{config.room} bytes do not hold four rows of S of this layer")
+        launch_fused(x, y, weight, groups, epilogue, where, precision(x.dtype), band, config)
+        return y
     image = where.image(planes)
     chunk = max(1, min(x.shape[0], config.chunk // (image * x.element_size()), (INT32 - 1) // image))
     digits = precision(x.dtype)

@@ -60,6 +60,50 @@ def grouped_tile(
 
 
 @triton.jit
+def grouped_block(
+    p_s,
+    p_codes,
+    p_c,
+    p_offsets,
+    p_filters,
+    p_bias,
+    p_residual,
+    p_y,
+    i_b,
+    size,
+    plane,
+    row_step,
+    o_s,
+    o_y,
+    m_p,
+    y_c,
+    ORDERED: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ROW_BITS: tl.constexpr,
+    G: tl.constexpr,
+    B_G: tl.constexpr,
+    B_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Block i_b of B_G filters of one filter group at the pixels o_s, up to the output."""
+    i_f = i_b // (G // B_G)
+    o_g = i_b % (G // B_G) * B_G + tl.arange(0, B_G)
+    start = tl.load(p_offsets + i_f)
+    end = tl.load(p_offsets + i_f + 1)
+    acc = grouped_tile(p_s, p_codes, p_c, start, end, o_g, o_s, plane, row_step, PRECISION, WIDE, LANES, ROW_BITS, G, B_T, STAGES)
+    channels, m_c = i_f * size + o_g, o_g < size
+    if not ORDERED:
+        channels = tl.load(p_filters + i_f * G + o_g)
+        m_c = channels >= 0
+    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
+
+
+@triton.jit
 def grouped_kernel(
     p_s,
     p_codes,
@@ -100,24 +144,20 @@ def grouped_kernel(
 ):
     """SPAN filter groups, or parts of B_G filters of larger ones, on one block of output pixels."""
     pid = tl.program_id(0)
-    parts = G // B_G
-    programs = tl.cdiv(F * parts, SPAN)
+    blocks = F * (G // B_G)
+    programs = tl.cdiv(blocks, SPAN)
     o_s, o_y, m_p = output_pixels(pid // programs, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
-    plane = ROWS * PITCH
-    row_step = DILATION_H * PITCH
-    for i_b in range(pid % programs * SPAN, min((pid % programs + 1) * SPAN, F * parts)):
-        i_f = i_b // parts
-        o_g = i_b % parts * B_G + tl.arange(0, B_G)
-        start = tl.load(p_offsets + i_f)
-        end = tl.load(p_offsets + i_f + 1)
-        acc = grouped_tile(
-            p_s, p_codes, p_c, start, end, o_g, o_s, plane, row_step, PRECISION, WIDE, LANES, ROW_BITS, G, B_T, STAGES
-        )
-        channels, m_c = i_f * size + o_g, o_g < size
-        if not ORDERED:
-            channels = tl.load(p_filters + i_f * G + o_g)
-            m_c = channels >= 0
-        store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
+    for i_b in range(pid % programs * SPAN, min((pid % programs + 1) * SPAN, blocks)):
+        grouped_block(
+            p_s, p_codes, p_c, p_offsets, p_filters, p_bias, p_residual, p_y, i_b, size, ROWS * PITCH, DILATION_H * PITCH,
+            o_s, o_y, m_p, y_c, ORDERED, RESIDUAL_LAST, ACTIVATION, PRECISION, WIDE, LANES, VEC, ROW_BITS, G, B_G, B_T, STAGES,
+        )  # fmt: skip
+
+
+def block_filters(padded: int, y: Tensor) -> int:
+    """Filters of a program, of groups of ``padded``: Hopper's units take 64 rows and more of float32 only with taps innermost,
+    which would cost S its wide loads."""
+    return min(padded, 32 if y.element_size() == 4 else 128)
 
 
 def launch_grouped(
@@ -125,8 +165,7 @@ def launch_grouped(
 ) -> None:
     """Write y [images, n, H, W] from S of as many images; g must be more than 1."""
     count, padded = weight.taps.filters.shape
-    # Hopper's matrix units take 64 rows and more only with taps innermost, which costs float32 its wide loads of S.
-    block = min(padded, 32 if y.element_size() == 4 else 128)
+    block = block_filters(padded, y)
     pixels = y.shape[0] * where.out_height * where.pitch
     image = s.numel() // y.shape[0]
     grid = (-(-count * (padded // block) // config.span) * -(-pixels // config.block_pixels),)

@@ -57,6 +57,43 @@ def lookup_tile(
 
 
 @triton.jit
+def lookup_block(
+    p_s,
+    p_table,
+    p_offsets,
+    p_filters,
+    p_bias,
+    p_residual,
+    p_y,
+    i_b,
+    F,
+    plane,
+    row_step,
+    o_s,
+    o_y,
+    m_p,
+    y_c,
+    ORDERED: tl.constexpr,
+    WIDE: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ROW_BITS: tl.constexpr,
+    B_F: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Block i_b of B_F filters at the pixels o_s, up to the output."""
+    o_f = i_b * B_F + tl.arange(0, B_F)
+    acc = lookup_tile(p_s, p_table, p_offsets, o_f, o_s, F, plane, row_step, WIDE, LANES, ROW_BITS, UNROLL)
+    channels, m_c = o_f, o_f < F
+    if not ORDERED:
+        channels = tl.load(p_filters + o_f, mask=m_c, other=-1)
+        m_c = channels >= 0
+    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
+
+
+@triton.jit
 def lookup_kernel(
     p_s,
     p_table,
@@ -94,16 +131,11 @@ def lookup_kernel(
     pid = tl.program_id(0)
     programs = tl.cdiv(F, B_F * SPAN)
     o_s, o_y, m_p = output_pixels(pid // programs, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
-    plane = ROWS * PITCH
-    row_step = DILATION_H * PITCH
     for i_b in range(pid % programs * SPAN, min((pid % programs + 1) * SPAN, tl.cdiv(F, B_F))):
-        o_f = i_b * B_F + tl.arange(0, B_F)
-        acc = lookup_tile(p_s, p_table, p_offsets, o_f, o_s, F, plane, row_step, WIDE, LANES, ROW_BITS, UNROLL)
-        channels, m_c = o_f, o_f < F
-        if not ORDERED:
-            channels = tl.load(p_filters + o_f, mask=m_c, other=-1)
-            m_c = channels >= 0
-        store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
+        lookup_block(
+            p_s, p_table, p_offsets, p_filters, p_bias, p_residual, p_y, i_b, F, ROWS * PITCH, DILATION_H * PITCH,
+            o_s, o_y, m_p, y_c, ORDERED, WIDE, RESIDUAL_LAST, ACTIVATION, LANES, VEC, ROW_BITS, B_F, UNROLL,
+        )  # fmt: skip
 
 
 def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, where: Geometry, config: LookupConfig) -> None:

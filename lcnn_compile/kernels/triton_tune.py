@@ -20,6 +20,7 @@ from triton.errors import TritonError
 
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, launch_dictionary
 from lcnn_compile.kernels.triton_forward import ForwardConfig, precision, run
+from lcnn_compile.kernels.triton_fused import FusedConfig, band_of
 from lcnn_compile.kernels.triton_grouped import GroupedConfig, launch_grouped
 from lcnn_compile.kernels.triton_lookup import LookupConfig, launch_lookup
 from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, padded_group
@@ -28,6 +29,10 @@ T = TypeVar("T")
 
 CHUNK = 24 << 20
 """Bytes of S formed before they are read, so that they are still in the second-level cache; half of an H100's."""
+
+
+ROOMS = ((128 << 10, 2), (256 << 10, 1))
+"""Bytes of S of a fused program and programs per multiprocessor; on an H100 they too fill half of the cache."""
 
 
 def dictionary_configs(size: int, element_size: int) -> list[DictionaryConfig]:
@@ -76,6 +81,14 @@ def grouped_configs(size: int, element_size: int) -> list[GroupedConfig]:
     ]
 
 
+def fused_config(
+    dictionary: DictionaryConfig, lookups: LookupConfig | GroupedConfig, element_size: int, room: int, programs: int
+) -> FusedConfig:
+    """Both stages in one program: S takes smaller blocks, as registers hold the state of both."""
+    vectors = min(dictionary.block_vectors, 128 // element_size)
+    return FusedConfig(DictionaryConfig(vectors, 32, 64, lookups.warps, 2), lookups, room, programs)
+
+
 def _candidates(x: Tensor, weight: Packed, groups: int) -> tuple[list[DictionaryConfig], list[Any]]:
     size = x.element_size()
     first = dictionary_configs(weight.dictionary.shape[0] // groups, size)
@@ -102,7 +115,9 @@ def _fastest(configs: Iterable[T], launch: Callable[[T], object]) -> T:
     return min(configs, key=lambda config: _milliseconds(lambda: launch(config)))
 
 
-def measure(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry) -> ForwardConfig:
+def measure(
+    x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry
+) -> ForwardConfig | FusedConfig:
     """The fastest configuration for this call; overwrites y. S by its kernel alone, lookups right after it, then whole calls by chunk."""
     first, second = _candidates(x, weight, groups)
     planes = weight.dictionary.shape[0]
@@ -121,9 +136,12 @@ def measure(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogu
             launch_grouped(s, weight, target, tail, where, digits, config)
 
     lookups = _fastest(second, launch)
-    whole = [ForwardConfig(dictionary, lookups, chunk) for chunk in (CHUNK, 2**40)]
-    if images == x.shape[0]:
-        return whole[0]
+    whole: list[ForwardConfig | FusedConfig] = [ForwardConfig(dictionary, lookups, CHUNK)]
+    if images < x.shape[0]:
+        whole.append(ForwardConfig(dictionary, lookups, 2**40))
+    for room, programs in ROOMS:
+        if band_of(where, x.shape[0], planes, room // x.element_size()) is not None:
+            whole.append(fused_config(dictionary, lookups, x.element_size(), room, programs))
     return _fastest(whole, lambda config: run(x, y, weight, groups, epilogue, where, config))
 
 
@@ -147,10 +165,17 @@ def _known(path: Path) -> dict[str, Any]:
     return stored if isinstance(stored, dict) else {}
 
 
-def _remember(path: Path, key: str, config: ForwardConfig) -> None:
+def _restore(stored: list[Any], group_size: int) -> ForwardConfig | FusedConfig:
+    """The choice that :func:`_remember` wrote."""
+    first, second, *rest = stored
+    form = LookupConfig if group_size == 1 else GroupedConfig
+    blocks = (DictionaryConfig(*first), form(*second))
+    return ForwardConfig(*blocks, *rest) if len(rest) == 1 else FusedConfig(*blocks, *rest)
+
+
+def _remember(path: Path, key: str, config: ForwardConfig | FusedConfig) -> None:
     """Add one choice to the file, whole or not at all; a folder that cannot be written is not worth failing for."""
-    known = _known(path)
-    known[key] = [list(config.dictionary), list(config.lookups), config.chunk]
+    known = {**_known(path), key: [list(part) if isinstance(part, tuple) else part for part in config]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"), tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -163,10 +188,12 @@ def _remember(path: Path, key: str, config: ForwardConfig) -> None:
     _known.cache_clear()
 
 
-_chosen: dict[tuple[Any, ...], ForwardConfig] = {}
+_chosen: dict[tuple[Any, ...], ForwardConfig | FusedConfig] = {}
 
 
-def configuration(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry) -> ForwardConfig:
+def configuration(
+    x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry
+) -> ForwardConfig | FusedConfig:
     """The configuration for this call; the first such call on a device measures, unless LCNN_TUNE is 0 or a graph is captured."""
     taps = weight.taps
     sizes = (x.shape, x.stride(), weight.dictionary.shape, groups, taps.filters.shape, taps.codes.shape, taps.longest)
@@ -180,8 +207,7 @@ def configuration(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: E
     name = repr(tuple(tuple(v) if isinstance(v, tuple) else str(v) for v in key[1:]))
     stored = _known(path).get(name)
     if stored is not None:
-        form = LookupConfig if weight.group_size == 1 else GroupedConfig
-        found = ForwardConfig(DictionaryConfig(*stored[0]), form(*stored[1]), stored[2])
+        found = _restore(stored, weight.group_size)
     elif os.environ.get("LCNN_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
         return guess(x, weight, groups)
     else:

@@ -14,6 +14,7 @@ from emulate import compiling, resources
 from lcnn_compile.kernels import triton_backward, triton_tune
 from lcnn_compile.kernels.triton_dictionary import empty_planes, launch_dictionary
 from lcnn_compile.kernels.triton_forward import precision
+from lcnn_compile.kernels.triton_fused import band_of, launch_fused
 from lcnn_compile.kernels.triton_grouped import launch_grouped
 from lcnn_compile.kernels.triton_lookup import launch_lookup
 from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
@@ -117,6 +118,21 @@ def test_grouped(capability, dtype, group_size, index):
     assert found["async"][16] >= vectors, found
     assert set(found["matrix"]) & MATRIX[capability], found
     assert set(found["store"]) == {16}, found
+
+
+@pytest.mark.parametrize("group_size", [1, 16, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_fused(capability, dtype, group_size):
+    layer = Layer(group_size, dtype, FORMATS[group_size == 16])
+    dictionary = triton_tune.dictionary_configs(64, dtype.itemsize)[0]
+    config = triton_tune.guess(layer.x, layer.packed, 1).lookups
+    band = band_of(layer.where, 2, 64, (256 << 10) // dtype.itemsize)
+    fused = triton_tune.fused_config(dictionary, config, dtype.itemsize, 256 << 10, 1)
+    args = (layer.x, layer.y, layer.packed, 1, layer.epilogue(False), layer.where, layer.digits, band, fused)
+    found = compiled(capability, launch_fused, *args)
+    assert found["async"][16] >= 4, found
+    assert max(found["store"]) == 16, found
 
 
 @pytest.mark.parametrize("group_size", [1, 64])

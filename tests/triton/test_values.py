@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from emulate import interpreting
 
-from lcnn_compile.kernels import reference, triton_backward, triton_forward, triton_ops, triton_tune
+from lcnn_compile.kernels import reference, triton_backward, triton_forward, triton_fused, triton_ops, triton_tune
 from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
 from lcnn_compile.lookup import LookupWeight, filter_table
 from lcnn_compile.testing import assert_close, lookup_weights
@@ -155,14 +155,16 @@ CONFIGS = [
 ]
 
 
-def direct(case, weight, x, config, chunk=1 << 20):
-    """The forward pass with this configuration."""
+def direct(case, weight, x, config, chunk=1 << 20, room=None, **epilogue):
+    """The forward pass with this configuration, in one launch where ``room`` bytes for S are given."""
+    tail = Epilogue(**{"bias": None, "residual": None, "activation": "relu", "residual_last": False, **epilogue})
     y = torch.empty(case.shape(), dtype=x.dtype, device=x.device, memory_format=case.format)
     where = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, x.element_size())
     dictionary = triton_tune.dictionary_configs(case.vectors, x.element_size())[-1]
     form = triton_forward.ForwardConfig(dictionary, config, chunk)
-    return triton_forward.run(x, y, pack(tuple(weight.tensors().values()), case.kernel[1]), case.groups,
-                              Epilogue(None, None, "relu", False), where, form)  # fmt: skip
+    if room is not None:
+        form = triton_fused.FusedConfig(dictionary, config, room, 1)
+    return triton_forward.run(x, y, pack(tuple(weight.tensors().values()), case.kernel[1]), case.groups, tail, where, form)
 
 
 @pytest.mark.parametrize(("group_size", "element_size", "config"), CONFIGS, ids=str)
@@ -171,6 +173,22 @@ def test_configurations(group_size, element_size, config):
     case = Case(group_size=group_size, dtype=dtype, size=(5, 6), out_channels=80, batch=3)
     weight, x = case.tensors()
     check(case, weight, x, direct(case, weight, x, config), activation="relu")
+
+
+@pytest.mark.parametrize("rows", [4, 5, 1000])
+@pytest.mark.parametrize("group_size", [1, 24])
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_fused(shape, group_size, rows):
+    format = FORMATS[(shape + rows) % 2]
+    case = replace(SHAPES[shape], group_size=group_size, batch=3, format=format, dtype=DTYPES[rows % len(DTYPES)])
+    weight, x = case.tensors()
+    where = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, x.element_size())
+    band = (min(rows, where.out_height) - 1) * case.stride[0] + where.rows - (where.out_height - 1) * case.stride[0]
+    room = case.vectors * case.groups * case.kernel[1] * band * where.pitch * x.element_size() * (2 if rows == 1000 else 1)
+    tail = {"bias": torch.randn(case.out_channels, device=DEVICE).to(case.dtype), "activation": "hardswish"}
+    tail["residual"] = torch.randn(case.shape(), device=DEVICE).to(case.dtype).contiguous(memory_format=format)
+    config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), case.kernel[1]), case.groups).lookups
+    check(case, weight, x, direct(case, weight, x, config, room=room, **tail), **tail)
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -290,9 +308,11 @@ def test_choices_survive_on_disk(tmp_path):
     weight, x = case.tensors()
     choice = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1)
     triton_tune._remember(path, "layer", choice)
-    triton_tune._remember(path, "other", choice)
+    fused = triton_fused.FusedConfig(choice.dictionary, choice.lookups, 1 << 17, 2)
+    triton_tune._remember(path, "other", fused)
     triton_tune._known.cache_clear()
-    assert triton_tune._known(path)["layer"] == [list(choice.dictionary), list(choice.lookups), choice.chunk]
+    assert triton_tune._restore(triton_tune._known(path)["layer"], 1) == choice
+    assert triton_tune._restore(triton_tune._known(path)["other"], 1) == fused
     path.write_text("{half")
     triton_tune._known.cache_clear()
     assert triton_tune._known(path) == {}
