@@ -40,7 +40,7 @@ def _print(report: Report, as_json: bool) -> None:
     if as_json:
         print(report.to_json())
     else:
-        Console().print(report.table())
+        Console().print(report)
 
 
 @cli.command("explain")
@@ -84,7 +84,7 @@ def info_command(file: Path, as_json: AsJson = False) -> None:
         print(json.dumps({"layers": header.layers, "report": header.report, "shapes": header.shapes}))
         return
     if header.report:
-        Console().print(Report(tuple(LayerReport(**row) for row in header.report), title=str(file)).table())
+        Console().print(Report(tuple(LayerReport(**row) for row in header.report), title=str(file)))
         return
     table = Table("layer", "dictionary", "coefficients", "lowering", title=str(file), box=box.SIMPLE_HEAD)
     for name, layer in header.layers.items():

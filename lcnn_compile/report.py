@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -107,32 +108,44 @@ class Report:
 
     def table(self) -> Table:
         """A rich table, one row per layer."""
-        table = Table(title=self.title, caption=self.summary(), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-        for heading in ("layer", "kind"):
-            table.add_column(heading, overflow="fold")
+        table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("layer", overflow="fold", min_width=8)
         for heading in ("k", "taps", "g", "error", "MMACs", "fewer", "kB"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("lowering", no_wrap=True)
-        table.add_column("remark", overflow="fold")
         for r in self.layers:
+            macs = "" if r.macs_before is None else f"{r.macs_before / 1e6:.2f}"
+            fewer = ""
+            if r.replaced and r.macs_before and r.macs_after:
+                macs += f" → {r.macs_after / 1e6:.2f}"
+                fewer = f"{r.macs_before / r.macs_after:.1f}x"
             table.add_row(
-                r.name,
-                r.kind,
+                r.name or "(the model)",
                 _cell(r.dictionary_size),
                 "" if r.taps is None else f"{r.taps:g}",
                 _cell(r.group_size),
                 "" if r.error is None else f"{100 * r.error:.2f} %",
-                "" if r.macs_before is None else f"{r.macs_before / 1e6:.2f}",
-                "" if not r.macs_before or not r.macs_after or not r.replaced else f"{r.macs_before / r.macs_after:.1f}x",
+                macs,
+                fewer,
                 f"{r.bytes_before / 1e3:.0f}" + (f" → {r.bytes_after / 1e3:.0f}" if r.replaced else ""),
-                r.lowering if r.replaced else "",
-                r.reason,
+                r.lowering if r.replaced else "left dense",
             )
         return table
 
+    def notes(self) -> list[str]:
+        """One line per remark, with the layers that it is about."""
+        about: dict[str, list[str]] = {}
+        for r in self.layers:
+            if r.reason:
+                about.setdefault(r.reason, []).append(r.name or "(the model)")
+        return [f"{', '.join(names)}: {reason}" for reason, names in about.items()]
+
+    def __rich__(self) -> Group:
+        return Group(self.table(), *(Text(note, style="dim") for note in self.notes()), Text(self.summary()))
+
     def __str__(self) -> str:
         out = io.StringIO()
-        Console(file=out, width=140).print(self.table())
+        Console(file=out, width=110).print(self)
         return out.getvalue()
 
 

@@ -77,6 +77,24 @@ def test_lift_shares_a_module_between_calls_of_the_same_geometry():
     assert_equivalent(model, gm, pictures(2))
 
 
+def test_lift_of_a_weight_that_two_convolutions_of_an_exported_graph_share():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(F.relu(self.a(x)))
+
+    model, x = Tied().eval(), pictures(2, 9, 4)
+    gm = passes.lift_functional_convolutions(torch.export.export(model, (x,)).module())
+    convs = [name for name, m in gm.named_modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == 2
+    assert not any(other.startswith(f"{name}.") for name in convs for other in convs)
+    assert_equivalent(model, gm, x)
+
+
 def test_lift_leaves_computed_weights_alone():
     class Hyper(nn.Module):
         def __init__(self):

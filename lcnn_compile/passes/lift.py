@@ -68,7 +68,7 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
             *(str(found[k]) for k in ("stride", "padding", "dilation", "groups")),
         )
         if key not in made:
-            made[key] = _name(gm, str(found["weight"].target))
+            made[key] = _name(gm, str(found["weight"].target), None if bias is None else str(bias.target))
             tensors = [attribute(gm, found["weight"].target), None if bias is None else attribute(gm, bias.target)]
             geometry = [found[name] for name in ("stride", "padding", "dilation", "groups")]
             gm.add_submodule(made[key], make_conv(*tensors, *geometry).train(gm.training))
@@ -84,11 +84,17 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _name(gm: fx.GraphModule, weight: str) -> str:
-    """The new module's name: the weight's owner where that is a bare container, as export makes them, else a new name."""
+def _name(gm: fx.GraphModule, weight: str, bias: str | None) -> str:
+    """The new module's name: the owner of weight and bias where it is a bare container of just these, else a new name."""
     owner, _, key = weight.rpartition(".")
-    if key == "weight" and owner and type(gm.get_submodule(owner)) is nn.Module and not gm.get_submodule(owner)._modules:
+    container = gm.get_submodule(owner)
+    own = {f"{owner}.{name}" for name in (*container._parameters, *container._buffers)}
+    bare = owner and type(container) is nn.Module and not container._modules
+    if bare and key == "weight" and own == {weight, bias or weight} and bias in (None, f"{owner}.bias"):
         return owner
+    if isinstance(container, nn.Conv2d):
+        # A second convolution on a weight whose owner has become the first one.
+        weight = owner
     taken = {name for name, _ in gm.named_modules()}
     name, number = f"{weight}_conv2d", 1
     while name in taken:
