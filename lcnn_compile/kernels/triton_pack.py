@@ -78,15 +78,16 @@ def _taps(
     count, width = filters.shape
     owner = tap_filter_groups(offsets, indices.shape[0])
     plane = (owner // (count // groups) * size + indices) * kernel_width + positions % kernel_width
+    codes = (plane << ROW_BITS | positions // kernel_width).to(torch.int32)
     natural = torch.arange(count * width, device=filters.device, dtype=torch.int32).view(count, width)
     extra = 0 if width == 1 else padded_group(width) - width
-    slots, used = _slots(offsets.long()) if width == 1 else (offsets[:0].long(), offsets[:0].bool())
+    slots, used = _slots(offsets.long()) if width == 1 else (codes.new_empty(0), codes.new_empty(0))
     return Taps(
-        codes=(plane << ROW_BITS | positions // kernel_width).to(torch.int32),
+        codes=codes,
         slots=slots,
         used=used,
         longest=int(offsets.diff().max()),
-        offsets=offsets.contiguous(),
+        offsets=offsets.clone(memory_format=torch.contiguous_format),
         filters=F.pad(filters, (0, extra), value=-1).contiguous(),
         ordered=torch.equal(filters, natural),
     )
@@ -102,7 +103,7 @@ def _slots(offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _coefficients(coefficients: Tensor, codes: Tensor, slots: Tensor, used: Tensor, width: int) -> Tensor:
     if width > 1:
-        return F.pad(coefficients, (0, width - coefficients.shape[1])).contiguous()
+        return F.pad(coefficients, (0, width - coefficients.shape[1]))
     if not codes.numel():
         return torch.zeros_like(slots)
     values = torch.where(used, coefficients[slots, 0].float(), 0.0)
@@ -116,12 +117,17 @@ _prepared_coefficients = Prepared(_coefficients)
 def pack(weight: tuple[Tensor, ...], kernel_width: int) -> Packed:
     """Pack (dictionary, coefficients, indices, positions, offsets, filters); each part once until its tensors change.
 
-    Only new integers make the host wait for the device; new coefficients do not, so training steps can be captured.
+    Only new integers make the host wait for the device; new coefficients do not, so training steps can be captured. Cached
+    values are copies: a view would keep the tensors alive whose death ends the entry.
     """
     dictionary, coefficients, *integers = weight
     groups, size, _ = dictionary.shape
     taps = _prepared_taps(tuple(integers), groups, size, kernel_width)
-    values = _prepared_coefficients((coefficients, taps.codes, taps.slots, taps.used), taps.filters.shape[1])
+    width = taps.filters.shape[1]
+    if width > 1 and width == coefficients.shape[1]:
+        values = coefficients.contiguous()
+    else:
+        values = _prepared_coefficients((coefficients, taps.codes, taps.slots, taps.used), width)
     return Packed(dictionary.flatten(0, 1).contiguous(), values, taps, coefficients.shape[1])
 
 

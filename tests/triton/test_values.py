@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -289,6 +290,16 @@ def test_many_splits_of_pixels_sum_to_the_same():
         for programs in (1, 64)
     ]
     assert_close(found[1], found[0] * (1 + 1e-5), found[0].double())
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 16])
+def test_packed_weights_die_with_the_weight(group_size):
+    case = Case(group_size=group_size)
+    weight, _ = case.tensors()
+    pack(tuple(weight.tensors().values()), 3)
+    storages = [StorageWeakRef(t.untyped_storage()) for t in weight.tensors().values()]
+    del weight
+    assert all(storage.expired() for storage in storages)
 
 
 def test_failure_warns_once_and_is_remembered(monkeypatch):
