@@ -11,6 +11,8 @@ from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.learning import fit_model
 from lcnn_compile.learning.geometry import Geometry
+from lcnn_compile.learning.network import Network
+from lcnn_compile.learning.sensitivity import output_sensitivity
 
 
 def images(count=8, channels=3, size=16, seed=0):
@@ -263,3 +265,46 @@ def test_shared_modules_and_catch_all_handlers():
     fitted = fit(Stubborn().eval(), LayerConfig(dictionary_size=0.5, sparsity=4), images(6, 8).split(2))
     assert list(fitted) == ["conv", "last"]
     assert all(layer.error < 1 and not layer.reason for layer in fitted.values())
+
+
+def test_layers_that_matter_more_to_the_output_weigh_more():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loud = nn.Conv2d(3, 8, 3)
+            self.quiet = nn.Conv2d(3, 8, 3)
+            self.dead = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return self.loud(x).relu_() + 0.1 * self.quiet(x).relu_() + self.dead(x).round()
+
+    torch.manual_seed(0)
+    model = Branches()
+    model.quiet.load_state_dict(model.loud.state_dict())
+    network = Network(model, layers_of(model), lambda m, x: m(x))
+    weights = output_sensitivity(network, images(40), list(network.layers), 0)
+    assert weights["loud"] == pytest.approx(10 * weights["quiet"], rel=0.2)
+    assert 0 < weights["dead"] < weights["quiet"]
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_networks_without_a_derivative_weigh_all_layers_alike():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    network = Network(model, layers_of(model), lambda m, x: m(x).detach().numpy())
+    assert output_sensitivity(network, images(2), ["0"], 0) == {"0": 1.0}
+    network.call = lambda m, x: m(x).numpy()
+    assert output_sensitivity(network, images(2), ["0"], 0) == {"0": 1.0}
+
+
+def test_weights_that_are_not_finite_stay():
+    model = small()
+    model[2].weight.data[0, 0] = float("nan")
+    fitted = fit(model, LayerConfig(dictionary_size=0.5, sparsity=2), images(4).split(2))
+    assert fitted["2"].reason == "the weight is not finite"
+    assert not fitted["0"].reason
+
+
+def test_every_tap_by_number_is_as_exact_as_none():
+    model = small()
+    for layer, dense in zip(fit(model, LayerConfig(16, 16, 4), images(4).split(2)).values(), model[::2], strict=True):
+        assert torch.equal(layer.weight.dense_weight(), dense.weight)

@@ -87,11 +87,16 @@ class Problem:
             return float((self.cross.T - matrix).square().sum() + missed), float(self.energy.sum())
         patches, outputs = self.held
         wrong = torch.addmm(bias - self.output_mean, patches, matrix.T) - (outputs - self.output_mean)
-        return float(wrong.square().sum()), float((outputs - outputs.mean(0)).square().sum())
+        return float(wrong.square().sum()), _deviation(outputs)
 
     def profiles(self) -> Tensor:
         """How much of each filter each column alone explains, [n/groups, K]; filters count by their share of the whole."""
         return (self.cross.T.square() / self.gram.diagonal()).sqrt()
+
+
+def _deviation(outputs: Tensor) -> float:
+    """‖y - mean(y)‖² of [p, n], at least what rounding leaves of constant outputs."""
+    return float((outputs - outputs.mean(0)).square().sum() + 1e-12 * outputs.square().sum())
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,6 @@ def fit_lossless(geometry: Geometry, weight: Tensor, bias: Tensor, sample: Sampl
         answers = torch.einsum("pgrm,gnrm->pgn", sample.patches[measured], grouped).flatten(1) + bias
         outputs = sample.outputs[measured]
         wrong = float((answers - outputs).square().sum())
-        total = float((outputs - outputs.mean(0)).square().sum())
+        total = _deviation(outputs)
     lossless = LookupWeight.lossless(weight, groups=geometry.groups, group_size=group_size)
     return Fit(lossless, bias, wrong / max(total, 1e-30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless
 from lcnn_compile.learning.network import Layer, Network
 from lcnn_compile.learning.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler, calibrate
 from lcnn_compile.learning.search import Point, dense_point, error_curve, ladder
+from lcnn_compile.learning.sensitivity import output_sensitivity
 from lcnn_compile.lookup import LookupWeight, filter_table
 
 DEFAULT_MAX_ERROR = 0.05  # where sizes are "auto" and nothing else limits them
@@ -107,6 +109,7 @@ class _Fitting:
         tell: Progress,
     ) -> None:
         self.network, self.configs, self.calibration, self.free, self.tell = network, configs, calibration, free, tell
+        self.seed = seed
         self.sampler = None if calibration is None else Sampler(network, calibration, seed)
         self.pixels = {name: self._pixels(name, pixels) for name in network.layers}
         self.bases: dict[str, Basis] = {}
@@ -126,7 +129,9 @@ class _Fitting:
         order = [name for name in self._order() if name not in result]
         if target_speedup is not None:
             others = other_macs + sum(dense_point(self.network.geometry[n], self.pixels[n]).macs for n in result)
-            self.points = allocate(self._curves(order), target_speedup=target_speedup, other_macs=others)
+            curves = self._curves(order)
+            weights = self._sensitivity(order)
+            self.points = allocate(curves, target_speedup=target_speedup, other_macs=others, sensitivity=weights)
         if self.sampler is not None:
             self.sampler.remember({name: self._planes(name) for name in order if not self._stays_dense(name)})
         step = max(1, -(-len(order) // PASSES))
@@ -144,7 +149,14 @@ class _Fitting:
     def _order(self) -> list[str]:
         return list(self.network.layers) if self.calibration is None else self.calibration.order
 
+    def _sensitivity(self, names: Sequence[str]) -> dict[str, float]:
+        if self.calibration is None:
+            return dict.fromkeys(names, 1.0)
+        return output_sensitivity(self.network, self.calibration.batches[0], names, self.seed)
+
     def _hopeless(self, name: str) -> str:
+        if not torch.isfinite(self.network.weight(name)).all():
+            return "the weight is not finite"
         if self.calibration is None:
             return ""
         if not self.calibration.total_images(name):
@@ -154,9 +166,10 @@ class _Fitting:
     def _lossless(self, name: str) -> bool:
         """Whether the layer is to keep every direction and every tap."""
         config, geometry = self.configs[name], self.network.geometry[name]
-        if self.free or config.dictionary_size == "auto" or config.sparsity is not None:
+        if self.free or config.automatic:
             return False
-        return config.vectors(geometry.channels) == geometry.channels
+        m, taps = geometry.channels, geometry.channels * geometry.area
+        return config.vectors(m) == m and config.taps_per_filter(m, geometry.area) == taps
 
     def _stays_dense(self, name: str) -> bool:
         return name in self.points and not self.points[name].size
@@ -217,10 +230,10 @@ class _Fitting:
 
     def _fit(self, name: str, sample: Sample | None) -> FittedLayer:
         config, geometry = self.configs[name], self.network.geometry[name]
-        if self.calibration is not None and sample is None:
-            return self._dense(name, "dense fits the budget best")
         if self._stays_dense(name):
             return self._dense(name, "dense fits the budget best")
+        if self.calibration is not None and sample is None:
+            return self._dense(name, "never called by the compressed network")
         if self._lossless(name):
             bias = self.network.bias(name)
             zero = torch.zeros(geometry.out_channels, device=self.network.weight(name).device)
@@ -262,8 +275,11 @@ class _Fitting:
         bias = None if fit.bias is None else fit.bias.to(like)
         limit = self.configs[name].max_error
         measured = self.calibration is not None
-        over = limit is not None and fit.error > limit
-        reason = f"error {fit.error:.3g} is over max_error {limit:g}" if over else ""
+        reason = ""
+        if not math.isfinite(fit.error):
+            reason = "the fit is not finite"
+        elif limit is not None and fit.error > limit:
+            reason = f"error {fit.error:.3g} is over max_error {limit:g}"
         return FittedLayer(fit.weight.to(like.device, like.dtype), bias, fit.error if measured else None, reason)
 
     def _dense(self, name: str, reason: str) -> FittedLayer:
