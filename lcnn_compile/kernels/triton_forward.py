@@ -13,6 +13,7 @@ from lcnn_compile.kernels.triton_fused import FusedConfig, band_of, launch_fused
 from lcnn_compile.kernels.triton_grouped import GroupedConfig, launch_grouped
 from lcnn_compile.kernels.triton_lookup import LookupConfig, launch_lookup
 from lcnn_compile.kernels.triton_pack import INT32, Epilogue, Geometry, Packed
+from lcnn_compile.kernels.triton_permute import launch_permute
 
 
 class ForwardConfig(NamedTuple):
@@ -28,6 +29,30 @@ def precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"  # type: ignore[attr-defined]
+
+
+def launch_lookups(
+    s: Tensor,
+    weight: Packed,
+    y: Tensor,
+    epilogue: Epilogue,
+    where: Geometry,
+    digits: str,
+    config: LookupConfig | GroupedConfig,
+) -> None:
+    """Write y from S of as many images, whatever the group size and the order of its filters."""
+    if isinstance(config, LookupConfig):
+        launch_lookup(s, weight, y, epilogue, where, config)
+        return
+    taps = weight.taps
+    if taps.ordered or y.stride(1) != 1:
+        launch_grouped(s, weight, y, epilogue, where, digits, config)
+        return
+    shape = (y.shape[0], taps.filters.shape[0] * weight.group_size, *y.shape[2:])
+    t = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    grouped = weight._replace(taps=taps._replace(ordered=True))
+    launch_grouped(s, grouped, t, Epilogue(None, None, "none", False), where, digits, config)
+    launch_permute(t, taps.places, y, epilogue)
 
 
 def run(
@@ -58,8 +83,5 @@ def run(
         launch_dictionary(x[part], weight.dictionary, s, groups, where, digits, config.dictionary)
         residual = None if epilogue.residual is None else epilogue.residual[part]
         tail = epilogue._replace(residual=residual)
-        if isinstance(config.lookups, LookupConfig):
-            launch_lookup(s, weight, target, tail, where, config.lookups)
-        else:
-            launch_grouped(s, weight, target, tail, where, digits, config.lookups)
+        launch_lookups(s, weight, target, tail, where, digits, config.lookups)
     return y

@@ -39,6 +39,7 @@ class Taps(NamedTuple):
         offsets: int32 [F + 1], as in the weight.
         filters: int32 [F, G], output channels, -1 for none; G is 1 or :func:`padded_group` of g.
         ordered: whether channel ``j·g + i`` is column i of filter group j, so that kernels compute what they else look up.
+        places: int32 [n], the ``j·g + i`` of each channel.
     """
 
     codes: Tensor
@@ -48,6 +49,7 @@ class Taps(NamedTuple):
     offsets: Tensor
     filters: Tensor
     ordered: bool
+    places: Tensor
 
 
 class Packed(NamedTuple):
@@ -90,6 +92,7 @@ def _taps(
         offsets=offsets.clone(memory_format=torch.contiguous_format),
         filters=F.pad(filters, (0, extra), value=-1).contiguous(),
         ordered=torch.equal(filters, natural),
+        places=natural[filters >= 0][filters[filters >= 0].argsort()],
     )
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, launch_dictionary
-from lcnn_compile.kernels.triton_forward import ForwardConfig, precision, run
+from lcnn_compile.kernels.triton_forward import ForwardConfig, launch_lookups, precision, run
 from lcnn_compile.kernels.triton_fused import FusedConfig, band_of
-from lcnn_compile.kernels.triton_grouped import GroupedConfig, launch_grouped
-from lcnn_compile.kernels.triton_lookup import LookupConfig, launch_lookup
+from lcnn_compile.kernels.triton_grouped import GroupedConfig
+from lcnn_compile.kernels.triton_lookup import LookupConfig
 from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, padded_group
 
 T = TypeVar("T")
@@ -130,10 +130,7 @@ def measure(
 
     def launch(config: LookupConfig | GroupedConfig) -> None:
         launch_dictionary(part, weight.dictionary, s, groups, where, digits, dictionary)
-        if isinstance(config, LookupConfig):
-            launch_lookup(s, weight, target, tail, where, config)
-        else:
-            launch_grouped(s, weight, target, tail, where, digits, config)
+        launch_lookups(s, weight, target, tail, where, digits, config)
 
     lookups = _fastest(second, launch)
     whole: list[ForwardConfig | FusedConfig] = [ForwardConfig(dictionary, lookups, CHUNK)]

@@ -18,6 +18,7 @@ from lcnn_compile.kernels.triton_fused import band_of, launch_fused
 from lcnn_compile.kernels.triton_grouped import launch_grouped
 from lcnn_compile.kernels.triton_lookup import launch_lookup
 from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
+from lcnn_compile.kernels.triton_permute import launch_permute
 from lcnn_compile.lookup import LookupWeight, filter_table
 
 pytestmark = [
@@ -151,6 +152,14 @@ def test_gradient_of_coefficients(capability, dtype, group_size):
     assert found["STACK"] == found["spills"] == 0, found
     assert found["async"][16] >= 4, found
     assert set(found["matrix"]) & MATRIX[capability], found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_permutation_of_channels(capability):
+    layer = Layer(64, torch.float16, FORMATS[1])
+    args = (layer.x, torch.arange(128, dtype=torch.int32), layer.y, layer.epilogue(True))
+    found = compiled(capability, launch_permute, *args)
+    assert set(found["store"]) == {16}, found
 
 
 def test_wide_loads_need_no_aligned_image():

@@ -124,6 +124,18 @@ def test_shapes(shape, group_size):
     check(case, weight, x, result_of(case, weight, x, bias), bias)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("residual_last", [None, False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_filters_in_another_order_than_channels(dtype, residual_last, groups):
+    case = Case(group_size=5, shuffled=True, groups=groups, out_channels=36, size=(5, 6), dtype=dtype, format=FORMATS[1])
+    weight, x = case.tensors()
+    bias = torch.randn(case.out_channels, device=DEVICE).to(dtype)
+    residual = None if residual_last is None else torch.randn(case.shape(), device=DEVICE).to(dtype)
+    tail = (bias, residual, "hardswish", bool(residual_last))
+    check(case, weight, x, result_of(case, weight, x, *tail), *tail)
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [1, 16])
