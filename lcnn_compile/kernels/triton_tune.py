@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import triton
-from filelock import FileLock
-from platformdirs import user_cache_dir
 from torch import Tensor
 from triton.errors import TritonError
 
-from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, launch_dictionary
-from lcnn_compile.kernels.triton_forward import ForwardConfig, launch_lookups, precision, run
+from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, input_vector, launch_dictionary
+from lcnn_compile.kernels.triton_forward import CHUNK, ForwardConfig, launch_lookups, precision, run
 from lcnn_compile.kernels.triton_fused import FusedConfig, band_of
 from lcnn_compile.kernels.triton_grouped import GroupedConfig
 from lcnn_compile.kernels.triton_lookup import LookupConfig
 from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, padded_group
+from lcnn_compile.kernels.triton_store import known, may_measure, remember, store_of
 
 T = TypeVar("T")
-
-CHUNK = 24 << 20
-"""Bytes of S formed before they are read, so that they are still in the second-level cache; half of an H100's."""
 
 
 ROOMS = ((128 << 10, 2), (256 << 10, 1))
@@ -142,47 +131,15 @@ def measure(
     return _fastest(whole, lambda config: run(x, y, weight, groups, epilogue, where, config))
 
 
-@cache
-def _file(device: str) -> Path:
-    """Where the choices for this device, this Triton and these kernels are kept."""
-    sources = sorted(Path(__file__).parent.glob("triton_*.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    folder = Path(os.environ.get("LCNN_CACHE_DIR") or user_cache_dir("lcnn_compile"))
-    name = "".join(c if c.isalnum() else "-" for c in f"{device}-triton-{triton.__version__}")
-    return folder / "triton" / f"{name}-{digest}.json"
+def _stored(config: ForwardConfig | FusedConfig) -> list[Any]:
+    return [list(part) if isinstance(part, tuple) else part for part in config]
 
 
-@cache
-def _known(path: Path) -> dict[str, Any]:
-    """The choices on disk; an unreadable file counts as empty."""
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return stored if isinstance(stored, dict) else {}
-
-
-def _restore(stored: list[Any], group_size: int) -> ForwardConfig | FusedConfig:
-    """The choice that :func:`_remember` wrote."""
+def _restored(stored: list[Any], group_size: int) -> ForwardConfig | FusedConfig:
     first, second, *rest = stored
     form = LookupConfig if group_size == 1 else GroupedConfig
     blocks = (DictionaryConfig(*first), form(*second))
     return ForwardConfig(*blocks, *rest) if len(rest) == 1 else FusedConfig(*blocks, *rest)
-
-
-def _remember(path: Path, key: str, config: ForwardConfig | FusedConfig) -> None:
-    """Add one choice to the file, whole or not at all; a folder that cannot be written is not worth failing for."""
-    known = {**_known(path), key: [list(part) if isinstance(part, tuple) else part for part in config]}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"), tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            _known.cache_clear()
-            json.dump({**_known(path), **known}, file)
-            file.flush()
-            os.replace(file.name, path)
-    except OSError:
-        return
-    _known.cache_clear()
 
 
 _chosen: dict[tuple[Any, ...], ForwardConfig | FusedConfig] = {}
@@ -191,24 +148,35 @@ _chosen: dict[tuple[Any, ...], ForwardConfig | FusedConfig] = {}
 def configuration(
     x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry
 ) -> ForwardConfig | FusedConfig:
-    """The configuration for this call; the first such call on a device measures, unless LCNN_TUNE is 0 or a graph is captured."""
+    """The configuration for this call; the first of its kind on a device measures, where it can.
+
+    Calls whose number of pixels has as many bits are of one kind, so images of any size need few measurements.
+    """
     taps = weight.taps
-    sizes = (x.shape, x.stride(), weight.dictionary.shape, groups, taps.filters.shape, taps.codes.shape, taps.longest)
-    key = (x.device, x.dtype, precision(x.dtype), *sizes, where, epilogue.residual is None, epilogue.activation)
+    pixels = (x.shape[0] * where.out_height * where.out_width).bit_length()
+    sizes = (weight.dictionary.shape, groups, taps.filters.shape, taps.longest, taps.ordered, pixels)
+    shape = (
+        where.kernel_width,
+        where.stride,
+        where.dilation,
+        input_vector(x, where),
+        y.stride(3) == 1,
+        *epilogue.flags(y).items(),
+    )
+    key = (x.device, x.dtype, precision(x.dtype), *sizes, *shape, epilogue.residual is None)
     found = _chosen.get(key)
     if found is not None:
         return found
     if not x.is_cuda:
         return guess(x, weight, groups)
-    path = _file(torch.cuda.get_device_name(x.device))
-    name = repr(tuple(tuple(v) if isinstance(v, tuple) else str(v) for v in key[1:]))
-    stored = _known(path).get(name)
+    path, name = store_of(x.device), repr(tuple(str(part) for part in key[1:]))
+    stored = known(path).get(name)
     if stored is not None:
-        found = _restore(stored, weight.group_size)
-    elif os.environ.get("LCNN_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
-        return guess(x, weight, groups)
-    else:
+        found = _restored(stored, weight.group_size)
+    elif may_measure(x.device):
         found = measure(x, y, weight, groups, epilogue, where)
-        _remember(path, name, found)
+        remember(path, name, _stored(found))
+    else:
+        return guess(x, weight, groups)
     _chosen[key] = found
     return found

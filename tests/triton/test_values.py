@@ -18,7 +18,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from emulate import interpreting
 
-from lcnn_compile.kernels import reference, triton_backward, triton_forward, triton_fused, triton_ops, triton_tune
+from lcnn_compile.kernels import (
+    choose,
+    reference,
+    triton_backward,
+    triton_choose,
+    triton_forward,
+    triton_fused,
+    triton_ops,
+    triton_store,
+    triton_tune,
+)
 from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
 from lcnn_compile.lookup import LookupWeight, filter_table
 from lcnn_compile.testing import assert_close, lookup_weights
@@ -330,12 +340,41 @@ def test_choices_survive_on_disk(tmp_path):
     case = Case()
     weight, x = case.tensors()
     choice = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1)
-    triton_tune._remember(path, "layer", choice)
-    fused = triton_fused.FusedConfig(choice.dictionary, choice.lookups, 1 << 17, 2)
-    triton_tune._remember(path, "other", fused)
-    triton_tune._known.cache_clear()
-    assert triton_tune._restore(triton_tune._known(path)["layer"], 1) == choice
-    assert triton_tune._restore(triton_tune._known(path)["other"], 1) == fused
+    fused = triton_tune.fused_config(choice.dictionary, choice.lookups, 4, 1 << 17, 2)
+    for name, config in (("layer", choice), ("other", fused)):
+        triton_store.remember(path, name, triton_tune._stored(config))
+    triton_store.known.cache_clear()
+    for name, config in (("layer", choice), ("other", fused)):
+        assert triton_tune._restored(triton_store.known(path)[name], 1) == config
     path.write_text("{half")
-    triton_tune._known.cache_clear()
-    assert triton_tune._known(path) == {}
+    triton_store.known.cache_clear()
+    assert triton_store.known(path) == {}
+
+
+def test_fused_choice_without_room_runs_in_two_launches():
+    case = Case(size=(20, 8))
+    weight, x = case.tensors()
+    config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1).lookups
+    check(case, weight, x, direct(case, weight, x, config, room=16), activation="relu")
+
+
+def test_lowering_is_chosen_by_measurement(tmp_path, monkeypatch):
+    weight, _ = Case(group_size=3, out_channels=20).tensors()
+    problem = choose.problem_of((2, 10, 7, 9), weight.dictionary.shape, weight.coefficients.shape, 20, (3, 3), (1, 1),
+                                (1, 1, 1, 1), (1, 1), DEVICE, torch.float32)  # fmt: skip
+    times = {"lookup": 3.0, "factored": 1.0, "dense": 2.0}
+
+    def run(arguments, lowering):
+        torch.ops.lcnn.lookup_conv2d(*arguments, lowering)
+        return times[lowering]
+
+    monkeypatch.setattr(triton_choose, "_milliseconds", run)
+    monkeypatch.setattr(triton_store, "may_measure", lambda device: True)
+    monkeypatch.setattr(triton_store, "store_of", lambda device: tmp_path / "device.json")
+    monkeypatch.setattr(triton_choose, "_measured", {})
+    assert triton_choose.measured(problem) == times
+    monkeypatch.setattr(triton_choose, "_measured", {})
+    times["dense"] = 0.0
+    assert triton_choose.measured(problem)["dense"] == 2.0
+    triton_choose._measured[replace(problem, device="cuda")] = triton_choose.measured(problem)
+    assert choose.cheapest(replace(problem, device="cuda"), True) == "factored"
