@@ -109,6 +109,14 @@ def test_epilogues_have_no_gradient():
         call(weight, torch.randn(1, 6, 8, 8), activation="relu")
 
 
+def test_the_inference_operator_is_the_same_without_gradients():
+    weight, x, bias = weight_of(), torch.randn(2, 6, 9, 8), torch.randn(10)
+    args = (x, *weight.tensors().values(), bias, 10, (3, 2), (1, 1), (0,) * 4, (1, 1), "lookup", "silu")
+    assert torch.equal(torch.ops.lcnn.lookup_conv2d_inference(*args), lookup_conv2d(*args))
+    torch.library.opcheck(torch.ops.lcnn.lookup_conv2d_inference, args)
+    assert not torch.ops.lcnn.lookup_conv2d_inference(x.requires_grad_(), *args[1:]).requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     layer = LookupConv2d(6, 10, 3, padding=1)

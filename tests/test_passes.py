@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from lcnn_compile import LcnnError, LookupConv2d, LookupWeight, passes
-from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.testing import assert_equivalent, networks
 
 ORDER = ("lift_functional_convolutions", "to_functional", "fold_batch_norm", "choose_lowerings", "fuse_epilogues")
@@ -54,7 +54,7 @@ def test_passes_on_an_exported_graph():
     for name in ORDER:
         getattr(passes, name)(gm)
         assert_equivalent(model, gm, x, factor=32)
-    fused = [node for node in gm.graph.nodes if node.target is lookup_conv2d]
+    fused = [node for node in gm.graph.nodes if is_lookup(node)]
     kinds = [(node.kwargs.get("activation"), node.kwargs.get("residual") is not None) for node in fused]
     assert kinds == [("relu", False), ("relu", True), (None, False), ("relu", False), ("relu", True)]
     assert not any("batch_norm" in str(t) for t in targets(gm))
@@ -158,7 +158,7 @@ def test_fuse(tail, expected):
 
     model, x = Net().eval(), torch.randn(2, 4, 7, 5)
     gm = passes.fuse_epilogues(traced(model, x))
-    node = next(n for n in gm.graph.nodes if n.target is lookup_conv2d)
+    node = next(n for n in gm.graph.nodes if is_lookup(n))
     found = tuple(node.kwargs.get(k) for k in ("activation", "residual", "residual_last"))
     if expected is None:
         assert found == (None, None, None)

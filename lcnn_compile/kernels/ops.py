@@ -2,7 +2,7 @@
 
 The operator computes ``activation(conv(x, P·D) + bias + residual)``. ``lowering`` picks one of three exact ways
 ("lookup", "factored", "dense"), "auto" the cheapest; all give the same values up to rounding. The output is channels_last where the input is
-(and is not contiguous too), contiguous otherwise.
+(and is not contiguous too), contiguous otherwise. ``lookup_conv2d_inference`` is the same without gradients, and cheaper to call.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ LOWERINGS = ("lookup", "factored", "dense")
 WEIGHTS = (1, 2, 7)
 """Places of the dictionary, the coefficients and the bias among the operator's arguments."""
 
+NAMES = ("lookup_conv2d", "lookup_conv2d_inference")
 library = torch.library.Library("lcnn", "DEF")
-library.define(
-    "lookup_conv2d(Tensor input, Tensor dictionary, Tensor coefficients, Tensor indices, Tensor positions, Tensor offsets, "
+SCHEMA = (
+    "(Tensor input, Tensor dictionary, Tensor coefficients, Tensor indices, Tensor positions, Tensor offsets, "
     "Tensor filters, Tensor? bias, SymInt out_channels, int[] kernel_size, int[] stride, SymInt[] padding, int[] dilation, "
-    'str lowering="lookup", str activation="none", Tensor? residual=None, bool residual_last=False) -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
+    'str lowering="lookup", str activation="none", Tensor? residual=None, bool residual_last=False) -> Tensor'
 )
+for _name in NAMES:
+    library.define(_name + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _validated(*arguments: Any) -> int:
@@ -51,6 +53,7 @@ def _output_channels(weight: tuple[Tensor, ...], kernel_size: tuple[int, int]) -
 
 _cast_weight = Prepared(Tensor.to)
 _lookups = Prepared(reference.lookup_tensor)
+_dense_weights = Prepared(lambda dictionary, *rest: reference.dense_weight(dictionary, reference.lookup_tensor(*rest)))
 
 
 def output_format(input: Tensor) -> torch.memory_format:
@@ -111,20 +114,17 @@ def _forward(
         lookups = reference.lower_lookup(input, *weight, out_channels, size, stride, padding, dilation)
         y = reference.apply_epilogue(lookups, bias, residual, activation, residual_last)
     elif lowering in LOWERINGS:
-        lower = reference.lower_factored if lowering == "factored" else reference.lower_dense
-        p = _lookups((coefficients, indices, positions, offsets, filters), out_channels, dictionary.shape[1], size)
-        y = reference.apply_epilogue(
-            lower(input, dictionary, p, stride, padding, dilation), bias, residual, activation, residual_last
-        )
+        sizes = (out_channels, dictionary.shape[1], size)
+        if lowering == "dense":
+            y = reference.convolve(input, _dense_weights(weight, *sizes), stride, padding, dilation, dictionary.shape[0])
+        else:
+            y = reference.lower_factored(input, dictionary, _lookups(weight[1:], *sizes), stride, padding, dilation)
+        y = reference.apply_epilogue(y, bias, residual, activation, residual_last)
     else:
         raise KernelError(f"lookup_conv2d: lowering is {lowering!r}; allowed are {LOWERINGS}")
     return y.contiguous(memory_format=output_format(input))
 
 
-library.impl("lookup_conv2d", _forward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("lcnn::lookup_conv2d", lib=library)
 def _fake(
     input: Tensor,
     dictionary: Tensor,
@@ -146,6 +146,11 @@ def _fake(
 ) -> Tensor:
     shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input))
+
+
+for _name in NAMES:
+    library.impl(_name, _forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lcnn::{_name}", _fake, lib=library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -187,9 +192,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("lcnn::lookup_conv2d", _backward, setup_context=_setup_context, lib=library)
+library.impl("lookup_conv2d_inference", torch.library.fallthrough_kernel, "Autograd")
 
 
-def _autocast(device: str) -> Any:
+def _autocast(name: str, device: str) -> Any:
+    operator = getattr(torch.ops.lcnn, name).default
     key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device.upper()}"))
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -203,12 +210,14 @@ def _autocast(device: str) -> Any:
 
         with torch._C._ExcludeDispatchKeyGuard(key):
             cast_args = [cast(a, place) for place, a in enumerate(args)]
-            return torch.ops.lcnn.lookup_conv2d(*cast_args, **{k: cast(v) for k, v in kwargs.items()})
+            return operator(*cast_args, **{k: cast(v) for k, v in kwargs.items()})
 
     return call
 
 
-for _device in ("cpu", "cuda"):
-    library.impl("lookup_conv2d", _autocast(_device), f"Autocast{_device.upper()}")
+for _name in NAMES:
+    for _device in ("cpu", "cuda"):
+        library.impl(_name, _autocast(_name, _device), f"Autocast{_device.upper()}")
 
 lookup_conv2d = torch.ops.lcnn.lookup_conv2d.default
+lookup_conv2d_inference = torch.ops.lcnn.lookup_conv2d_inference.default

@@ -74,20 +74,14 @@ def pad_spatial(x: Tensor, padding: Sequence[int]) -> Tensor:
     return F.pad(x, (left, right, top, bottom)) if any(padding) else x
 
 
-def _convolve(
+def convolve(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
+    """A dense convolution with padding (top, bottom, left, right), no bias."""
     top, bottom, left, right = padding
     if top == bottom and left == right:
         return F.conv2d(x, weight, None, tuple(stride), (top, left), tuple(dilation), groups)
     return F.conv2d(pad_spatial(x, padding), weight, None, tuple(stride), 0, tuple(dilation), groups)
-
-
-def lower_dense(
-    x: Tensor, dictionary: Tensor, lookups: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """W = P·D, then one dense convolution: m·n·kh·kw multiply-adds per output pixel."""
-    return _convolve(x, dense_weight(dictionary, lookups), stride, padding, dilation, dictionary.shape[0])
 
 
 def lower_factored(
@@ -96,7 +90,7 @@ def lower_factored(
     """S = D ∗ x, then a dense convolution with P: m·k + k·n·kh·kw multiply-adds per pixel."""
     groups = dictionary.shape[0]
     s = F.conv2d(x, pointwise_weight(dictionary), None, groups=groups)
-    return _convolve(s, lookups, stride, padding, dilation, groups)
+    return convolve(s, lookups, stride, padding, dilation, groups)
 
 
 def lower_lookup(

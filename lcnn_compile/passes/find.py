@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.kernels.ops import lookup_conv2d, lookup_conv2d_inference
 from lcnn_compile.modules import LookupConv2d
 from lcnn_compile.passes.targets import CONV2D, CONVOLUTION, is_get_attr
+
+LOOKUPS = (lookup_conv2d, lookup_conv2d.overloadpacket, lookup_conv2d_inference, lookup_conv2d_inference.overloadpacket)
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ def _find(gm: fx.GraphModule) -> Iterator[Convolution]:
             module = gm.get_submodule(node.target)
             if isinstance(module, nn.Conv2d | LookupConv2d):
                 yield Convolution(node, str(node.target), isinstance(module, LookupConv2d))
-        elif node.op == "call_function" and node.target in (*CONV2D, *CONVOLUTION, lookup_conv2d, lookup_conv2d.overloadpacket):
+        elif node.op == "call_function" and (node.target in (*CONV2D, *CONVOLUTION) or is_lookup(node)):
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             name = str(weight.target) if isinstance(weight, fx.Node) and is_get_attr(weight) else node.name
-            yield Convolution(node, name, node.target not in (*CONV2D, *CONVOLUTION))
+            yield Convolution(node, name, is_lookup(node))
 
 
 def is_lookup(node: fx.Node) -> bool:
     """Whether a node calls the lookup operator."""
-    return node.op == "call_function" and node.target in (lookup_conv2d, lookup_conv2d.overloadpacket)
+    return node.op == "call_function" and node.target in LOOKUPS

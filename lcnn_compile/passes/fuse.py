@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from lcnn_compile.kernels.ops import lookup_conv2d_inference
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import dtype_of, shape_of, to_functional
 from lcnn_compile.passes.targets import ADD, activation_of, bound
@@ -13,10 +14,13 @@ def fuse_epilogues(gm: fx.GraphModule) -> fx.GraphModule:
     """Fuse relu, relu6, silu, hardswish and residual additions into the lookup convolutions before them (inference only).
 
     ``activation(conv(x) + residual)`` and ``activation(conv(x)) + residual`` are both recognised. A residual is fused only
-    where shapes and dtypes are known (tracing by Dynamo or export leaves them, ``ShapeProp`` adds them) and equal. The graph
-    is changed in place and returned.
+    where shapes and dtypes are known (tracing by Dynamo or export leaves them, ``ShapeProp`` adds them) and equal. Every lookup
+    convolution becomes a call of ``lookup_conv2d_inference``. The graph is changed in place and returned.
     """
     to_functional(gm)
+    for node in gm.graph.nodes:
+        if is_lookup(node):
+            node.target = lookup_conv2d_inference
     for node in list(gm.graph.nodes):
         if is_lookup(node) and len(node.args) <= 14 and not set(node.kwargs) & {"activation", "residual"}:
             _fuse(gm, node)
