@@ -34,7 +34,23 @@ class BackwardConfig(NamedTuple):
     stages: int
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "F",
+        "T",
+        "images",
+        "image",
+        "OH",
+        "OW",
+        "ROWS",
+        "PITCH",
+        "STRIDE_H",
+        "DILATION_H",
+        "pixel_blocks",
+        "tap_blocks",
+        "splits",
+    ]
+)
 def coefficients_kernel(
     p_s,
     p_codes,

@@ -98,7 +98,25 @@ def store_shifted(s, p_s, planes, n, r, column, m_k, m_p, image, PLANE, PITCH, K
         tl.store(p_s + (o_k + c * PLANE)[:, None] + (o_p + w)[None, :], s, mask=m_k[:, None] & m_w[None, :])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "images",
+        "K",
+        "blocks",
+        "H",
+        "W",
+        "ROWS",
+        "WIDE",
+        "PITCH_X",
+        "PITCH",
+        "TOP",
+        "LEFT",
+        "image",
+        "KW",
+        "STRIDE_W",
+        "DILATION_W",
+    ]
+)
 def dictionary_kernel(
     p_x,
     p_d,

@@ -31,7 +31,31 @@ class FusedConfig(NamedTuple):
     programs: int
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "images",
+        "K",
+        "vector_blocks",
+        "H",
+        "W",
+        "OH",
+        "OW",
+        "WIDE_X",
+        "PITCH_X",
+        "ROWS",
+        "PITCH",
+        "TOP",
+        "LEFT",
+        "STRIDE_H",
+        "STRIDE_W",
+        "DILATION_H",
+        "DILATION_W",
+        "KW",
+        "image",
+        "band_images",
+        "band_rows",
+    ]
+)
 def fused_kernel(
     p_x,
     p_d,

@@ -103,7 +103,7 @@ def grouped_block(
     store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F", "images", "image", "OH", "OW", "ROWS", "PITCH", "STRIDE_H", "DILATION_H"])
 def grouped_kernel(
     p_s,
     p_codes,

@@ -6,6 +6,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -23,9 +24,15 @@ _unusable: dict[str, str] = {}
 
 def usable(device: str, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels run for this device type and dtype, as far as is known before the first launch."""
-    return device == "cuda" and dtype in DTYPES and find_spec("triton") is not None and not _unusable
+    return device == "cuda" and dtype in DTYPES and not _unusable and _installed()
 
 
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
 def _kernels(name: str) -> ModuleType:
     return import_module(f"lcnn_compile.kernels.triton_{name}")
 
@@ -88,7 +95,7 @@ def forward(
     epilogue = Epilogue(bias, residual, activation, residual_last)
     form = pack(weight, kernel_size[1])
     call = (input, y, form, weight[0].shape[0], epilogue, where)
-    with attempt(input.device):
+    with attempt(input.device), torch.cuda.device_of(input):
         run, tune = _kernels("forward"), _kernels("tune")
         return run.run(*call, tune.configuration(*call))
     return None
@@ -109,7 +116,7 @@ def coefficient_gradient(
     where = geometry(input.shape[2:], kernel_size, stride, padding, dilation, input.element_size())
     form = pack(weight, kernel_size[1])
     groups, size, _ = weight[0].shape
-    with attempt(input.device):
+    with attempt(input.device), torch.cuda.device_of(input):
         config = _kernels("tune").dictionary_configs(size, input.element_size())[0]
         total: Tensor = _kernels("backward").coefficient_gradient(grad, input, form, groups, where, config)
         return total.to(input.dtype).contiguous()

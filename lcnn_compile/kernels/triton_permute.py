@@ -13,7 +13,7 @@ from lcnn_compile.kernels.triton_pack import Epilogue
 from lcnn_compile.kernels.triton_tiles import activate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def permute_kernel(
     p_t,
     p_places,

@@ -150,7 +150,8 @@ def configuration(
 ) -> ForwardConfig | FusedConfig:
     """The configuration for this call; the first of its kind on a device measures, where it can.
 
-    Calls whose number of pixels has as many bits are of one kind, so images of any size need few measurements.
+    Calls whose number of pixels has as many bits are of one kind, so images of any size need few measurements; nor does the
+    epilogue matter.
     """
     taps = weight.taps
     pixels = (x.shape[0] * where.out_height * where.out_width).bit_length()
