@@ -156,15 +156,8 @@ def configuration(
     taps = weight.taps
     pixels = (x.shape[0] * where.out_height * where.out_width).bit_length()
     sizes = (weight.dictionary.shape, groups, taps.filters.shape, taps.longest, taps.ordered, pixels)
-    shape = (
-        where.kernel_width,
-        where.stride,
-        where.dilation,
-        input_vector(x, where),
-        y.stride(3) == 1,
-        *epilogue.flags(y).items(),
-    )
-    key = (x.device, x.dtype, precision(x.dtype), *sizes, *shape, epilogue.residual is None)
+    vectors = (input_vector(x, where), epilogue.flags(y)["VEC"], y.stride(3) == 1)
+    key = (x.device, x.dtype, precision(x.dtype), *sizes, where.kernel_width, where.stride, where.dilation, *vectors)
     found = _chosen.get(key)
     if found is not None:
         return found
