@@ -107,47 +107,43 @@ def check_call(
 
     Only shapes, dtypes and devices are looked at, so this also serves the fake.
     """
-    _require(input.dim() == 4, name, f"input has shape {tuple(input.shape)}; [N, C, H, W] is required")
-    _require(dictionary.dim() == 3, name, f"dictionary has shape {tuple(dictionary.shape)}; 3 dimensions are required")
+    # Messages are formed only for what is wrong: this runs at every call.
+    if input.dim() != 4:
+        raise WeightError(f"{name}: input has shape {tuple(input.shape)}; [N, C, H, W] is required")
+    if dictionary.dim() != 3:
+        raise WeightError(f"{name}: dictionary has shape {tuple(dictionary.shape)}; 3 dimensions are required")
     channels = dictionary.shape[0] * dictionary.shape[2]
-    _require(input.shape[1] == channels, name, f"input has {input.shape[1]} channels; the dictionary is for {channels}")
-    _require(
-        input.dtype == dictionary.dtype,
-        name,
-        f"input has dtype {input.dtype}, the dictionary {dictionary.dtype}; they must be equal",
-    )
-    _require(input.device == dictionary.device, name, f"input is on {input.device}, the dictionary on {dictionary.device}")
-    for key, values, low in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("dilation", dilation, 1)):
-        _require(len(values) == 2 and min(values) >= low, name, f"{key} is {tuple(values)}; two positive integers are required")
-    _require(len(padding) == 4, name, f"padding is {tuple(padding)}; (top, bottom, left, right) is required")
+    if input.shape[1] != channels:
+        raise WeightError(f"{name}: input has {input.shape[1]} channels; the dictionary is for {channels}")
+    _check_like(name, "dictionary", dictionary, input)
+    for key, values in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        if len(values) != 2 or min(values) < 1:
+            raise WeightError(f"{name}: {key} is {tuple(values)}; two positive integers are required")
+    if len(padding) != 4:
+        raise WeightError(f"{name}: padding is {tuple(padding)}; (top, bottom, left, right) is required")
     for value in padding:
-        _require(value >= 0, name, f"padding is {tuple(padding)}; negative padding is not supported")
-    _require(
-        activation in reference.ACTIVATIONS, name, f"activation is {activation!r}; allowed are {sorted(reference.ACTIVATIONS)}"
-    )
+        if value < 0:
+            raise WeightError(f"{name}: padding is {tuple(padding)}; negative padding is not supported")
+    if activation not in reference.ACTIVATIONS:
+        raise WeightError(f"{name}: activation is {activation!r}; allowed are {sorted(reference.ACTIVATIONS)}")
     high, wide = reference.output_size(input.shape[2:], kernel_size, stride, padding, dilation)
-    _require(
-        high > 0 and wide > 0,
-        name,
-        f"the kernel {tuple(kernel_size)} with dilation {tuple(dilation)} does not fit the padded input of size {tuple(input.shape[2:])}",
-    )
+    if high <= 0 or wide <= 0:
+        raise WeightError(
+            f"{name}: the kernel {tuple(kernel_size)} with dilation {tuple(dilation)} does not fit the padded input of size "
+            f"{tuple(input.shape[2:])}"
+        )
     shape = (input.shape[0], out_channels, high, wide)
     if bias is not None:
-        _require(
-            bias.dim() == 1 and bias.shape[0] == out_channels,
-            name,
-            f"bias has shape {tuple(bias.shape)}; [{out_channels}] is required",
-        )
-        _require(
-            bias.dtype == input.dtype and bias.device == input.device,
-            name,
-            f"bias is {bias.dtype} on {bias.device}, input {input.dtype} on {input.device}",
-        )
+        if bias.dim() != 1 or bias.shape[0] != out_channels:
+            raise WeightError(f"{name}: bias has shape {tuple(bias.shape)}; [{out_channels}] is required")
+        _check_like(name, "bias", bias, input)
     if residual is not None:
-        _require(tuple(residual.shape) == shape, name, f"residual has shape {tuple(residual.shape)}; the output has {shape}")
-        _require(
-            residual.dtype == input.dtype and residual.device == input.device,
-            name,
-            f"residual is {residual.dtype} on {residual.device}, input {input.dtype} on {input.device}",
-        )
+        if tuple(residual.shape) != shape:
+            raise WeightError(f"{name}: residual has shape {tuple(residual.shape)}; the output has {shape}")
+        _check_like(name, "residual", residual, input)
     return shape
+
+
+def _check_like(name: str, key: str, value: Tensor, input: Tensor) -> None:
+    if value.dtype != input.dtype or value.device != input.device:
+        raise WeightError(f"{name}: {key} is {value.dtype} on {value.device}, input {input.dtype} on {input.device}")

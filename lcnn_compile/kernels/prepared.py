@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Entry(Generic[T]):
@@ -32,7 +33,7 @@ class Prepared(Generic[T]):
     """Cache of ``build(*tensors)``, keyed by where the tensors lie and by their version counters.
 
     In-place updates, ``load_state_dict``, ``.data =`` and new parameters are all noticed. Inference tensors have no
-    version counter, so nothing is cached for them. Thread-safe; values of dead tensors are dropped.
+    version counter, and fake tensors no memory, so nothing is cached for them. Thread-safe; values of dead tensors are dropped.
     """
 
     def __init__(self, build: Callable[..., T]):
@@ -43,8 +44,9 @@ class Prepared(Generic[T]):
 
     def __call__(self, tensors: tuple[Tensor, ...], *extra: object) -> T:
         """``build(*tensors, *extra)``, from the cache where nothing has changed; ``extra`` must be hashable."""
-        if any(t.is_inference() for t in tensors):
-            return self._build(*tensors, *extra)
+        for t in tensors:
+            if t.is_inference() or type(t) not in _PLAIN:
+                return self._build(*tensors, *extra)
         key = (*[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors], *extra)
         versions = tuple([t._version for t in tensors])
         entry = self._entries.get(key)
