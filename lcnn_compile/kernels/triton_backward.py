@@ -125,7 +125,7 @@ def coefficient_gradient(
     config: BackwardConfig | None = None,
 ) -> Tensor:
     """float32 [T, g] from the gradient of y [N, n, OH, OW] and x [N, m, H, W], both contiguous or channels_last."""
-    config = config or BackwardConfig(32, 64 if x.element_size() == 4 else 128, 1024, 4, 3)
+    config = config or BackwardConfig(32, 32 if x.element_size() == 4 else 128, 1024, 4, 3)
     taps, channels = weight.taps, weight.taps.filters
     count, padded = channels.shape
     total = taps.codes.shape[0]

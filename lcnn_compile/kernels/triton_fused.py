@@ -255,4 +255,6 @@ def launch_fused(
         B_P=lookups.block_pixels,
         STAGES=1 if isinstance(lookups, LookupConfig) else lookups.stages,
         num_warps=lookups.warps,
+        # Left alone, the assembler spills a little for the sake of a third program per multiprocessor.
+        maxnreg=min(248, 2048 // lookups.warps),
     )

@@ -1,5 +1,6 @@
 """Values of every kernel, epilogue and configuration: in Triton's interpreter, or on a GPU where there is one."""
 
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -378,3 +379,8 @@ def test_lowering_is_chosen_by_measurement(tmp_path, monkeypatch):
     assert triton_choose.measured(problem)["dense"] == 2.0
     triton_choose._measured[replace(problem, device="cuda")] = triton_choose.measured(problem)
     assert choose.cheapest(replace(problem, device="cuda"), True) == "factored"
+
+
+def test_import_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import lcnn_compile; from lcnn_compile.kernels import ops, triton_ops"
+    subprocess.run([sys.executable, "-c", f"{code}; assert ops.lookup_conv2d and triton_ops._can"], check=True)
