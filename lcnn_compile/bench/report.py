@@ -18,6 +18,7 @@ from lcnn_compile.bench.summary import Comparison, compare
 from lcnn_compile.bench.targets import judge
 
 WIDTH = 180
+NO_KERNELS = "the C++ kernels were not available: lookups ran as the factored lowering"
 
 
 def wide_console() -> Console:
@@ -95,7 +96,7 @@ def show(rows: Sequence[Row], title: str, console: Console) -> None:
     if targets is not None:
         console.print(targets)
     if any(row.kernels == "none" for row in rows):
-        console.print("the C++ kernels were not available: lookups ran as the factored lowering", style="red")
+        console.print(NO_KERNELS, style="red")
     for reason in dict.fromkeys(f"{row.engine}, {row.setting}: {row.reason}" for row in rows if row.reason):
         console.print(reason, style="yellow", highlight=False)
 

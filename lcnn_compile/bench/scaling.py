@@ -107,7 +107,7 @@ def _time(point: Point, peak: Peak | None, threads: int, seconds: float) -> dict
     case = layer_case(shape, {"lookup": sizes(point.taps, point.group_size)}, point.batch)
     rows = measure(case, [ENGINES[name] for name in DENSE], seconds, [LOOKUP_ENGINES["lcnn eager"]])
     (comparison,) = compare(rows)
-    found: dict[str, Any] = {**asdict(point), "comparison": comparison.to_dict()}
+    found: dict[str, Any] = {**asdict(point), "kernels": rows[-1].kernels, "comparison": comparison.to_dict()}
     layer = case.lookups["lookup"]
     if peak is not None and comparison.seconds and isinstance(layer, LookupModule):
         limits = roofline(layer.lookup_weight(), point.batch, point.resolution**2, peak, threads)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcnn_compile.bench.report import milliseconds, ratio
+from lcnn_compile.bench.report import NO_KERNELS, milliseconds, ratio
 from lcnn_compile.bench.scaling import SWEEPS
 
 
@@ -24,6 +24,8 @@ def show_scaling(results: Sequence[dict[str, Any]], console: Console) -> None:
         if result["overhead"]:
             console.print(f"a call with nothing to compute: {result['overhead'] * 1e6:.0f} µs")
         console.print(_table(result))
+        if any(point["kernels"] == "none" for point in result["points"]):
+            console.print(NO_KERNELS, style="red")
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -79,5 +81,7 @@ def _plot_axis(axes: Any, name: str, points: list[dict[str, Any]]) -> None:
     limits = [(p["value"], p["roofline"]) for p in points if "roofline" in p]
     line("roofline", [(x, max(r["arithmetic"], r["loads"], r["traffic"])) for x, r in limits], "k--")
     axes.set_xscale("log", base=2)
+    values = [point["value"] for point in points]
+    axes.set_xticks(values, [str(value) for value in values])
     axes.set_yscale("log")
     axes.set_xlabel(name.replace("_", " "))
