@@ -17,7 +17,7 @@ from lcnn_compile.passes.targets import attribute, is_get_attr
 
 
 def choose_lowerings(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModule:
-    """Settle "auto" by cost, then rewrite "factored" and "dense" as ordinary convolutions that the compiler knows.
+    """Settle "auto" by measurement on this machine (remembered on disk), then rewrite "factored" and "dense" as ordinary convolutions that the compiler knows.
 
     Needs shapes on the nodes and the weight's tensors as attributes; calls that lack them keep what they have, and the
     operator then chooses when it runs. The graph is changed in place and returned.
@@ -54,7 +54,7 @@ def _cheapest(gm: fx.GraphModule, node: fx.Node, device: str | None) -> str:
     out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
     geometry = (out_channels, kernel_size, stride, padding, dilation)
     problem = choose.problem_of(sizes, dictionary.shape, coefficients.shape, *geometry, where, dtype)
-    return choose.cheapest(problem, has_lookup_kernel(where, dtype))
+    return choose.cheapest(problem, has_lookup_kernel(where, dtype), measure=True)
 
 
 def _hint(value: Any) -> int:

@@ -1,0 +1,95 @@
+"""The lowerings of a CPU layer by measurement: a layer of the same sizes with random values, timed in turns."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import statistics
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lcnn_compile.kernels.choose import Problem, estimate
+from lcnn_compile.kernels.store import cache_folder, known, remember
+from lcnn_compile.lookup import filter_table
+
+ROUNDS, WARM_UP, TIMED = 3, 1, 3
+HOPELESS = 4.0
+"""A lowering whose estimate is so many times the cheapest one's is not worth measuring."""
+
+
+@cache
+def _file() -> Path:
+    """The file for this processor, torch and version of the kernels."""
+    sources = sorted([*Path(__file__).parent.glob("cpu*"), *Path(__file__).parent.glob("choose.py")])
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources if source.is_file()))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        digest.update("".join(line for line in lines if line.startswith(("model", "flags", "Features")))[:10_000].encode())
+    except OSError:
+        digest.update(platform.processor().encode())
+    digest.update(f"{platform.machine()} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}".encode())
+    return cache_folder() / "lowerings" / f"cpu-{digest.hexdigest()[:16]}.json"
+
+
+def _key(problem: Problem) -> str:
+    return f"{problem} threads={torch.get_num_threads()} isa={os.environ.get('LCNN_CPU_ISA', '')}"
+
+
+def remembered(problem: Problem) -> dict[str, float] | None:
+    """Seconds of the lowerings that were measured for this problem on this machine; None if they were not."""
+    return known(_file()).get(_key(problem))
+
+
+def random_call(problem: Problem) -> tuple[object, ...]:
+    """Arguments of the operator up to the lowering, for a random layer of this problem."""
+    area = problem.kernel_size[0] * problem.kernel_size[1]
+    filters = filter_table(problem.out_channels, problem.group_size, problem.groups)
+    count, width = filters.shape
+    taps = -(-problem.taps // (count * width))
+    columns = torch.randint(problem.dictionary_size * area, (count * taps,), dtype=torch.int32)
+    x = torch.randn(problem.batch, problem.in_channels, *problem.size, dtype=problem.dtype)
+    dictionary = torch.randn(problem.groups, problem.dictionary_size, problem.in_channels // problem.groups, dtype=problem.dtype)
+    coefficients = torch.randn(count * taps, width, dtype=problem.dtype) * (filters >= 0).repeat_interleave(taps, 0)
+    offsets = torch.arange(count + 1, dtype=torch.int32) * taps
+    weight = (dictionary, coefficients, columns // area, columns % area, offsets, filters)
+    return (x, *weight, None, problem.out_channels, problem.kernel_size, problem.stride, problem.padding, problem.dilation)
+
+
+def _burst(arguments: tuple[object, ...], lowering: str) -> float:
+    def call() -> Tensor:
+        y: Tensor = torch.ops.lcnn.lookup_conv2d_inference(*arguments, lowering)
+        return y
+
+    seconds = []
+    for number in range(WARM_UP + TIMED):
+        start = time.perf_counter()
+        call()
+        if number >= WARM_UP:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
+    """Seconds of every lowering that may win, kept on disk; those the estimate rules out are left out.
+
+    LCNN_TUNE=0 turns measuring off; the estimates take its place then.
+    """
+    costs = estimate(problem, lookup_kernel)
+    least = min(costs.values())
+    names = [name for name, cost in costs.items() if cost <= HOPELESS * least]
+    if len(names) == 1 or os.environ.get("LCNN_TUNE") == "0":
+        return costs
+    found = remembered(problem)
+    if found is None:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _disable_current_modes():
+            arguments = random_call(problem)
+            bursts = [{name: _burst(arguments, name) for name in names} for _ in range(ROUNDS)]
+        found = {name: min(burst[name] for burst in bursts) for name in names}
+        remember(_file(), _key(problem), found)
+    return found
