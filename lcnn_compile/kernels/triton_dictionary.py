@@ -70,7 +70,8 @@ def dictionary_block(
     """
     i_group = i_k // tl.cdiv(K, B_K)
     o_k = i_k % tl.cdiv(K, B_K) * B_K + tl.arange(0, B_K)
-    p_x += i_group.to(tl.int64) * M * x_c
+    first = i_group.to(tl.int64) * M * x_c
+    p_x += tl.multiple_of(first, VEC) if VEC > 1 else first
     p_d += i_group * K * M
     acc = tl.zeros([B_K, o_x.shape[0]], tl.float32)
     for start in tl.range(0, M, B_M, num_stages=STAGES):

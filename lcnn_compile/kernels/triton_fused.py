@@ -120,7 +120,7 @@ def fused_kernel(
 ):
     """Every num_programs-th band: band_images whole images, or band_rows rows of one."""
     pid = tl.program_id(0)
-    p_s += pid.to(tl.int64) * band_images * image
+    p_s += tl.multiple_of(pid.to(tl.int64) * band_images * image, LANES)
     row_bands = tl.cdiv(OH, band_rows)
     for i_band in range(pid, tl.cdiv(images, band_images) * row_bands, tl.num_programs(0)):
         n0 = i_band // row_bands * band_images

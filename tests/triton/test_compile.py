@@ -117,6 +117,7 @@ def test_grouped(capability, dtype, group_size, index):
     found = compiled(capability, launch_grouped, *args)
     vectors = config.block_taps * config.block_pixels * dtype.itemsize // 16 // (32 * config.warps)
     assert found["async"][16] >= vectors, found
+    assert sum(found["load"].values()) <= 24, found
     assert set(found["matrix"]) & MATRIX[capability], found
     assert set(found["store"]) == {16}, found
 
@@ -132,7 +133,9 @@ def test_fused(capability, dtype, group_size):
     fused = triton_tune.fused_config(dictionary, config, dtype.itemsize, 256 << 10, 1)
     args = (layer.x, layer.y, layer.packed, 1, layer.epilogue(False), layer.where, layer.digits, band, fused)
     found = compiled(capability, launch_fused, *args)
-    assert found["async"][16] >= 4, found
+    narrow = sum(count for width, count in found["load"].items() if width < 8)
+    assert found["async"][16] + found["load"].get(16, 0) >= 8, found
+    assert narrow <= 16, found
     assert max(found["store"]) == 16, found
 
 
