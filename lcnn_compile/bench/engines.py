@@ -132,7 +132,7 @@ def _openvino(precision: str) -> Prepare:
 
 
 def _openvino_int8(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
-    import nncf  # type: ignore[import-untyped]
+    import nncf
     import openvino as ov
 
     file = folder / "int8.xml"
