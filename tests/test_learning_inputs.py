@@ -154,6 +154,16 @@ def test_without_data_directions_count_alike():
     torch.testing.assert_close(error, singular[5:].square().sum(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("size", [3, 10])
+def test_very_many_channels_without_data(monkeypatch, size):
+    monkeypatch.setattr("lcnn_compile.learning.dictionary.GRAM_CHANNELS", 4)
+    weight = torch.randn(10, 40, 1, 1, generator=torch.Generator().manual_seed(1)) * 0.5 ** torch.arange(10)[:, None, None, None]
+    basis = fit_dictionary(weight, Geometry(40, 10, linear=True), size, None)
+    best = torch.linalg.svdvals(weight.double().flatten(1))[size:].square().sum()
+    error = weighted_error(weight, basis.dictionary[0], basis.lookups[0], torch.eye(40).double())
+    torch.testing.assert_close(error, best, rtol=0.1, atol=1e-6)
+
+
 def test_a_dictionary_never_exceeds_what_the_filters_span():
     assert most_vectors(Geometry(512, 10, linear=True)) == 10
     assert most_vectors(Geometry(16, 4, groups=2, kernel_size=(3, 3))) == 8

@@ -12,6 +12,7 @@ from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.learning import fit_model
 from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.learning.network import Network
+from lcnn_compile.learning.sampling import calibrate
 from lcnn_compile.learning.sensitivity import output_sensitivity
 
 
@@ -161,6 +162,16 @@ def test_a_generator_is_consumed_once_and_not_kept(monkeypatch):
     fitted = fit(small(), LayerConfig(dictionary_size=0.5, sparsity=2), batches())
     assert given == list(range(20))
     assert all(not layer.reason for layer in fitted.values())
+
+
+def test_a_batch_too_large_to_keep_is_seen_whole_and_kept_in_part(monkeypatch):
+    monkeypatch.setattr("lcnn_compile.learning.sampling.BATCH_ELEMENTS", 10 * 3 * 16 * 16)
+    model = small()
+    network = Network(model, layers_of(model), lambda m, inputs: m(*inputs))
+    found = calibrate(network, [(images(24),)], 0)
+    assert [len(x) for (x,) in found.batches] == [10]
+    assert found.total_images("2") == 10
+    assert found.moments["2"].images == 24
 
 
 def test_repeated_runs_agree_to_the_bit():

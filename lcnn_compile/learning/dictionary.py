@@ -54,7 +54,7 @@ def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: Input
         size: vectors wanted, at most :func:`most_vectors`.
         moments: of the layer's inputs.
     """
-    rows = weight.detach().double().unflatten(0, (geometry.groups, -1)).flatten(3).transpose(2, 3)
+    rows = weight.detach().float().unflatten(0, (geometry.groups, -1)).flatten(3).transpose(2, 3)
     covariance = mean = sample = None
     if moments is not None:
         mean = moments.mean()
@@ -81,6 +81,7 @@ def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: Input
 
 def _from_moment(rows: Tensor, moment: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     """Principal components of rows·G^½, taken back by G^-½."""
+    rows = rows.double()
     if moment is None:
         moment = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     values, vectors = torch.linalg.eigh(moment)
@@ -93,8 +94,10 @@ def _from_moment(rows: Tensor, moment: Tensor | None, size: int) -> tuple[Tensor
 
 def _from_rows(rows: Tensor, sample: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The same from fewer pixels than channels: principal components of the outputs, then of what no pixel has shown."""
-    outputs = (sample.to(rows) @ rows.T) / max(1, sample.shape[0]) ** 0.5
-    values, left = torch.linalg.eigh(outputs @ outputs.T)
+    if size == rows.shape[0]:
+        return rows, torch.eye(size, dtype=rows.dtype, device=rows.device)
+    outputs = (sample @ rows.T) / max(1, sample.shape[0]) ** 0.5
+    values, left = (t.to(rows) for t in torch.linalg.eigh((outputs @ outputs.T).double()))
     seen = values.flip(0) > RIDGE * values.sum()
     values, left = values.flip(0)[seen][:size], left.flip(1)[:, seen][:, :size]
     basis = (outputs.T @ left) / values.sqrt()
@@ -109,10 +112,12 @@ def _from_rows(rows: Tensor, sample: Tensor, size: int) -> tuple[Tensor, Tensor]
 
 
 def _range(matrix: Tensor, size: int) -> Tensor:
-    """An orthonormal basis of the main column space, by two rounds of randomised subspace iteration."""
+    """An orthonormal basis of the main column space, by randomised subspace iteration."""
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(matrix.shape[1], size, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    wider = min(size + 8, *matrix.shape)
+    probe = torch.randn(matrix.shape[1], wider, generator=generator, dtype=matrix.dtype).to(matrix.device)
     basis = torch.linalg.qr(matrix @ probe).Q
-    for _ in range(2):
-        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
-    return basis
+    basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+    inside = basis.T @ matrix
+    vectors = torch.linalg.eigh((inside @ inside.T).double()).eigenvectors.flip(1)[:, :size]
+    return basis @ vectors.to(basis)

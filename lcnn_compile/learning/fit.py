@@ -14,7 +14,7 @@ from lcnn_compile.learning.sampling import Sample
 from lcnn_compile.learning.taps import select_taps, solve_coefficients
 from lcnn_compile.lookup import LookupWeight
 
-PRIOR = 3e-3  # weight of the dense solution against the sample, where S is white
+PRIOR = 1e-2  # weight of the dense solution against the sample, where S is white
 
 
 @dataclass(frozen=True)

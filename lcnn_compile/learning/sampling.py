@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,18 +46,42 @@ def calibrate(network: Network, data: Iterable[Any], seed: int, progress: Callab
     """The streaming pass: input moments of every layer over all of ``data``, which may be a generator."""
     result = Calibration({name: InputMoments(geometry, seed) for name, geometry in network.geometry.items()})
     kept = samples = 0
-    for number, batch in enumerate(data, 1):
-        images: dict[str, list[int]] = {}
-        network.run(batch, {name: _streamer(result, name, images) for name in network.layers})
-        if kept < BATCH_ELEMENTS and samples < BATCH_IMAGES:
-            tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-            kept += sum(tensor.numel() for tensor in tensors)
-            samples += tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-            result.batches.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), batch))
-            result.images.append(images)
+    for number, whole in enumerate(data, 1):
+        for batch in _pieces(whole):
+            images: dict[str, list[int]] = {}
+            network.run(batch, {name: _streamer(result, name, images) for name in network.layers})
+            if kept < BATCH_ELEMENTS and samples < BATCH_IMAGES:
+                kept += _elements(batch)
+                samples += leading(batch) or 1
+                result.batches.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), batch))
+                result.images.append(images)
         if progress is not None:
             progress(number)
     return result
+
+
+def leading(batch: Any) -> int:
+    """Images in a batch whose tensors all count them in their first dimension and of which the first is [N, C, H, W]; else 0."""
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not tensors or tensors[0].dim() < 4 or any(t.shape[:1] != tensors[0].shape[:1] for t in tensors):
+        return 0
+    return tensors[0].shape[0]
+
+
+def _elements(batch: Any) -> int:
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
+def _pieces(batch: Any) -> Iterator[Any]:
+    """The batch, or if it is too large to keep, parts of it."""
+    images = leading(batch)
+    size = max(1, images * BATCH_ELEMENTS // max(1, _elements(batch)))
+    if not images or size >= images:
+        yield batch
+        return
+    leaves, spec = pytree.tree_flatten(batch)
+    for start in range(0, images, size):
+        yield pytree.tree_unflatten([t[start : start + size] if isinstance(t, Tensor) else t for t in leaves], spec)
 
 
 def _streamer(result: Calibration, name: str, images: dict[str, list[int]]) -> Callable[[Tensor, Tensor], None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lcnn_compile.learning.network import Network
+from lcnn_compile.learning.sampling import leading
 
 PROBES = 4  # random projections of the output
 IMAGES = 16  # images that are looked at
@@ -58,10 +59,7 @@ def _add_probe(probes: list[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
 
 def _few(batch: Any) -> Any:
     """The first images of a batch of many; anything else as it is."""
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if not leaves or leaves[0].dim() < 4 or any(leaf.shape[:1] != leaves[0].shape[:1] for leaf in leaves):
-        return batch
-    return pytree.tree_map_only(Tensor, lambda t: t[:IMAGES], batch)
+    return pytree.tree_map_only(Tensor, lambda t: t[:IMAGES], batch) if leading(batch) else batch
 
 
 def _squared_gradients(ends: list[Tensor], probes: dict[str, list[tuple[Tensor, Tensor]]], seed: int) -> dict[str, float]:
