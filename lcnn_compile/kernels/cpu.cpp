@@ -35,7 +35,7 @@ float* scratch(int64_t floats) {
     const size_t bytes = size_t(round_up(int64_t(sizeof(float)) * floats, HUGE_PAGE));
     if (posix_memalign(&fresh, HUGE_PAGE, bytes)) throw std::bad_alloc();
 #if defined(__linux__)
-    if (env("LCNN_HUGE", 1)) madvise(fresh, bytes, MADV_HUGEPAGE);
+    madvise(fresh, bytes, MADV_HUGEPAGE);
 #endif
     memory.reset(static_cast<float*>(fresh));
     size = floats;

@@ -14,21 +14,17 @@ enum Activation { NONE, RELU, RELU6, SILU, HARDSWISH };
 // What happens to a sum before it is written.
 struct Epilogue {
   Activation activation;
-  float low, high;  // none, relu and relu6 are clamps
   bool residual_last;
 
   Epilogue(int code, bool last)
-      : activation(Activation(code)),
-        low(code == RELU || code == RELU6 ? 0.0f : -__builtin_inff()),
-        high(code == RELU6 ? 6.0f : __builtin_inff()),
-        residual_last(last) {}
+      : activation(Activation(code)), residual_last(last) {}
 
   bool is_clamp() const { return activation != SILU && activation != HARDSWISH; }
-  Vec clamp(Vec v) const { return at_most(at_least(v, low), high); }
   Vec operator()(Vec v) const {
     if (activation == SILU) return v / (exponential(-v) + 1.0f);
     if (activation == HARDSWISH) return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
-    return clamp(v);
+    if (activation == NONE) return v;
+    return activation == RELU ? at_least(v, 0.0f) : at_most(at_least(v, 0.0f), 6.0f);
   }
 };
 
@@ -76,12 +72,11 @@ static inline __attribute__((always_inline)) void accumulate(Vec (&acc)[F][V], c
   }
 }
 
-// The dictionary stage: `channels` of x, or of a packed tile of it, and where S goes.
+// Where the dictionary stage reads and writes: channels of x, or of a packed tile of it, and planes of S.
 struct Former {
   const float* x;
   int64_t pitch, channels;
-  float* s;
-  int64_t plane;
+  int64_t plane;  // of S
   Ahead ahead;
 };
 
@@ -113,6 +108,7 @@ struct Lookup {
   float* y;
   int64_t plane;  // of y
   Epilogue epilogue;
+  bool fetch;   // ask for the lines of y before the sums are done
   bool stream;  // write past the caches: every vector is full and aligned
 };
 
@@ -137,15 +133,23 @@ static void look_up(const Lookup& to, const Pixels* pixels, const int32_t* offse
           acc[f][v] += expand(load_first(from + filters[f] * to.plane, pixels[v].count), pixels[v].mask);
       }
     }
-  if (!to.stream)
+  if (to.fetch && !to.stream)
     for (int f = 0; f < F; ++f)
       for (int v = 0; v < V; ++v) __builtin_prefetch(to.y + filters[f] * to.plane + pixels[v].target, 1);
   accumulate<F, V>(acc, base, offsets, coefficients, width, taps, Nothing{});
   if (to.epilogue.is_clamp() && !(to.residual && to.epilogue.residual_last)) {
+    if (to.epilogue.activation != NONE)
+      UNROLL for (int f = 0; f < F; ++f) {
+        UNROLL for (int v = 0; v < V; ++v) acc[f][v] = at_least(acc[f][v], 0.0f);
+      }
+    if (to.epilogue.activation == RELU6)
+      UNROLL for (int f = 0; f < F; ++f) {
+        UNROLL for (int v = 0; v < V; ++v) acc[f][v] = at_most(acc[f][v], 6.0f);
+      }
     UNROLL for (int f = 0; f < F; ++f) {
       float* y = to.y + filters[f] * to.plane;
       UNROLL for (int v = 0; v < V; ++v) {
-        const Vec value = to.epilogue.clamp(acc[f][v]);
+        const Vec value = acc[f][v];
         if (to.stream)
           store_past_caches(y + pixels[v].target, value);
         else if (pixels[v].mask == FULL)

@@ -51,6 +51,7 @@ struct Plan {
   bool few;        // too few pixels for vectors
   bool aligned;    // S is copied for each shift, so that vectors seldom cross cache lines
   bool by_rows;    // vectors of output pixels start at each row, rather than anywhere
+  bool fetch;      // lines of the output are asked for before they are written
   bool stream;     // output goes past the caches
   bool cooperate;  // all threads share one band, rather than each having its own
 
@@ -69,8 +70,10 @@ struct Plan {
 constexpr int64_t DIRECT_BLOCKS = 4;  // up to so many blocks of D, x is read where it lies rather than packed
 constexpr int64_t LINES_AHEAD = 8;    // of each channel, wanted for the next tile
 
-static int64_t env(const char* n, int64_t d) { const char* v = getenv(n); return v ? atoll(v) : d; }
-const int64_t S_BYTES = env("LCNN_S", 160 << 10);
+constexpr int64_t L2_BYTES = 1 << 20;
+constexpr int64_t S_BYTES = L2_BYTES / 2;    // of a band
+constexpr int64_t STREAM_ABOVE = 8 << 20;    // bytes of an output that would push everything else out of the caches
+constexpr int64_t ALIGN_ABOVE = 24;          // lookups per element of the copies that repay making them
 
 inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geometry) {
   connected = w.kh * w.kw == 1 && g.height * g.width == 1 && g.out_height * g.out_width == 1 && g.top + g.left == 0;
@@ -85,8 +88,8 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g
   tile = w.m > 1024 ? 3 : TILE;
   find_phases();
   const int64_t even = round_up(g.out_width, EVEN), copies = w.k * int64_t(shifts.size());
-  aligned = !few && LANES >= 8 && w.lone_taps() > env("LCNN_ALIGN", 24) * copies &&
-            5 * vectors(g.out_height, even) <= 6 * vectors(g.out_height, pitch);
+  aligned = !few && LANES >= 8 && w.lone_taps() > ALIGN_ABOVE * copies &&
+            20 * vectors(g.out_height, even) <= 21 * vectors(g.out_height, pitch);
   layout(1);
   const int64_t one = scratch();
   layout(2);
@@ -98,7 +101,9 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g
   layout(ceil_div(g.out_height, count));
   bands = ceil_div(g.out_height, band);
   by_rows = ceil_div(g.out_width, LANES) * band <= vectors(band, read_pitch);
-  stream = by_rows && g.out_width % LANES == 0 && w.n * g.out_height * g.out_width * 4 > env("LCNN_STREAM", 8 << 20);
+  const int64_t out_bytes = 4 * w.n * g.out_height * g.out_width;
+  fetch = out_bytes > L2_BYTES / 2;
+  stream = by_rows && g.out_width % LANES == 0 && out_bytes > STREAM_ABOVE;
   find_offsets();
 }
 

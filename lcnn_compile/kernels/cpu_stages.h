@@ -81,34 +81,40 @@ inline Pixels Call::pixels_in(const Grid& grid, const Phase& at, int64_t first) 
   return found;
 }
 
-// `length` floats that lie `step` apart.
+// `length` floats that lie `step` apart; up to a vector of zeros may follow them.
 inline void copy_spread(float* to, const float* from, int64_t length, int64_t step) {
-  int64_t i = 0;
-  if (step == 1)
-    for (; i + LANES <= length; i += LANES) store(to + i, load(from + i));
-  if (step == 2)
-    for (; i + LANES < length; i += LANES) store(to + i, even_lanes(load(from + 2 * i), load(from + 2 * i + LANES)));
-  for (; i < length; ++i) to[i] = from[i * step];
+  const auto part = [](int64_t count) { return int(std::clamp<int64_t>(count, 0, LANES)); };
+  if (step == 1) {
+    for (int64_t i = 0; i < length; i += LANES) store(to + i, load_first(from + i, part(length - i)));
+  } else if (step == 2) {
+    for (int64_t i = 0; i < length; i += LANES) {
+      const int64_t left = 2 * (length - i) - 1;
+      const Vec low = load_first(from + 2 * i, part(left)), high = load_first(from + 2 * i + LANES, part(left - LANES));
+      store(to + i, even_lanes(low, high));
+    }
+  } else {
+    for (int64_t i = 0; i < length; ++i) to[i] = from[i * step];
+  }
 }
 
 // Copy one tile of every channel, vectors side by side; lanes that are not valid become zeros.
-inline void pack(const float* x, const Former& to, const Pixels* pixels, int64_t count, const Phase& at, const Grid& grid,
+inline void pack(const float* x, const Former& from, const Pixels* pixels, int64_t count, const Phase& at, const Grid& grid,
           int64_t pitch, int64_t first_pixel, bool contiguous, float* packed) {
   if (contiguous) {
-    for (int64_t c = 0; c < to.channels; ++c, x += to.pitch)
+    for (int64_t c = 0; c < from.channels; ++c, x += from.pitch)
       for (int64_t v = 0; v < count; ++v, packed += LANES)
         store(packed, pixels[v].mask == FULL ? load(x + pixels[v].source)
                                              : expand(load_first(x + pixels[v].source, pixels[v].count), pixels[v].mask));
     return;
   }
   const int64_t lanes = count * LANES, last_pixel = std::min(first_pixel + lanes, grid.stop);
-  for (int64_t c = 0; c < to.channels; ++c, x += to.pitch, packed += lanes) {
+  for (int64_t c = 0; c < from.channels; ++c, x += from.pitch, packed += lanes) {
     std::memset(packed, 0, sizeof(float) * lanes);
     for (int64_t row = first_pixel / pitch; row * pitch < last_pixel; ++row) {
-      const int64_t from = std::max(first_pixel, row * pitch + at.first_valid);
-      const int64_t length = std::min(last_pixel, row * pitch + at.end_valid) - from;
-      const float* source = x + grid.first_source + row * grid.row_source + (from - row * pitch) * grid.column_source;
-      copy_spread(packed + (from - first_pixel), source, length, grid.column_source);
+      const int64_t pixel = std::max(first_pixel, row * pitch + at.first_valid);
+      const int64_t length = std::min(last_pixel, row * pitch + at.end_valid) - pixel;
+      const float* source = x + grid.first_source + row * grid.row_source + (pixel - row * pitch) * grid.column_source;
+      copy_spread(packed + (pixel - first_pixel), source, length, grid.column_source);
     }
   }
 }
@@ -150,7 +156,7 @@ inline void in_passes(int size, int64_t count, Pass pass) {
   }
 }
 
-// Calls `at_pixels(index, pixels)` for every pixel from `begin` on in steps of FEW and 1.
+// Calls `at_pixels(index, pixels)` for every pixel, in steps of FEW and 1.
 template <class Each>
 void in_few(int64_t count, Each at_pixels) {
   for (int64_t i = 0; i < count;) {
@@ -168,7 +174,7 @@ inline void Call::form_few(const float* origin, const float* dictionary, const P
     const Block& block = p.w.rows[b];
     for (int f = 0; f < block.size; ++f) std::fill_n(plane + (block.first_filter + f) * p.plane, p.phase_plane, 0.0f);
     in_few(pixels, [&](int64_t begin, int size) {
-      const float* base[FEW];
+      const float* base[FEW] = {};
       int64_t target[FEW];
       for (int i = 0; i < size; ++i) {
         const int64_t row = first + (begin + i) / width, column = at.first_valid + (begin + i) % width;
@@ -212,7 +218,7 @@ inline void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_r
         const int64_t first = vectors * share.tile / tiles;
         count = vectors * (share.tile + 1) / tiles - first;
         for (int64_t v = 0; v < count; ++v) pixels[v] = pixels_in(grid, at, grid.begin + (first + v) * LANES);
-        from = {origin, p.g.stride_c, w.m, plane, p.plane, {}};
+        from = {origin, p.g.stride_c, w.m, p.plane, {}};
         const int64_t last = pixels[count - 1].source + LANES + (w.m - 1) * p.g.stride_c + offset;
         from.ahead = {reinterpret_cast<const char*>(origin + pixels[count - 1].source), p.g.stride_c * 4};
         if (!contiguous || blocks > DIRECT_BLOCKS || last > p.extent) {
@@ -240,7 +246,7 @@ inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t rows, Tea
   for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
     const Block& block = w.blocks[first_block + b];
     in_few(rows * p.g.out_width, [&](int64_t begin, int size) {
-      const float* base[FEW];
+      const float* base[FEW] = {};
       for (int i = 0; i < size; ++i)
         base[i] = to.s + (begin + i) / p.g.out_width * p.pitch + (begin + i) % p.g.out_width;
       float sums[FEW * BLOCK];
@@ -285,7 +291,7 @@ inline void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, 
   const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
   const int64_t start = image * w.n * area + first_row * g.out_width;
   const Lookup to{s, bias, residual ? residual + start : nullptr, y + start, area,
-                  Epilogue(int(g.activation), g.residual_last != 0), p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
+                  Epilogue(int(g.activation), g.residual_last != 0), p.fetch, p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
   if (p.few) return look_up_few(to, group, rows, team);
   Pixels pixels[TILE];
   int64_t count = 0;
