@@ -180,3 +180,29 @@ def test_a_student_without_parameters_or_a_loader_without_length_is_refused():
     student.requires_grad_(False)
     with pytest.raises(ConfigError, match="requires grad"):
         distill(student, teacher, batches(), epochs=1, progress=False)
+
+
+def test_two_processes_agree(tmp_path):
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["losses"] == second["losses"]
+    assert all(torch.equal(t, second["weights"][name]) for name, t in first["weights"].items() if "running" not in name)
+    assert (tmp_path / "state.safetensors").exists()
+
+
+def _process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    student, teacher = pair()
+    wrapped = nn.parallel.DistributedDataParallel(student)
+    history = distill(
+        wrapped, teacher, batches()[rank::2], epochs=2, progress=False, checkpoint=f"{folder}/state.safetensors", patience=1
+    )
+    torch.save({"losses": [e.loss for e in history.epochs], "weights": student.state_dict()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_an_empty_loader_is_refused():
+    student, teacher = pair()
+    with pytest.raises(ConfigError, match="no batch"):
+        distill(student, teacher, [], epochs=1, progress=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,46 +126,58 @@ def distill(
     steps = len(loader)  # type: ignore[arg-type]
     modes = {module: module.training for module in [*student.modules(), *teacher.modules()]}
     teacher.eval()
-    leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    with _bar(progress and leader, epochs * steps, len(history.epochs) * steps) as advance:
-        while len(history.epochs) < epochs and not history.stopped_early:
-            start, total = time.perf_counter(), 0.0
-            _train_mode(student, train_batch_norm)
-            for step, batch in enumerate(loader):
-                share = (len(history.epochs) * steps + step) / (epochs * steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * _cycle(share, warm_up)
-                inputs, labels = _split(batch, device)
-                with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    with torch.no_grad():
-                        target = run(teacher, inputs)
-                    output = run(student, inputs)
-                value = _loss(output, target, labels, loss, temperature, label_weight)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(value).backward()
-                if max_norm is not None:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(parameters, max_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                total += value.item()
-                advance(f"epoch {len(history.epochs) + 1}/{epochs}  loss {total / (step + 1):.4g}")
-            student.eval()
-            metric = None if evaluate is None else float(evaluate(student))
-            mean = total / max(1, steps)
-            history.epochs.append(Epoch(mean, metric, time.perf_counter() - start))
-            if best.offer(history, core, -mean if metric is None else metric, keep=evaluate is not None):
-                history.best = len(history.epochs) - 1
-            history.stopped_early = patience is not None and len(history.epochs) - 1 - history.best >= patience
-            if path is not None and leader:
-                write_state(path, core, optimizer, best.weights, asdict(history))
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    leader = not spread or torch.distributed.get_rank() == 0
+    try:
+        with _bar(progress and leader, epochs * steps, len(history.epochs) * steps) as advance:
+            while len(history.epochs) < epochs and not history.stopped_early:
+                start, total = time.perf_counter(), 0.0
+                _train_mode(student, train_batch_norm)
+                for step, batch in enumerate(loader):
+                    share = (len(history.epochs) * steps + step) / (epochs * steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr * _cycle(share, warm_up)
+                    inputs, labels = _split(batch, device)
+                    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                        with torch.no_grad():
+                            target = run(teacher, inputs)
+                        output = run(student, inputs)
+                    value = _loss(output, target, labels, loss, temperature, label_weight)
+                    optimizer.zero_grad(set_to_none=True)
+                    scaler.scale(value).backward()
+                    if max_norm is not None:
+                        scaler.unscale_(optimizer)
+                        nn.utils.clip_grad_norm_(parameters, max_norm)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    total += value.item()
+                    advance(f"epoch {len(history.epochs) + 1}/{epochs}  loss {total / (step + 1):.4g}")
+                student.eval()
+                mean = _everywhere(total / steps, device, spread)
+                metric = None if evaluate is None else _everywhere(float(evaluate(student)), device, spread)
+                history.epochs.append(Epoch(mean, metric, time.perf_counter() - start))
+                if best.offer(history, core, -mean if metric is None else metric, keep=evaluate is not None):
+                    history.best = len(history.epochs) - 1
+                history.stopped_early = patience is not None and len(history.epochs) - 1 - history.best >= patience
+                if path is not None and leader:
+                    write_state(path, core, optimizer, best.weights, asdict(history))
+    finally:
+        for module, training in modes.items():
+            module.training = training
     if best.weights:
         core.load_state_dict(best.weights, strict=False)
     else:
         history.best = len(history.epochs) - 1
-    for module, training in modes.items():
-        module.training = training
     return history
+
+
+def _everywhere(value: float, device: torch.device, spread: bool) -> float:
+    """The mean over all processes, so that they decide alike."""
+    if not spread:
+        return value
+    total = torch.tensor(value, dtype=torch.float32, device=device)
+    torch.distributed.all_reduce(total)
+    return float(total) / torch.distributed.get_world_size()
 
 
 class _Best:
@@ -194,8 +206,10 @@ def _check(epochs: int, lr: float, loss: str, label_weight: float, temperature: 
         raise ConfigError(f"loss is {loss!r}; allowed are 'auto', 'kl' and 'mse'")
     if not 0 <= label_weight <= 1:
         raise ConfigError(f"label_weight is {label_weight}; a number from 0 to 1 is required")
-    if not hasattr(loader, "__len__"):
+    if not isinstance(loader, Sized):
         raise ConfigError(f"the loader ({type(loader).__name__}) has no length; the learning rate's cycle needs one")
+    if len(loader) == 0:
+        raise ConfigError("the loader has no batch")
 
 
 def _train_mode(student: nn.Module, train_batch_norm: bool) -> None:
