@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Epilogue, Geometry, Packed, most_registers, vector
+from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Epilogue, Geometry, Packed, vector
 from lcnn_compile.kernels.triton_tiles import output_pixels, store_tile, tap_offsets
 
 
@@ -202,5 +202,4 @@ def launch_grouped(
         STAGES=config.stages,
         SPAN=config.span,
         num_warps=config.warps,
-        maxnreg=most_registers(config.warps),
     )

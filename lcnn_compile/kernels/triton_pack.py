@@ -160,11 +160,6 @@ class Geometry(NamedTuple):
         return planes * self.kernel_width * self.plane
 
 
-def most_registers(warps: int) -> int:
-    """What a thread may use: all. Left alone, the assembler spills a little for the sake of a third program per multiprocessor."""
-    return min(248, 2048 // warps)
-
-
 def vector(element_size: int) -> int:
     """Elements in 16 bytes."""
     return 16 // element_size

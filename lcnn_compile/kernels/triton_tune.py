@@ -63,7 +63,7 @@ def grouped_configs(size: int, element_size: int) -> list[GroupedConfig]:
             GroupedConfig(64, 128, 4, 4, 4),
         ]
     return [
-        GroupedConfig(32, 128, 1, 4, 5),
+        GroupedConfig(32, 128, 1, 4, 4),
         GroupedConfig(64, 128, 1, 4, 4),
         GroupedConfig(64, 256, 1, 8, 4),
         GroupedConfig(64, 128, 4, 4, 4),
