@@ -67,7 +67,7 @@ def random_case(rng):
             padding = (0, 0, 0, 0)
         if min(reference.output_size(size, kernel, stride, padding, dilation)) > 0:
             break
-    m, n, k = groups * rng.randint(1, 40), groups * rng.randint(1, 30), rng.randint(1, 20)
+    m, n, k = groups * rng.randint(1, 40), groups * rng.randint(1, 30), rng.choice([1, 2, rng.randint(3, 20)])
     weight = random_weight(rng, m, n, k, kernel, rng.randint(0, 12), rng.choice([1, 1, 2, 3, 4, 8, 8, 11, 16]), groups)
     x = torch.randn(rng.choice([1, 1, 2, 5]), m, *size)
     layout = rng.random()
@@ -117,16 +117,18 @@ def test_any_geometry(instruction_set, seed):
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "stride", "group_size"),
+    ("channels", "vectors", "size", "stride", "group_size"),
     [
-        ((4, 64), (224, 224), (1, 1), 1),  # output past the caches
-        ((70, 20), (90, 300), (1, 1), 8),  # several bands, packed and direct
-        ((300, 40), (28, 28), (2, 2), 4),  # phases
-        ((1100, 24), (7, 7), (1, 1), 24),  # narrower tiles
+        ((4, 64), 3, (224, 224), (1, 1), 1),  # aligned copies, output past the caches
+        ((16, 40), 2, (14, 48), (1, 1), 1),  # aligned copies
+        ((16, 40), 2, (9, 47), (2, 3), 1),  # aligned copies of phases
+        ((70, 20), 37, (90, 300), (1, 1), 8),  # several bands, packed and direct
+        ((300, 40), 37, (28, 28), (2, 2), 4),  # phases
+        ((1100, 24), 37, (7, 7), (1, 1), 24),  # narrower tiles
     ],
 )
-def test_large(channels, size, stride, group_size):
-    weight = random_weight(random.Random(0), *channels, 37, (3, 3), 9, group_size)
+def test_large(channels, vectors, size, stride, group_size):
+    weight = random_weight(random.Random(0), *channels, vectors, (3, 3), 9, group_size)
     x, bias = torch.randn(2, channels[0], *size), torch.randn(channels[1])
     rest = {"bias": bias, "stride": stride, "padding": (1, 1, 1, 1), "activation": "relu"}
     check(call(weight, x, **rest), truth_of(weight, x, **rest))

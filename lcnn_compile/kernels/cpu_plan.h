@@ -42,11 +42,11 @@ struct Plan {
   std::vector<Shift> shifts;     // that the taps read
   std::vector<int32_t> offsets;  // of the taps, in S
   int64_t reach_h, reach_w;      // farthest row and column of a phase that a tap adds
-  int64_t pitch, phase_plane, plane;  // of S as it is formed
-  int64_t read_pitch, read_plane, shift_plane;  // of S as it is read: the same, or a copy for each shift
-  int64_t band, bands;                // output rows per band, and bands per image
-  int64_t tile;                       // vectors of pixels in a tile of the dictionary stage, at most
-  int64_t extent;                     // floats from the address of x to the end of its memory
+  int64_t pitch, phase_plane, plane;            // of S as it is formed
+  int64_t read_pitch, shift_plane, read_plane;  // of S as it is read: the same, or a copy for each shift
+  int64_t band, bands;                          // output rows per band, and bands per image
+  int64_t tile;                                 // vectors of pixels in a tile of the dictionary stage, at most
+  int64_t extent;                               // floats from the address of x to the end of its memory
   bool connected;  // a fully connected layer: images become the pixels of one row, and lie next to their filters in y
   bool few;        // too few pixels for vectors
   bool aligned;    // S is copied for each shift, so that vectors seldom cross cache lines
@@ -69,11 +69,10 @@ struct Plan {
 
 constexpr int64_t DIRECT_BLOCKS = 4;  // up to so many blocks of D, x is read where it lies rather than packed
 constexpr int64_t LINES_AHEAD = 8;    // of each channel, wanted for the next tile
-
 constexpr int64_t L2_BYTES = 1 << 20;
-constexpr int64_t S_BYTES = L2_BYTES / 2;    // of a band
-constexpr int64_t STREAM_ABOVE = 8 << 20;    // bytes of an output that would push everything else out of the caches
-constexpr int64_t ALIGN_ABOVE = 24;          // lookups per element of the copies that repay making them
+constexpr int64_t S_BYTES = L2_BYTES / 2;  // of a band
+constexpr int64_t STREAM_ABOVE = 8 << 20;  // bytes of an output that would push everything else out of the caches
+constexpr int64_t ALIGN_ABOVE = 24;        // lookups per element of the copies that repay making them
 
 inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geometry) {
   connected = w.kh * w.kw == 1 && g.height * g.width == 1 && g.out_height * g.out_width == 1 && g.top + g.left == 0;
@@ -87,7 +86,7 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g
            (g.width - 1) * g.stride_w + 1;
   tile = w.m > 1024 ? 3 : TILE;
   find_phases();
-  const int64_t even = round_up(g.out_width, EVEN), copies = w.k * int64_t(shifts.size());
+  const int64_t even = round_up(g.out_width, EVEN), copies = w.groups * w.k * int64_t(shifts.size());
   aligned = !few && LANES >= 8 && w.lone_taps() > ALIGN_ABOVE * copies &&
             20 * vectors(g.out_height, even) <= 21 * vectors(g.out_height, pitch);
   layout(1);

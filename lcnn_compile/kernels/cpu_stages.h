@@ -99,7 +99,7 @@ inline void copy_spread(float* to, const float* from, int64_t length, int64_t st
 
 // Copy one tile of every channel, vectors side by side; lanes that are not valid become zeros.
 inline void pack(const float* x, const Former& from, const Pixels* pixels, int64_t count, const Phase& at, const Grid& grid,
-          int64_t pitch, int64_t first_pixel, bool contiguous, float* packed) {
+                 int64_t pitch, int64_t first_pixel, bool contiguous, float* packed) {
   if (contiguous) {
     for (int64_t c = 0; c < from.channels; ++c, x += from.pitch)
       for (int64_t v = 0; v < count; ++v, packed += LANES)
@@ -167,7 +167,7 @@ void in_few(int64_t count, Each at_pixels) {
 }
 
 inline void Call::form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane,
-                    Team team) const {
+                           Team team) const {
   const int64_t blocks = int64_t(p.w.rows.size()), width = at.end_valid - at.first_valid;
   const int64_t first = grid.begin / p.pitch, pixels = grid.stop ? width * ((grid.stop - 1) / p.pitch + 1 - first) : 0;
   for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
@@ -190,7 +190,7 @@ inline void Call::form_few(const float* origin, const float* dictionary, const P
 }
 
 inline void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed,
-                            Team team) const {
+                                   Team team) const {
   const Weight& w = p.w;
   const int64_t offset = image * p.g.stride_n + group * w.m * p.g.stride_c, blocks = int64_t(w.rows.size());
   const float* origin = x + offset;
