@@ -19,7 +19,13 @@ from lcnn_compile.convert import convert_in_place
 from lcnn_compile.errors import LcnnWarning
 from lcnn_compile.graphs import Unbound, bind_weights, fingerprint, is_weight, unbind_weights
 from lcnn_compile.modules import lookup_modules, replace_module
-from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fuse_epilogues, lift_functional_convolutions
+from lcnn_compile.passes import (
+    choose_lowerings,
+    fold_batch_norm,
+    fuse_epilogues,
+    lift_functional_convolutions,
+    narrow_convolutions,
+)
 from lcnn_compile.passes.targets import attribute
 from lcnn_compile.report import Report
 from lcnn_compile.selection import matches
@@ -64,7 +70,7 @@ class Lowered:
     def _lower(self, inputs: Sequence[Any]) -> tuple[Unbound, list[Tensor]]:
         with _plain_tensors():
             bound = self._transform(bind_weights(self._gm, inputs, self._places))
-            bound = fuse_epilogues(choose_lowerings(fold_batch_norm(bound)))
+            bound = fuse_epilogues(choose_lowerings(narrow_convolutions(fold_batch_norm(bound))))
             unbound = unbind_weights(bound, inputs, self._places)
             return unbound, [attribute(bound, name).detach() for name in unbound.derived]
 

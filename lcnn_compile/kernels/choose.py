@@ -61,7 +61,7 @@ class Problem:
 
 def narrow(channels: int) -> float:
     """The share of its peak that a dense convolution reaches over so few channels per group."""
-    return min(1.0, max(channels, 1) / 32)
+    return min(1.0, (channels + 16) / 48)
 
 
 def estimate(problem: Problem, lookup_kernel: bool) -> dict[str, float]:

@@ -82,8 +82,9 @@ def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
     """
     costs = estimate(problem, lookup_kernel)
     least = min(costs.values())
-    names = [name for name, cost in costs.items() if cost <= HOPELESS * least]
-    if len(names) == 1 or os.environ.get("LCNN_TUNE") == "0":
+    # Dense is what a user has: it is never ruled out by a guess.
+    names = [name for name, cost in costs.items() if cost <= HOPELESS * least or name == "dense"]
+    if os.environ.get("LCNN_TUNE") == "0":
         return costs
     found = remembered(problem)
     if found is None:

@@ -1,7 +1,7 @@
 """FX passes, each usable on any GraphModule: symbolically traced, captured by Dynamo, or exported and unlifted.
 
 A usual order: ``lift_functional_convolutions``, ``find_convolutions``, ``replace_convolutions``, then for inference
-``fold_batch_norm``, ``choose_lowerings``, ``fuse_epilogues``. Each changes the GraphModule in place and returns it.
+``fold_batch_norm``, ``narrow_convolutions``, ``choose_lowerings``, ``fuse_epilogues``. Each changes the GraphModule in place and returns it.
 """
 
 from lcnn_compile.passes.find import Convolution, find_convolutions
@@ -10,6 +10,7 @@ from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.fuse import fuse_epilogues
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.passes.lower import choose_lowerings
+from lcnn_compile.passes.narrow import narrow_convolutions
 from lcnn_compile.passes.replace import replace_convolutions
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "fold_batch_norm",
     "fuse_epilogues",
     "lift_functional_convolutions",
+    "narrow_convolutions",
     "replace_convolutions",
     "to_functional",
 ]

@@ -88,13 +88,30 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str) -> None:
     with graph.inserting_before(node):
         y: Any = x
         if pointwise is not None:
-            y = graph.call_function(F.conv2d, (y, pointwise, None, (1, 1), (0, 0), (1, 1), groups))
-        top, bottom, left, right = padding
-        symmetric = top == bottom and left == right
-        if not symmetric:
-            y = graph.call_function(F.pad, (y, (left, right, top, bottom)))
-        pads = (top, left) if symmetric else (0, 0)
-        y = graph.call_function(F.conv2d, (y, filter_bank, bias, tuple(stride), pads, tuple(dilation), groups))
+            y = _convolve(graph, y, pointwise, None, (1, 1), (0,) * 4, (1, 1), groups, _is_pixel(x))
+        pixel = _is_pixel(x) and tuple(kernel_size) == (1, 1) and not any(padding)
+        y = _convolve(graph, y, filter_bank, bias, stride, padding, dilation, groups, pixel)
     y.meta = dict(node.meta)
     node.replace_all_uses_with(y)
     graph.erase_node(node)
+
+
+def _is_pixel(x: Any) -> bool:
+    """Whether a node's images are known to be 1x1, as a fully connected layer sees them."""
+    shape = shape_of(x)
+    return shape is not None and len(shape) == 4 and all(isinstance(v, int) and v == 1 for v in shape[2:])
+
+
+def _convolve(
+    graph: fx.Graph, x: Any, weight: fx.Node, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, pixel: bool
+) -> fx.Node:
+    """Nodes of a dense convolution with padding (top, bottom, left, right); of a matrix product for a single pixel."""
+    if pixel and groups == 1:
+        matrix = graph.call_function(torch.flatten, (weight, 1))
+        y = graph.call_function(F.linear, (graph.call_function(torch.flatten, (x, 1)), matrix, bias))
+        return graph.call_function(torch.unflatten, (y, 1, (-1, 1, 1)))
+    top, bottom, left, right = padding
+    if top != bottom or left != right:
+        x = graph.call_function(F.pad, (x, (left, right, top, bottom)))
+        top = left = 0
+    return graph.call_function(F.conv2d, (x, weight, bias, tuple(stride), (top, left), tuple(dilation), groups))
