@@ -57,7 +57,11 @@ void run(const Call& call, int threads) {
 #endif
     float* const packed = shared + threads * s_size + rank * packed_size;
     if (p.cooperate) {
-      for (int64_t i = 0; i < items; ++i) call.band(i / p.bands, i % p.bands, shared, packed, {rank, size});
+      const Team team{rank, size};
+      for (int64_t i = 0; i < items; ++i) {
+        if (i > 0) team.wait();
+        call.band(i / p.bands, i % p.bands, shared, packed, team);
+      }
     } else {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < items; ++i) call.band(i / p.bands, i % p.bands, shared + rank * s_size, packed, {0, 1});

@@ -119,6 +119,12 @@ inline void pack(const float* x, const Former& from, const Pixels* pixels, int64
   }
 }
 
+// Tiles of at most `most` vectors, as many for each member of the team where there are several.
+inline int64_t tiles_of(int64_t vectors, int64_t most, Team team) {
+  const int64_t tiles = ceil_div(vectors, most);
+  return tiles > 1 ? std::min(vectors, round_up(tiles, team.size)) : tiles;
+}
+
 // A member's share of the units of a stage: every block at one tile of pixels, then at the next.
 struct Share {
   int64_t unit, end, blocks, tile, block;
@@ -209,7 +215,7 @@ inline void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_r
     }
     // Valid lanes lie side by side in x, even where a vector goes from one row to the next.
     const bool contiguous = grid.column_source == 1 && grid.row_source == at.end_valid - at.first_valid;
-    const int64_t vectors = ceil_div(grid.stop - grid.begin, LANES), tiles = ceil_div(vectors, p.tile);
+    const int64_t vectors = ceil_div(grid.stop - grid.begin, LANES), tiles = tiles_of(vectors, p.tile, team);
     Pixels pixels[TILE];
     Former from{};
     int64_t count = 0, calls = 0;
@@ -287,7 +293,7 @@ inline void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, 
   const int64_t area = g.out_height * g.out_width;
   const int64_t per_row = ceil_div(g.out_width, LANES);
   const int64_t vectors = p.by_rows ? per_row * rows : p.vectors(rows, p.read_pitch);
-  const int64_t tiles = ceil_div(vectors, TILE);
+  const int64_t tiles = tiles_of(vectors, TILE, team);
   const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
   const int64_t start = image * w.n * area + first_row * g.out_width;
   const Lookup to{s, bias, residual ? residual + start : nullptr, y + start, area,
@@ -324,6 +330,7 @@ inline void Call::copy_shifts(int64_t rows, const float* s, float* copies, Team 
 inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Team team) const {
   const int64_t first_row = index * p.band, rows = std::min(p.band, p.g.out_height - first_row);
   for (int64_t group = 0; group < p.w.groups; ++group) {
+    if (group > 0) team.wait();
     dictionary_stage(image, group, first_row, rows, s, packed, team);
     team.wait();
     float* read = s;
@@ -334,7 +341,6 @@ inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Te
     }
     lookup_stage(image, group, first_row, rows, read, team);
     if (p.stream) fence();
-    team.wait();
   }
 }
 
