@@ -46,19 +46,27 @@ def remembered(problem: Problem) -> dict[str, float] | None:
     return known(_file()).get(_key(problem))
 
 
-def random_call(problem: Problem) -> tuple[object, ...]:
-    """Arguments of the operator up to the lowering, for a random layer of this problem."""
+def random_call(problem: Problem, device: torch.device | None = None) -> tuple[object, ...]:
+    """Arguments of the operator up to the lowering, for a random layer of this problem; on a GPU half precision is channels_last."""
+    device = device or torch.device("cpu")
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=problem.dtype)
+
     area = problem.kernel_size[0] * problem.kernel_size[1]
-    filters = filter_table(problem.out_channels, problem.group_size, problem.groups)
+    filters = filter_table(problem.out_channels, problem.group_size, problem.groups).to(device)
     count, width = filters.shape
     taps = -(-problem.taps // (count * width))
-    columns = torch.randint(problem.dictionary_size * area, (count * taps,), dtype=torch.int32)
-    x = torch.randn(problem.batch, problem.in_channels, *problem.size, dtype=problem.dtype)
-    dictionary = torch.randn(problem.groups, problem.dictionary_size, problem.in_channels // problem.groups, dtype=problem.dtype)
-    coefficients = torch.randn(count * taps, width, dtype=problem.dtype) * (filters >= 0).repeat_interleave(taps, 0)
-    offsets = torch.arange(count + 1, dtype=torch.int32) * taps
+    columns = torch.randint(problem.dictionary_size * area, (count * taps,), device=device, dtype=torch.int32)
+    last = device.type == "cuda" and problem.dtype != torch.float32
+    x = random(problem.batch, problem.in_channels, *problem.size)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    dictionary = random(problem.groups, problem.dictionary_size, problem.in_channels // problem.groups)
+    coefficients = random(count * taps, width) * (filters >= 0).repeat_interleave(taps, 0)
+    offsets = torch.arange(count + 1, device=device, dtype=torch.int32) * taps
     weight = (dictionary, coefficients, columns // area, columns % area, offsets, filters)
-    return (x, *weight, None, problem.out_channels, problem.kernel_size, problem.stride, problem.padding, problem.dilation)
+    geometry = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
+    return (x, *weight, None, problem.out_channels, *geometry)
 
 
 def _burst(arguments: tuple[object, ...], lowering: str) -> float:

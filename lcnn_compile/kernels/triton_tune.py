@@ -9,13 +9,14 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
+from lcnn_compile.kernels.store import known, remember
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, input_vector, launch_dictionary
 from lcnn_compile.kernels.triton_forward import CHUNK, ForwardConfig, launch_lookups, precision, run
 from lcnn_compile.kernels.triton_fused import FusedConfig, band_of
 from lcnn_compile.kernels.triton_grouped import GroupedConfig
 from lcnn_compile.kernels.triton_lookup import LookupConfig
 from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, padded_group
-from lcnn_compile.kernels.triton_store import known, may_measure, remember, store_of
+from lcnn_compile.kernels.triton_store import may_measure, store_of
 
 T = TypeVar("T")
 

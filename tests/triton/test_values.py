@@ -22,6 +22,7 @@ from emulate import interpreting
 from lcnn_compile.kernels import (
     choose,
     reference,
+    store,
     triton_backward,
     triton_choose,
     triton_forward,
@@ -343,13 +344,13 @@ def test_choices_survive_on_disk(tmp_path):
     choice = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1)
     fused = triton_tune.fused_config(choice.dictionary, choice.lookups, 4, 1 << 17, 2)
     for name, config in (("layer", choice), ("other", fused)):
-        triton_store.remember(path, name, triton_tune._stored(config))
-    triton_store.known.cache_clear()
+        store.remember(path, name, triton_tune._stored(config))
+    store.known.cache_clear()
     for name, config in (("layer", choice), ("other", fused)):
-        assert triton_tune._restored(triton_store.known(path)[name], 1) == config
+        assert triton_tune._restored(store.known(path)[name], 1) == config
     path.write_text("{half")
-    triton_store.known.cache_clear()
-    assert triton_store.known(path) == {}
+    store.known.cache_clear()
+    assert store.known(path) == {}
 
 
 def test_fused_choice_without_room_runs_in_two_launches():
