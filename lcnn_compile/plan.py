@@ -10,6 +10,7 @@ from lcnn_compile.config import LayerConfig, LookupConfig
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.ops import has_lookup_kernel
 from lcnn_compile.learning import FittedLayer
+from lcnn_compile.learning.dictionary import most_vectors
 from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport
@@ -111,7 +112,7 @@ class Plan:
                 name, kind, True, macs_before=macs, macs_after=macs, bytes_before=size, bytes_after=size, reason=remark
             )
         geometry = Geometry.of(layer)
-        k = config.vectors(geometry.channels)
+        k = min(config.vectors(geometry.channels), most_vectors(geometry))
         taps = config.taps_per_filter(k, geometry.area)
         g = min(config.group_size, geometry.filters)
         rows = geometry.groups * -(-geometry.filters // g) * taps

@@ -81,18 +81,19 @@ def fit_model(
     tell = progress or (lambda *_: None)
     network = Network(model, layers, call)
     found: Calibration | None = None
-    if calibration is None:
+    if calibration is not None:
+        found = calibrate(network, calibration, seed, progress=lambda done: tell("calibrate", done, 0))
+        if not found.batches:
+            raise ConversionError("the calibration data holds no batch")
+    fitting = _Fitting(network, configs, found, pixels, seed, target_speedup is not None, tell)
+    if found is None and not all(fitting.lossless(name) for name in layers):
         warnings.warn(
             "no calibration data: lookups are fitted to the weights alone, which is far less accurate than fitting them "
             "to a few batches of real inputs (calibration=...)",
             LcnnWarning,
             stacklevel=3,
         )
-    else:
-        found = calibrate(network, calibration, seed, progress=lambda done: tell("calibrate", done, 0))
-        if not found.batches:
-            raise ConversionError("the calibration data holds no batch")
-    return _Fitting(network, configs, found, pixels, seed, target_speedup is not None, tell).run(target_speedup, other_macs)
+    return fitting.run(target_speedup, other_macs)
 
 
 class _Fitting:
@@ -187,7 +188,7 @@ class _Fitting:
     def _planes(self, name: str) -> int:
         """Planes of S that the layer's sample is to have."""
         geometry = self.network.geometry[name]
-        if self._lossless(name):
+        if self.lossless(name):
             return geometry.in_channels
         size = self.points[name].size if name in self.points else ladder(geometry, self.configs[name], self.free)[-1]
         return geometry.groups * size
@@ -195,7 +196,7 @@ class _Fitting:
     def _samples(self, names: Sequence[str], *, compressed: bool) -> dict[str, Sample]:
         if self.sampler is None or not names:
             return {}
-        wanted = {name: None if self._lossless(name) else self._basis(name).dictionary for name in names}
+        wanted = {name: None if self.lossless(name) else self._basis(name).dictionary for name in names}
         return self.sampler.collect(wanted, compressed=compressed)
 
     def _curves(self, names: Sequence[str]) -> dict[str, list[Point]]:
@@ -234,7 +235,7 @@ class _Fitting:
             return self._dense(name, "dense fits the budget best")
         if self.calibration is not None and sample is None:
             return self._dense(name, "never called by the compressed network")
-        if self._lossless(name):
+        if self.lossless(name):
             bias = self.network.bias(name)
             zero = torch.zeros(geometry.out_channels, device=self.network.weight(name).device)
             fit = fit_lossless(
