@@ -164,7 +164,7 @@ class _Fitting:
             return "never called during calibration"
         return self.calibration.moments[name].degenerate
 
-    def _lossless(self, name: str) -> bool:
+    def lossless(self, name: str) -> bool:
         """Whether the layer is to keep every direction and every tap."""
         config, geometry = self.configs[name], self.network.geometry[name]
         if self.free or config.automatic:
