@@ -138,10 +138,10 @@ def is_weight(node: fx.Node) -> bool:
     return str(node.target).startswith(_WEIGHT)
 
 
-def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes when the tensor's values may have changed; its values' sums where it has no version counter."""
+def fingerprint(tensor: Tensor) -> tuple[int, Any]:
+    """Address and version: what changes when the tensor's values may have changed; sums of its values without a version."""
     if tensor.is_inference():
         with torch.inference_mode():
             wide = tensor.double()
-            return (tensor.data_ptr(), float(wide.sum()), float(wide.square().sum()))
-    return (tensor.data_ptr(), tensor._version)
+            return tensor.data_ptr(), (float(wide.sum()), float(wide.square().sum()))
+    return tensor.data_ptr(), tensor._version

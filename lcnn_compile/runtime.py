@@ -33,6 +33,8 @@ from lcnn_compile.selection import matches
 log = logging.getLogger("lcnn_compile")
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Transform = Callable[[fx.GraphModule], fx.GraphModule]
+Mark = tuple[int, "weakref.ref[Tensor]", int, Any]
+"""Position of an input, the tensor it was, and its fingerprint."""
 
 
 @contextmanager
@@ -64,8 +66,9 @@ class Lowered:
         unbound, derived = self._lower(inputs)
         self._names, self._kept = unbound.derived, unbound.kept
         self._run = compile(unbound.gm, [inputs[i] for i in unbound.kept] + derived)
-        fake = any(isinstance(value, FakeTensor) for value in inputs)
-        self._state = None if fake else (self._fingerprints(inputs), derived)
+        self._state: tuple[list[Mark], list[Tensor]] | None = None
+        if not any(isinstance(value, FakeTensor) for value in inputs):
+            self._state = (self._marks(inputs), derived)
 
     def _lower(self, inputs: Sequence[Any]) -> tuple[Unbound, list[Tensor]]:
         with _plain_tensors():
@@ -74,21 +77,32 @@ class Lowered:
             unbound = unbind_weights(bound, inputs, self._places)
             return unbound, [attribute(bound, name).detach() for name in unbound.derived]
 
-    def _fingerprints(self, inputs: Sequence[Any]) -> list[tuple[Any, ...]]:
-        return [fingerprint(inputs[i]) for i in self._places]
+    def _marks(self, inputs: Sequence[Any]) -> list[Mark]:
+        return [(i, weakref.ref(inputs[i]), *fingerprint(inputs[i])) for i in self._places]
 
     def __call__(self, *inputs: Any) -> Any:
         """The graph's outputs for its original inputs."""
-        now = self._fingerprints(inputs)
         state = self._state
-        if state is None or state[0] != now:
+        if state is None or _changed(inputs, state[0]):
             with self._lock:
                 unbound, derived = self._lower(inputs)
                 if unbound.derived != self._names or unbound.kept != self._kept:
                     self._names, self._kept = unbound.derived, unbound.kept
                     self._run = self._compile(unbound.gm, [inputs[i] for i in unbound.kept] + derived)
-                state = self._state = (now, derived)
+                state = self._state = (self._marks(inputs), derived)
         return self._run(*[inputs[i] for i in self._kept], *state[1])
+
+
+def _changed(inputs: Sequence[Any], marks: list[Mark]) -> bool:
+    """Whether an input is another tensor than it was, or one with other values; this runs at every call."""
+    for i, same, address, version in marks:
+        value: Tensor = inputs[i]
+        was = same()
+        if was is None or was is not value or value.data_ptr() != address:
+            return True
+        if (fingerprint(value)[1] if value.is_inference() else value._version) != version:
+            return True
+    return False
 
 
 class Fit:
@@ -164,6 +178,8 @@ class Calibrating:
                 log.info("lcnn: a weight has changed; calibrating again")
                 self._lowered = self._fit = None
             batch = self._data(inputs)
+            if batch is not None and len(self._batches) + 1 == self._wanted:
+                log.warning("lcnn: fitting the convolutions of a compiled graph; a large network takes a minute or two")
             outputs = self._gm(*inputs)
             if batch is not None:
                 self._batches.append(batch)
