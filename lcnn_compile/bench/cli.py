@@ -66,8 +66,12 @@ def _finish(benchmark: str, command: str, jobs: list[Job], out: Path) -> None:
         raise typer.Exit(1)
 
 
-def _command(name: str, threads: list[int], batches: list[int] | None, quick: bool) -> str:
-    options = "".join(f" --threads {t}" for t in threads) + "".join(f" --batch {b}" for b in batches or [])
+def _command(name: str, threads: list[int], batches: list[int] | None, quick: bool, networks: list[str] = EVERY) -> str:
+    options = (
+        "".join(f" --network {n}" for n in networks)
+        + "".join(f" --threads {t}" for t in threads)
+        + "".join(f" --batch {b}" for b in batches or [])
+    )
     return f"python -m lcnn_compile.bench {name}{options}{' --quick' if quick else ''}"
 
 
@@ -101,7 +105,7 @@ def networks(
     chosen = _engines(engine)
     for b in batch:
         jobs = [Job("networks", name, t, b, quick, chosen) for name in names for t in threads]
-        _finish(f"networks-batch{b}", _command("networks", threads, [b], quick), jobs, out)
+        _finish(f"networks-batch{b}", _command("networks", threads, [b], quick, network), jobs, out)
 
 
 @app.command()
