@@ -66,8 +66,8 @@ def convert_command(
 
         def tell(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
+                tasks[what] = progress.add_task(what, total=total or None)
+            progress.update(tasks[what], completed=done, total=total or None)
 
         inputs = load_inputs(input) if input else None
         made = convert(load_model(model), _config(config), calibration=batches, example_inputs=inputs, progress=tell)

@@ -149,8 +149,8 @@ def run(out: Path, console: Console, *, dense_epochs: int = 5, tuning_epochs: in
 
         def tell(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
+                tasks[what] = progress.add_task(what, total=total or None)
+            progress.update(tasks[what], completed=done, total=total or None)
 
         calibration = data.train[:512].split(64)
         lookup = convert(dense, config, calibration=calibration, example_inputs=data.test[:1], progress=tell)

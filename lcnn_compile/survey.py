@@ -86,7 +86,7 @@ def too_narrow(layer: nn.Module, config: LayerConfig) -> str:
         return ""
     channels, size = Geometry.of(layer).channels, config.dictionary_size
     if channels <= 3 and (size == "auto" or (isinstance(size, float) and size < 1)):
-        return f"{channels} input channels are too few for a smaller dictionary; give dictionary_size as an int to insist"
+        return f"too few input channels ({channels}) for a smaller dictionary; give dictionary_size as an int to insist"
     return ""
 
 
