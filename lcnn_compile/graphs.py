@@ -42,12 +42,11 @@ def bind_weights(gm: fx.GraphModule, inputs: Sequence[Any], places: Sequence[int
             copied[node] = graph.node_copy(node)
     for name, module in gm.named_children():
         attributes.add_module(name, module)
-    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if i in chosen:
-            name = _path(node)
-            _attach(attributes, name, inputs[i])
-            copied[node] = graph.get_attr(name)
-            copied[node].meta = dict(node.meta)
+    weights = {i: node for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if i in chosen}
+    for (i, node), name in zip(weights.items(), _names(list(weights.values())), strict=True):
+        _attach(attributes, name, inputs[i])
+        copied[node] = graph.get_attr(name)
+        copied[node].meta = dict(node.meta)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             continue
@@ -57,15 +56,40 @@ def bind_weights(gm: fx.GraphModule, inputs: Sequence[Any], places: Sequence[int
     return fx.GraphModule(attributes, graph)
 
 
-def _path(node: fx.Node) -> str:
-    """The qualified name of the user's parameter behind a placeholder, from its source; else from the placeholder itself."""
+def _names(nodes: Sequence[fx.Node]) -> list[str]:
+    """An attribute path for each placeholder, no two alike: the qualified name of the user's parameter where it is known.
+
+    Where parameters of several objects meet in one graph, their qualified names may be the same: the object comes first then.
+    """
+    sources = [_source(node) for node in nodes]
+    several = len({source[0] for source in sources if source}) > 1
+    names = []
+    for node, source in zip(nodes, sources, strict=True):
+        if source is None:
+            names.append(_identifier(str(node.target)))
+        else:
+            names.append(".".join([*([_identifier(source[0])] if several else []), *source[1]]))
+    # A container may not be a tensor too, so one clash sends all of them back to Dynamo's own names, which are unique.
+    owners = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
+    if len(set(names)) < len(names) or owners & set(names):
+        return [_identifier(str(node.target)) for node in nodes]
+    return names
+
+
+def _source(node: fx.Node) -> tuple[str, list[str]] | None:
+    """The expression of the object that owns a placeholder's parameter, and the parameter's path in it; None if unknown."""
     argument = node.meta.get("grapharg")
     source = getattr(argument, "source", None) or getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
-    parts = _MEMBER.findall(name() if callable(name) else str(name))
-    if parts and _OWNER.search(str(name() if callable(name) else name)):
-        return ".".join(parts)
-    return re.sub(r"\W", "_", str(node.target))
+    text = str(name() if callable(name) else name)
+    first = _MEMBER.search(text)
+    if first is None or not _OWNER.search(text):
+        return None
+    return text[: first.start()], _MEMBER.findall(text)
+
+
+def _identifier(text: str) -> str:
+    return re.sub(r"\W", "_", text)
 
 
 def _attach(root: nn.Module, path: str, value: Any) -> None:

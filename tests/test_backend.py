@@ -251,6 +251,21 @@ def test_shared_and_looped_convolutions():
             torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", [LOSSLESS, None])
+def test_two_models_with_the_same_names_in_one_graph(options):
+    one, two = (converted() if options is None else randomise(SmallResNet()) for _ in range(2))
+    listed = [nn.Conv2d(3, 10, 16), nn.Conv2d(3, 10, 16)]
+
+    def function(x):
+        return one(x) - 2 * two(x) + listed[0](x).flatten(1) * listed[1](x).flatten(1)
+
+    compiled = torch.compile(function, backend="lcnn", options=options)
+    x = pictures(2)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), function(x), atol=1e-4, rtol=1e-4)
+
+
 def test_a_graph_without_convolutions_and_nothing_gained():
     with torch.no_grad(), pytest.warns(LcnnWarning, match="replaced nothing"):
         torch.compile(nn.Linear(4, 4), backend="lcnn")(torch.randn(2, 4))

@@ -21,10 +21,10 @@ import warnings
 from pathlib import Path
 
 import filelock
-import platformdirs
 import torch
 
 from lcnn_compile.errors import KernelError, LcnnWarning
+from lcnn_compile.kernels.store import cache_folder
 
 SOURCES = ("cpu.cpp", "cpu_stages.h", "cpu_plan.h", "cpu_weight.h", "cpu_narrow.h", "cpu_kernels.h", "cpu_vector.h")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -53,8 +53,7 @@ def instruction_set() -> str:
 
 def cache_directory() -> Path:
     """Where compiled libraries are kept."""
-    given = os.environ.get("LCNN_CACHE_DIR")
-    return Path(given) if given else Path(platformdirs.user_cache_dir("lcnn_compile", appauthor=False)) / "kernels"
+    return cache_folder() if os.environ.get("LCNN_CACHE_DIR") else cache_folder() / "kernels"
 
 
 def _compiler() -> Path:
