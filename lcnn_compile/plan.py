@@ -7,11 +7,11 @@ from typing import Any
 from torch import fx, nn
 
 from lcnn_compile.config import LayerConfig, LookupConfig
+from lcnn_compile.geometry import Geometry
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.ops import has_lookup_kernel
 from lcnn_compile.learning import FittedLayer
 from lcnn_compile.learning.dictionary import most_vectors
-from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport
 from lcnn_compile.selection import check_rules, layer_config, select

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from lcnn_compile.batches import call_model
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError
-from lcnn_compile.learning.geometry import Geometry
+from lcnn_compile.geometry import Geometry
 from lcnn_compile.modules import LookupModule
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

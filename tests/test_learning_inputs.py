@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning.dictionary import MEAN_SHARE, fit_dictionary, most_vectors
-from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.learning.statistics import InputMoments
 
 CONVS = {

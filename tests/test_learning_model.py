@@ -9,8 +9,8 @@ from torch import nn
 
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
+from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning import fit_model
-from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.sampling import calibrate
 from lcnn_compile.learning.sensitivity import output_sensitivity

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcnn_compile.learning.geometry import Geometry
+from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning.statistics import GRAM_CHANNELS, InputMoments
 
 RIDGE = 1e-5  # of the mean channel variance, added to the moment so that unused directions stay bounded

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning.dictionary import Basis
-from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.learning.grouping import group_filters
 from lcnn_compile.learning.sampling import Sample
 from lcnn_compile.learning.taps import select_taps, solve_coefficients

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcnn_compile.learning.geometry import Geometry
+from lcnn_compile.geometry import Geometry
 
 Layer = nn.Conv2d | nn.Linear
 Watcher = Callable[[Tensor, Tensor], None]  # input [N, m, H, W] and output [N, n, OH, OW] of one call

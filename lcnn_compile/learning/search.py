@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lcnn_compile.config import LayerConfig
+from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning.dictionary import Basis, most_vectors
 from lcnn_compile.learning.fit import Problem
-from lcnn_compile.learning.geometry import Geometry
 from lcnn_compile.learning.grouping import group_filters
 from lcnn_compile.learning.sampling import Sample
 from lcnn_compile.learning.taps import Selection, select_taps, solve_coefficients

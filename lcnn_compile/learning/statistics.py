@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcnn_compile.learning.geometry import Geometry
+from lcnn_compile.geometry import Geometry
 
 GRAM_CHANNELS = 2048  # up to here a Gram matrix of the channels is kept, beyond it a bounded sample of rows
 ROW_ELEMENTS = 1 << 26  # size of that sample
