@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ from lcnn_compile.errors import WeightError
 from lcnn_compile.kernels import reference
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = 2**31 - 1
+"""Of a kernel size, stride, dilation or padding: far beyond use, and no product of two of them overflows."""
 
 
 def _require(condition: bool, name: str, message: str) -> None:
@@ -46,9 +49,9 @@ def check_weight(
     groups, size, _ = dictionary.shape
     _require(dictionary.numel() > 0, name, f"dictionary has shape {tuple(dictionary.shape)}; every dimension must be positive")
     _require(
-        len(kernel_size) == 2 and all(isinstance(v, int) and v > 0 for v in kernel_size),
+        len(kernel_size) == 2 and all(isinstance(v, int) and 0 < v <= LARGEST for v in kernel_size),
         name,
-        f"kernel_size is {kernel_size!r}; two positive integers are required",
+        f"kernel_size is {kernel_size!r}; two positive integers are required, at most {LARGEST}",
     )
     taps, width = coefficients.shape
     count = filters.shape[0]
@@ -78,11 +81,11 @@ def check_weight(
     n = channels.numel()
     _require(n % groups == 0 and n > 0, name, f"{n} filters cannot be split over {groups} convolution groups")
     expected = torch.arange(n, device=filters.device, dtype=torch.int32).view(groups, -1)
-    block = filters.view(groups, -1)
+    block = filters.reshape(groups, -1)
     block = block[block >= 0].view(-1) if n else block
     low = int(filters.min())
     _require(low >= -1, name, f"filters contain {low}; allowed are -1 and output channels")
-    per_group = (filters.view(groups, -1) >= 0).sum(1)
+    per_group = (filters.reshape(groups, -1) >= 0).sum(1)
     _require(
         bool((per_group == n // groups).all()) and torch.equal(block.view(groups, -1).sort(1).values, expected),
         name,
@@ -108,6 +111,8 @@ def check_call(
     Only shapes, dtypes and devices are looked at, so this also serves the fake.
     """
     # Messages are formed only for what is wrong: this runs at every call.
+    if input.layout != torch.strided:
+        raise WeightError(f"{name}: input is {input.layout}; a strided tensor is required")
     if input.dim() != 4:
         raise WeightError(f"{name}: input has shape {tuple(input.shape)}; [N, C, H, W] is required")
     if dictionary.dim() != 3:
@@ -117,22 +122,29 @@ def check_call(
         raise WeightError(f"{name}: input has {input.shape[1]} channels; the dictionary is for {channels}")
     _check_like(name, "dictionary", dictionary, input)
     for key, values in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
-        if len(values) != 2 or min(values) < 1:
-            raise WeightError(f"{name}: {key} is {tuple(values)}; two positive integers are required")
+        if len(values) != 2 or min(values) < 1 or max(values) > LARGEST:
+            # The words of nn.Conv2d for the same mistake come first: code may look for them.
+            known = "non-positive stride is not supported: " if key == "stride" and len(values) == 2 and min(values) < 1 else ""
+            raise WeightError(f"{name}: {known}{key} is {tuple(values)}; two integers from 1 to {LARGEST} are required")
     if len(padding) != 4:
         raise WeightError(f"{name}: padding is {tuple(padding)}; (top, bottom, left, right) is required")
     for value in padding:
-        if value < 0:
-            raise WeightError(f"{name}: padding is {tuple(padding)}; negative padding is not supported")
+        if value < 0 or value > LARGEST:
+            known = "negative padding is not supported: " if value < 0 else ""
+            raise WeightError(f"{name}: {known}padding is {tuple(padding)}; four integers from 0 to {LARGEST} are required")
     if activation not in reference.ACTIVATIONS:
         raise WeightError(f"{name}: activation is {activation!r}; allowed are {sorted(reference.ACTIVATIONS)}")
     high, wide = reference.output_size(input.shape[2:], kernel_size, stride, padding, dilation)
     if high <= 0 or wide <= 0:
+        padded = [input.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] for i in range(2)]
+        extent = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
         raise WeightError(
-            f"{name}: the kernel {tuple(kernel_size)} with dilation {tuple(dilation)} does not fit the padded input of size "
-            f"{tuple(input.shape[2:])}"
+            f"{name}: Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: ({extent[0]} x {extent[1]}). "
+            f"Kernel size can't be greater than actual input size"
         )
     shape = (input.shape[0], out_channels, high, wide)
+    if all(type(v) is int for v in shape) and math.prod(shape) >= 2**48:
+        raise WeightError(f"{name}: the output would have shape {shape}, more than any memory holds")
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != out_channels:
             raise WeightError(f"{name}: bias has shape {tuple(bias.shape)}; [{out_channels}] is required")
@@ -145,5 +157,6 @@ def check_call(
 
 
 def _check_like(name: str, key: str, value: Tensor, input: Tensor) -> None:
-    if value.dtype != input.dtype or value.device != input.device:
-        raise WeightError(f"{name}: {key} is {value.dtype} on {value.device}, input {input.dtype} on {input.device}")
+    if value.dtype != input.dtype or value.device != input.device or value.layout != input.layout:
+        found, wanted = (f"{t.dtype} on {t.device} ({t.layout})" for t in (value, input))
+        raise WeightError(f"{name}: {key} is {found}, input {wanted}")

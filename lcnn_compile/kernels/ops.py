@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcnn_compile.errors import KernelError
+from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import choose, cpu, reference, triton_autograd, triton_ops
 from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
@@ -36,6 +36,9 @@ for _name in NAMES:
 def _validated(*arguments: Any) -> int:
     indices, positions, offsets, filters, *floating, kernel_size = arguments
     # Of the floating tensors only the form matters, and it outlives their values, which change at every training step.
+    for form in floating:
+        if len(form) == 1:
+            raise WeightError(f"lookup_conv2d: dictionary or coefficients are {form[0]}; strided tensors are required")
     dictionary, coefficients = (torch.empty((), dtype=kind, device=where).expand(shape) for shape, kind, where in floating)
     check_weight("lookup_conv2d", dictionary, coefficients, indices, positions, offsets, filters, kernel_size)
     return int((filters >= 0).sum())
@@ -47,7 +50,7 @@ _prepared_validated = Prepared(_validated)
 def _output_channels(weight: tuple[Tensor, ...], kernel_size: tuple[int, int]) -> int:
     """Check a weight, once until it changes, and return its number of output channels."""
     dictionary, coefficients, *integers = weight
-    forms = [(t.shape, t.dtype, t.device) for t in (dictionary, coefficients)]
+    forms = [(t.shape, t.dtype, t.device) if t.layout == torch.strided else (str(t.layout),) for t in (dictionary, coefficients)]
     return _prepared_validated(tuple(integers), *forms, kernel_size)
 
 
@@ -86,10 +89,17 @@ def _forward(
     residual: Tensor | None = None,
     residual_last: bool = False,
 ) -> Tensor:
+    # The dispatcher lets None pass for a tensor.
+    if input is None or dictionary is None or coefficients is None or indices is None or positions is None:
+        raise WeightError("lookup_conv2d: input, dictionary, coefficients, indices or positions are None; tensors are required")
+    if offsets is None or filters is None:
+        raise WeightError("lookup_conv2d: offsets or filters are None; tensors are required")
     call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     weight = (dictionary, coefficients, indices, positions, offsets, filters)
     if lowering == "auto":
         check_call(*call)
+        if coefficients.dim() != 2:
+            raise WeightError(f"lookup_conv2d: coefficients have shape {tuple(coefficients.shape)}; 2 dimensions are required")
         shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, kernel_size, stride, padding, dilation)
         problem = choose.problem_of(*shapes, input.device.type, input.dtype)
         lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
@@ -145,6 +155,10 @@ def _fake(
     residual_last: bool = False,
 ) -> Tensor:
     shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
+    # This also runs where one argument is on the meta device; the others are real then, and so would be the empty output.
+    for tensor in (coefficients, indices, positions, offsets, filters):
+        if tensor.device != input.device:
+            raise WeightError(f"lookup_conv2d: the weight has tensors on {tensor.device}, the input is on {input.device}")
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input))
 
 
