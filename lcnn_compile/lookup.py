@@ -78,7 +78,7 @@ class LookupWeight:
 
     @property
     def taps(self) -> int:
-        """Multiply-adds of all filters at one output pixel: each tap counts once per filter that uses it."""
+        """Multiply-adds of all filters at one output pixel; each tap counts once per filter that uses it."""
         members = (self.filters >= 0).sum(1)
         return int((members * self.offsets.diff()).sum())
 

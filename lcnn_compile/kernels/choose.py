@@ -41,11 +41,8 @@ class Problem:
 
     @property
     def in_pixels(self) -> int:
-        """Pixels at which S is formed: those that some tap reads."""
-        pixels = self.batch
-        for length, kernel, stride in zip(self.size, self.kernel_size, self.stride, strict=True):
-            pixels *= length if kernel >= stride else max(1, length // stride)
-        return pixels
+        """Pixels at which S is formed, those that some tap reads."""
+        return self.batch * reference.needed_pixels(self.size, self.kernel_size, self.stride)
 
     def macs(self) -> dict[str, int]:
         """Multiply-adds of each lowering, of the whole batch."""
