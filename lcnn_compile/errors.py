@@ -27,6 +27,10 @@ class CheckpointError(LcnnError):
     """A file that is not a lookup checkpoint, is damaged, or does not fit the module it is loaded into."""
 
 
+class ExportError(LcnnError):
+    """A model that cannot be brought into another form, or a form that lacks something."""
+
+
 class KernelError(LcnnError):
     """A kernel or a lowering that was asked for explicitly and cannot run here."""
 

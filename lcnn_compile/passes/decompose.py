@@ -1,0 +1,125 @@
+"""Pass: rewrite lookup convolutions as ordinary operators that any compiler or format knows."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lcnn_compile.errors import ConversionError
+from lcnn_compile.kernels import reference
+from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.fold import add_attribute
+from lcnn_compile.passes.functional import shape_of, to_functional
+from lcnn_compile.passes.targets import attribute, is_get_attr
+
+_EPILOGUE = ("activation", "residual", "residual_last")
+_DEFAULTS = ("none", None, False)
+
+
+def decompose_lookups(gm: fx.GraphModule, lowering: str = "factored") -> fx.GraphModule:
+    """Rewrite every lookup convolution, its epilogue included, as ordinary operators.
+
+    "factored" is a 1x1 convolution with the dictionary, then a convolution with the sparse lookup tensor P [n, k, kh, kw];
+    "dense" is one convolution with W = P·D. The graph is changed in place and returned; it needs nothing of ours to run.
+
+    Raises:
+        ConversionError: for another lowering, or a lookup convolution whose weight is computed in the graph.
+    """
+    if lowering not in ("factored", "dense"):
+        raise ConversionError(f"lowering is {lowering!r}; ordinary operators are 'factored' or 'dense'")
+    to_functional(gm)
+    for node in list(gm.graph.nodes):
+        if not is_lookup(node):
+            continue
+        if not has_constant_weight(node):
+            raise ConversionError(
+                f"{node.name}: its lookup weight is computed in the graph; only constant weights can be rewritten"
+            )
+        rewrite(gm, node, lowering)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def has_constant_weight(node: fx.Node) -> bool:
+    """Whether the weight's tensors and the bias are attributes of the module."""
+    return all(a is None or is_get_attr(a) for a in node.args[1:8])
+
+
+def epilogue_of(node: fx.Node) -> tuple[str, Any, bool]:
+    """Activation, residual and whether the residual comes last, of a lookup convolution."""
+    values = [
+        *node.args[14:],
+        *(node.kwargs.get(k, v) for k, v in list(zip(_EPILOGUE, _DEFAULTS, strict=True))[len(node.args[14:]) :]),
+    ]
+    return cast(tuple[str, Any, bool], tuple(values))
+
+
+def rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str) -> None:
+    """Replace one lookup convolution with constant weights by its "factored" or "dense" form."""
+    x, *_, bias = node.args[:8]
+    dictionary, coefficients, indices, positions, offsets, filters = (
+        attribute(gm, a.target)  # type: ignore[union-attr]
+        for a in node.args[1:7]
+    )
+    out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
+    groups, size, _ = dictionary.shape
+    with torch.no_grad():
+        lookups = reference.lookup_tensor(
+            coefficients,
+            indices,
+            positions,
+            offsets,
+            filters,
+            out_channels,
+            size,
+            kernel_size,
+        )
+        weight = lookups if lowering == "factored" else reference.dense_weight(dictionary, lookups)
+    graph = gm.graph
+    filter_bank = add_attribute(gm, node, "weight", weight)
+    pointwise = add_attribute(gm, node, "dictionary", reference.pointwise_weight(dictionary)) if lowering == "factored" else None
+    with graph.inserting_before(node):
+        y: Any = x
+        if pointwise is not None:
+            y = _convolve(graph, y, pointwise, None, (1, 1), (0,) * 4, (1, 1), groups, _is_pixel(x))
+        pixel = _is_pixel(x) and tuple(kernel_size) == (1, 1) and not any(padding)
+        y = _convolve(graph, y, filter_bank, bias, stride, padding, dilation, groups, pixel)
+        y = _epilogue(graph, y, *epilogue_of(node))
+    y.meta = dict(node.meta)
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
+
+
+def _epilogue(graph: fx.Graph, y: fx.Node, activation: str, residual: Any, residual_last: bool) -> fx.Node:
+    """``activation(y + residual)``, or ``activation(y) + residual`` where ``residual_last``."""
+    if residual is not None and not residual_last:
+        y = graph.call_function(torch.add, (y, residual))
+    if activation != "none":
+        y = graph.call_function(reference.ACTIVATIONS[activation], (y,))
+    return graph.call_function(torch.add, (y, residual)) if residual is not None and residual_last else y
+
+
+def _is_pixel(x: Any) -> bool:
+    """Whether a node's images are known to be 1x1, as a fully connected layer sees them."""
+    shape = shape_of(x)
+    return shape is not None and len(shape) == 4 and all(isinstance(v, int) and v == 1 for v in shape[2:])
+
+
+def _convolve(
+    graph: fx.Graph, x: Any, weight: fx.Node, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, pixel: bool
+) -> fx.Node:
+    """Nodes of a dense convolution with padding (top, bottom, left, right); of a matrix product for a single pixel."""
+    if pixel and groups == 1:
+        matrix = graph.call_function(torch.flatten, (weight, 1))
+        y = graph.call_function(F.linear, (graph.call_function(torch.flatten, (x, 1)), matrix, bias))
+        return graph.call_function(torch.unflatten, (y, 1, (-1, 1, 1)))
+    top, bottom, left, right = padding
+    if top != bottom or left != right:
+        x = graph.call_function(F.pad, (x, (left, right, top, bottom)))
+        top = left = 0
+    return graph.call_function(F.conv2d, (x, weight, bias, tuple(stride), (top, left), tuple(dilation), groups))
