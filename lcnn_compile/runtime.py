@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,15 +17,17 @@ from torch._subclasses import FakeTensor
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.convert import convert_in_place
 from lcnn_compile.errors import LcnnWarning
-from lcnn_compile.graphs import Unbound, bind_weights, fingerprint, is_weight, unbind_weights
+from lcnn_compile.graphs import bind_weights, fingerprint, is_weight, unbind_weights
 from lcnn_compile.modules import lookup_modules, replace_module
 from lcnn_compile.passes import (
     choose_lowerings,
     fold_batch_norm,
     fuse_epilogues,
+    gather_programs,
     lift_functional_convolutions,
     narrow_convolutions,
 )
+from lcnn_compile.passes.programs import programs, single_program
 from lcnn_compile.passes.targets import attribute
 from lcnn_compile.report import Report
 from lcnn_compile.selection import matches
@@ -45,11 +47,20 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
+class _State(NamedTuple):
+    """What one version of the weights has become; replaced as a whole, so that threads never see a mixture."""
+
+    marks: list[Mark] | None  # None: of no real weights yet
+    structure: tuple[Any, ...]
+    run: Callable[..., Any]  # takes the graph's original inputs
+
+
 class Lowered:
-    """A graph whose batch norms are folded and whose epilogues are fused, with the tensors this takes kept up to date.
+    """A graph whose batch norms are folded, epilogues fused and lookup regions gathered, kept up to date with its weights.
 
     Tensors derived from weights are extra inputs of the compiled graph, computed again when a weight has changed: by
-    in-place update, ``load_state_dict``, ``.data =`` or a new parameter. So nothing is ever stale or compiled again.
+    in-place update, ``load_state_dict``, ``.data =`` or a new parameter. So nothing is ever stale or compiled again. A graph
+    that is one program is not compiled at all.
     """
 
     def __init__(
@@ -63,19 +74,41 @@ class Lowered:
         self._gm, self._places, self._compile = gm, list(places), compile
         self._transform = transform or (lambda bound: bound)
         self._lock = threading.Lock()
-        unbound, derived = self._lower(inputs)
-        self._names, self._kept = unbound.derived, unbound.kept
-        self._run = compile(unbound.gm, [inputs[i] for i in unbound.kept] + derived)
-        self._state: tuple[list[Mark], list[Tensor]] | None = None
-        if not any(isinstance(value, FakeTensor) for value in inputs):
-            self._state = (self._marks(inputs), derived)
+        # Fake tensors (of DDP with several buckets) have no values to pack.
+        self._real = not any(isinstance(value, FakeTensor) for value in inputs)
+        self._compiled: Callable[..., Any] | None = None
+        self._state = self._lower(inputs, None)
 
-    def _lower(self, inputs: Sequence[Any]) -> tuple[Unbound, list[Tensor]]:
+    def _lower(self, inputs: Sequence[Any], before: _State | None) -> _State:
         with _plain_tensors():
             bound = self._transform(bind_weights(self._gm, inputs, self._places))
             bound = fuse_epilogues(choose_lowerings(narrow_convolutions(fold_batch_norm(bound))))
+            if self._real:
+                bound = gather_programs(bound)
             unbound = unbind_weights(bound, inputs, self._places)
-            return unbound, [attribute(bound, name).detach() for name in unbound.derived]
+            derived = [attribute(bound, name).detach() for name in unbound.derived]
+        real = not any(isinstance(value, FakeTensor) for value in inputs)
+        marks, held, kept = self._marks(inputs) if real else None, programs(bound), unbound.kept
+        structure = (unbound.derived, kept, [program.recipe for program in held])
+        alone = single_program(unbound.gm)
+        if alone is not None:
+            [program], (sources, returned) = held, alone
+            places = [kept[i] for i in sources]
+
+            def run_alone(*inputs: Any) -> Any:
+                outputs = program(*[inputs[i] for i in places])
+                return [outputs[i] for i in returned]
+
+            return _State(marks, structure, run_alone)
+        if before is None or before.structure != structure:
+            self._compiled = self._compile(unbound.gm, [inputs[i] for i in kept] + derived)
+        compiled = self._compiled
+        assert compiled is not None
+
+        def run(*inputs: Any, held: Any = held) -> Any:
+            return compiled(*[inputs[i] for i in kept], *derived)
+
+        return _State(marks, structure, run)
 
     def _marks(self, inputs: Sequence[Any]) -> list[Mark]:
         return [(i, weakref.ref(inputs[i]), *fingerprint(inputs[i])) for i in self._places]
@@ -83,18 +116,18 @@ class Lowered:
     def __call__(self, *inputs: Any) -> Any:
         """The graph's outputs for its original inputs."""
         state = self._state
-        if state is None or _changed(inputs, state[0]):
+        if _changed(inputs, state.marks):
             with self._lock:
-                unbound, derived = self._lower(inputs)
-                if unbound.derived != self._names or unbound.kept != self._kept:
-                    self._names, self._kept = unbound.derived, unbound.kept
-                    self._run = self._compile(unbound.gm, [inputs[i] for i in unbound.kept] + derived)
-                state = self._state = (self._marks(inputs), derived)
-        return self._run(*[inputs[i] for i in self._kept], *state[1])
+                state = self._state
+                if _changed(inputs, state.marks):
+                    state = self._state = self._lower(inputs, state)
+        return state.run(*inputs)
 
 
-def _changed(inputs: Sequence[Any], marks: list[Mark]) -> bool:
+def _changed(inputs: Sequence[Any], marks: list[Mark] | None) -> bool:
     """Whether an input is another tensor than it was, or one with other values; this runs at every call."""
+    if marks is None:
+        return True
     for i, same, address, version in marks:
         value: Tensor = inputs[i]
         was = same()

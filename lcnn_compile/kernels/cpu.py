@@ -34,7 +34,7 @@ def takes(input: Tensor, dictionary: Tensor) -> bool:
     return input.dim() == 4 and input.is_cpu and dictionary.is_cpu and input.dtype in DTYPES and is_available()
 
 
-class _Handle:
+class Handle:
     """An object of the library, freed with this one."""
 
     __slots__ = ("_free", "address")
@@ -52,7 +52,7 @@ class _Handle:
 class _Plan(NamedTuple):
     """What is worked out once for all calls of the same geometry."""
 
-    handle: _Handle
+    handle: Handle
     shape: tuple[int, int, int, int]
 
 
@@ -78,22 +78,32 @@ class PackedWeight:
         if library is None:
             raise KernelError("lookup_conv2d: the C++ kernels are unavailable")
         self.out_channels = int((filters >= 0).sum())
+
         self._library = library
         self._plans: dict[tuple[object, ...], _Plan] = {}
         tensors = [t.detach().to(torch.float32).contiguous() for t in (dictionary, coefficients)]
         tensors += [t.contiguous() for t in (indices, positions, offsets, filters)]
         sizes = (ctypes.c_int64 * 7)(*dictionary.shape, *size, *filters.shape)
         packed = library.lcnn_weight_new(sizes, *[t.data_ptr() for t in tensors])
-        self._handle = _Handle(packed, library.lcnn_weight_free)
+        self._handle = Handle(packed, library.lcnn_weight_free)
 
-    def _plan(self, key: tuple[object, ...], x: Tensor, shape: tuple[int, int, int, int], numbers: list[int]) -> _Plan:
-        batch, _, height, width = x.shape
-        geometry = [batch, height, width, *x.stride(), shape[2], shape[3], *numbers]
+    def plan(
+        self,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        out_shape: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        padding: Sequence[int],
+        activation: str,
+        residual_last: bool,
+        threads: int,
+    ) -> Handle:
+        """What the kernels work out once for all calls of the same geometry; the input's rows have stride 1."""
+        numbers = [*stride, *dilation, padding[0], padding[2], ACTIVATION_CODES[activation], int(residual_last), threads]
+        geometry = [shape[0], *shape[2:], *strides, *out_shape[2:], *numbers]
         made = self._library.lcnn_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry))
-        if len(self._plans) >= PLANS:
-            self._plans = {}
-        plan = self._plans[key] = _Plan(_Handle(made, self._library.lcnn_plan_free), shape)
-        return plan
+        return Handle(made, self._library.lcnn_plan_free)
 
     def __call__(
         self,
@@ -129,8 +139,10 @@ class PackedWeight:
                 raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {self.out_channels} filters")
             call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
             shape = check_call(*call)
-            numbers = [*stride, *dilation, padding[0], padding[2], ACTIVATION_CODES[activation], int(residual_last), threads]
-            plan = self._plan(key, x, shape, numbers)
+            if len(self._plans) >= PLANS:
+                self._plans = {}
+            made = self.plan(x.shape, x.stride(), shape, stride, dilation, padding, activation, residual_last, threads)
+            plan = self._plans[key] = _Plan(made, shape)
         bias = bias if bias is None else bias.to(torch.float32).contiguous()
         residual = residual if residual is None else residual.to(torch.float32).contiguous()
         y = torch.empty(plan.shape, dtype=torch.float32)

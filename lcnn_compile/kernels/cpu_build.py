@@ -26,7 +26,18 @@ import torch
 from lcnn_compile.errors import KernelError, LcnnWarning
 from lcnn_compile.kernels.store import cache_folder
 
-SOURCES = ("cpu.cpp", "cpu_stages.h", "cpu_plan.h", "cpu_weight.h", "cpu_narrow.h", "cpu_kernels.h", "cpu_vector.h")
+SOURCES = (
+    "cpu.cpp",
+    "cpu_program.h",
+    "cpu_pool.h",
+    "cpu_run.h",
+    "cpu_stages.h",
+    "cpu_plan.h",
+    "cpu_weight.h",
+    "cpu_narrow.h",
+    "cpu_kernels.h",
+    "cpu_vector.h",
+)
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 ISA_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
@@ -34,7 +45,7 @@ ISA_FLAGS = {
     "portable": (),
 }
 SANITIZE_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
-COMPILE_SECONDS = 120
+COMPILE_SECONDS = 600
 
 
 def instruction_set() -> str:
@@ -102,6 +113,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("lcnn_plan_new", pointer, [pointer] * 2),
         ("lcnn_plan_free", None, [pointer]),
         ("lcnn_run", ctypes.c_int, [pointer] * 5),
+        ("lcnn_program_new", pointer, [pointer, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]),
+        ("lcnn_program_free", None, [pointer]),
+        ("lcnn_program_run", ctypes.c_int, [pointer] * 3),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

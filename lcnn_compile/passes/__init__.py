@@ -1,9 +1,10 @@
 """FX passes, each usable on any GraphModule: symbolically traced, captured by Dynamo, or exported and unlifted.
 
 A usual order: ``lift_functional_convolutions``, ``find_convolutions``, ``replace_convolutions``, then for inference
-``fold_batch_norm``, ``narrow_convolutions``, ``choose_lowerings``, ``fuse_epilogues``. Each changes the GraphModule in place and returns it.
+``fold_batch_norm``, ``narrow_convolutions``, ``choose_lowerings``, ``fuse_epilogues``, ``gather_programs``. Each changes the GraphModule in place and returns it.
 """
 
+from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.find import Convolution, find_convolutions
 from lcnn_compile.passes.fold import fold_batch_norm
 from lcnn_compile.passes.functional import to_functional
@@ -11,14 +12,17 @@ from lcnn_compile.passes.fuse import fuse_epilogues
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.passes.lower import choose_lowerings
 from lcnn_compile.passes.narrow import narrow_convolutions
+from lcnn_compile.passes.programs import gather_programs
 from lcnn_compile.passes.replace import replace_convolutions
 
 __all__ = [
     "Convolution",
     "choose_lowerings",
+    "decompose_lookups",
     "find_convolutions",
     "fold_batch_norm",
     "fuse_epilogues",
+    "gather_programs",
     "lift_functional_convolutions",
     "narrow_convolutions",
     "replace_convolutions",

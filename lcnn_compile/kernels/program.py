@@ -1,0 +1,225 @@
+"""Programs: several operations of a network in one native call, with their values in one arena of memory (CPU, float32).
+
+A call of a small layer costs more in Python and in the dispatcher than in arithmetic, and a network is many layers. The
+operator ``lcnn::run_program`` runs a program inside a larger compiled graph; a graph that is one program needs no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import weakref
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels import cpu, cpu_build
+from lcnn_compile.kernels.ops import library
+from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Shape, Step, View
+
+LINE = 16
+"""Floats in a cache line."""
+INSTANCES = 32
+KINDS = {"look_up": 0, "max": 1, "mean": 2}
+
+
+class _Step(ctypes.Structure):
+    """lcnn::Step."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("plan", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("x", "residual", "y")),
+        *((name, ctypes.c_int64) for name in ("planes", "height", "width", "out_height", "out_width")),
+        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride")),
+        *((name, ctypes.c_int64) for name in ("top", "left")),
+    )
+
+
+class _Instance(NamedTuple):
+    """A program for inputs of certain shapes and strides."""
+
+    handle: cpu.Handle
+    copied: list[int]  # the inputs that must be made contiguous
+    shapes: list[Shape]  # of the outputs
+    owned: list[Any]  # what the library's program points to
+
+
+class Program:
+    """A recipe with its weights, ready to run.
+
+    Args:
+        recipe: the steps.
+        weights: the packed weight and the bias [n] (float32, CPU; or None) of each lookup convolution, in order.
+
+    Attributes:
+        handle: a number by which the operator finds it for as long as it lives.
+
+    Raises:
+        KernelError: the C++ kernels are unavailable.
+    """
+
+    def __init__(self, recipe: Recipe, weights: Sequence[tuple[cpu.PackedWeight, Tensor | None]]):
+        found = cpu_build.library()
+        if found is None:
+            raise KernelError("a program needs the C++ kernels, which are unavailable")
+        self.recipe = recipe
+        self._library = found
+        self._weights = [(packed, None if bias is None else bias.detach().clone()) for packed, bias in weights]
+        self._instances: dict[tuple[Any, ...], _Instance] = {}
+        self.handle = next(_numbers)
+        _alive[self.handle] = self
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The outputs, new and contiguous, for float32 CPU tensors.
+
+        Raises:
+            KernelError: for other dtypes or devices, or shapes that do not fit.
+        """
+        return self._run(inputs, None)
+
+    def profile(self, *inputs: Tensor, calls: int = 10) -> list[tuple[Step, Shape, float]]:
+        """Every step but views, with the shape of its result and its mean seconds over some calls, after one that is not counted."""
+        self._run(inputs, None)
+        steps = [(i, step) for i, step in enumerate(self.recipe.steps) if not isinstance(step, View)]
+        seconds = (ctypes.c_double * len(steps))()
+        for _ in range(calls):
+            self._run(inputs, seconds)
+        shapes = self.recipe.shapes([x.shape for x in inputs])[self.recipe.inputs :]
+        return [(step, shapes[i], total / calls) for (i, step), total in zip(steps, seconds, strict=True)]
+
+    def _run(self, inputs: tuple[Tensor, ...], seconds: Any) -> list[Tensor]:
+        threads = torch.get_num_threads()
+        key = (threads, *[(x.shape, x.stride(), x.dtype, x.device) for x in inputs])
+        instance = self._instances.get(key)
+        if instance is None:
+            instance = self._prepare(inputs, threads)
+            if len(self._instances) >= INSTANCES:
+                self._instances = {}
+            self._instances[key] = instance
+        if instance.copied:
+            inputs = tuple(x.contiguous() if i in instance.copied else x for i, x in enumerate(inputs))
+        outputs = [torch.empty(shape, dtype=torch.float32) for shape in instance.shapes]
+        addresses = (ctypes.c_void_p * (len(inputs) + len(outputs)))(*[t.data_ptr() for t in (*inputs, *outputs)])
+        if self._library.lcnn_program_run(instance.handle.address, addresses, seconds):
+            raise KernelError(f"no memory for a program with inputs of shapes {[tuple(x.shape) for x in inputs]}")
+        return outputs
+
+    def _prepare(self, inputs: Sequence[Tensor], threads: int) -> _Instance:
+        for x in inputs:
+            if x.dtype != torch.float32 or not x.is_cpu or x.layout != torch.strided:
+                raise KernelError(f"a program got an input of {x.dtype} on {x.device}; float32 on the CPU is required")
+        recipe = self.recipe
+        shapes = recipe.shapes([x.shape for x in inputs])
+        # Lookups read any strides but that of a row, everything else reads contiguous tensors.
+        strided = {s.x for s in recipe.steps if isinstance(s, LookUp)} - {
+            value for s in recipe.steps for value in ([s.residual] if isinstance(s, LookUp) else [s.x]) if value is not None
+        }
+        copied = [i for i, x in enumerate(inputs) if not (x.is_contiguous() or (i in strided and x.stride(3) == 1))]
+        strides = {i: inputs[i].stride() if i not in copied else None for i in strided if i < len(inputs)}
+        places, arena = allocate(recipe, shapes)
+        steps, owned = self._steps(shapes, strides, threads)
+        array, numbers = (_Step * len(steps))(*steps), (ctypes.c_int64 * len(places))(*places)
+        address = self._library.lcnn_program_new(array, len(steps), numbers, len(places), arena, threads)
+        handle = cpu.Handle(address, self._library.lcnn_program_free)
+        return _Instance(handle, copied, [shapes[v] for v in recipe.outputs], owned)
+
+    def _steps(self, shapes: list[Shape], strides: dict[int, Any], threads: int) -> tuple[list[_Step], list[Any]]:
+        """The library's steps and the objects that must outlive them; views take none."""
+        steps, owned = [], []
+        weights = iter(self._weights)
+        for number, step in enumerate(self.recipe.steps):
+            y = self.recipe.inputs + number
+            if isinstance(step, LookUp):
+                packed, bias = next(weights)
+                x, strides_of_x = shapes[step.x], strides.get(step.x) or contiguous_strides(shapes[step.x])
+                epilogue = (step.activation, step.residual_last)
+                plan = packed.plan(x, strides_of_x, shapes[y], step.stride, step.dilation, step.padding, *epilogue, threads)
+                owned.append(plan)
+                bias_address = None if bias is None else bias.data_ptr()
+                residual = -1 if step.residual is None else step.residual
+                steps.append(_Step(KINDS["look_up"], plan.address, bias_address, step.x, residual, y))
+            elif isinstance(step, Pool):
+                batch, channels, height, width = shapes[step.x]
+                sizes = (batch * channels, height, width, *shapes[y][2:])
+                kernel = step.kernel_size or (height, width)
+                pair = ctypes.c_int64 * 2
+                kind = KINDS["mean" if step.mean else "max"]
+                steps.append(_Step(kind, None, None, step.x, -1, y, *sizes, pair(*kernel), pair(*step.stride), *step.padding))
+        return steps, owned
+
+
+def contiguous_strides(shape: Shape) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
+
+
+def allocate(recipe: Recipe, shapes: Sequence[Shape]) -> tuple[list[int], int]:
+    """The place of every value, and the floats of the arena: values share memory where their lives do not overlap.
+
+    An offset in the arena, or -1 - i for tensor i of the caller's inputs and outputs. A view lies where its source lies.
+    """
+    root = list(range(len(shapes)))
+    last = [0] * len(shapes)
+    for number, step in enumerate(recipe.steps):
+        if isinstance(step, View):
+            root[recipe.inputs + number] = root[step.x]
+        for value in (step.x, getattr(step, "residual", None)):
+            if value is not None:
+                last[root[value]] = number
+    places: dict[int, int] = {i: -1 - i for i in range(recipe.inputs)}
+    for i, value in enumerate(recipe.outputs):
+        if root[value] in places:
+            raise KernelError("a program may not return an input, nor a value twice")
+        places[root[value]] = -1 - recipe.inputs - i
+    live: list[tuple[int, int, int]] = []  # offset, end, last use
+    arena = 0
+    for number in range(len(recipe.steps)):
+        value = recipe.inputs + number
+        if root[value] != value or value in places:
+            continue
+        live = sorted(entry for entry in live if entry[2] >= number)
+        size = math.prod(shapes[value])
+        size = -(-size // LINE) * LINE
+        offset = 0
+        for start, end, _ in live:
+            if start - offset >= size:
+                break
+            offset = max(offset, end)
+        places[value] = offset
+        live.append((offset, offset + size, last[value]))
+        arena = max(arena, offset + size)
+    return [places[root[value]] for value in range(len(shapes))], arena
+
+
+_numbers = itertools.count(1)
+_alive: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
+_recipe = lru_cache(maxsize=256)(Recipe.from_json)
+
+library.define("run_program(Tensor[] inputs, Tensor handle, str recipe) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _run(inputs: Sequence[Tensor], handle: Tensor, recipe: str) -> list[Tensor]:
+    program = _alive.get(int(handle))
+    if program is None or program.recipe != _recipe(recipe):
+        raise KernelError(f"run_program: no program of that recipe lives under the handle {int(handle)}")
+    return program(*inputs)
+
+
+def _fake(inputs: Sequence[Tensor], handle: Tensor, recipe: str) -> list[Tensor]:
+    shapes = _recipe(recipe).shapes([x.shape for x in inputs])
+    return [inputs[0].new_empty(shapes[value], dtype=torch.float32) for value in _recipe(recipe).outputs]
+
+
+library.impl("run_program", _run, "CPU")
+torch.library.register_fake("lcnn::run_program", _fake, lib=library)
+run_program = torch.ops.lcnn.run_program.default

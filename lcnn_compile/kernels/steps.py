@@ -1,0 +1,120 @@
+"""The steps of a program: what is computed from which value, without weights or addresses.
+
+Values are numbered: a program's inputs come first, then each step's result. A program's text form fixes the shapes of its
+outputs for any inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels.reference import output_size
+
+Shape = tuple[Any, ...]
+"""Sizes, ints or symbolic ones."""
+
+
+@dataclass(frozen=True)
+class LookUp:
+    """A lookup convolution of value ``x`` [N, C, H, W] with the epilogue of the operator; ``residual`` is a value or None."""
+
+    x: int
+    residual: int | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    activation: str = "none"
+    residual_last: bool = False
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, n, H', W']."""
+        x = shapes[self.x]
+        if len(x) != 4 or x[1] != self.in_channels:
+            raise KernelError(f"a program's lookup convolution got an input of shape {tuple(x)}; [N, {self.in_channels}, H, W]")
+        high, wide = output_size(x[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        shape = (x[0], self.out_channels, high, wide)
+        if high < 1 or wide < 1:
+            raise KernelError(f"a program's {self.kernel_size} kernel does not fit its input of shape {tuple(x)}")
+        if self.residual is not None and tuple(shapes[self.residual]) != shape:
+            raise KernelError(f"a program's residual has shape {tuple(shapes[self.residual])}; the output has {shape}")
+        return shape
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The maximum or mean over windows of ``x`` [N, C, H, W]; without a kernel size over each whole plane."""
+
+    x: int
+    mean: bool
+    kernel_size: tuple[int, int] | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, C, H', W']."""
+        x = shapes[self.x]
+        if self.kernel_size is None:
+            return (*x[:2], 1, 1)
+        top, left = self.padding
+        return (*x[:2], *output_size(x[2:], self.kernel_size, self.stride, (top, top, left, left), (1, 1)))
+
+
+@dataclass(frozen=True)
+class View:
+    """``x`` with other dimensions behind the first."""
+
+    x: int
+    tail: tuple[int, ...]
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, *tail]."""
+        return (shapes[self.x][0], *self.tail)
+
+
+Step = LookUp | Pool | View
+_KINDS: dict[str, type[LookUp] | type[Pool] | type[View]] = {kind.__name__: kind for kind in (LookUp, Pool, View)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The steps of a program with the number of its inputs and the values it returns."""
+
+    inputs: int
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+
+    def shapes(self, inputs: Sequence[Shape]) -> list[Shape]:
+        """The shapes of all values for inputs of these shapes.
+
+        Raises:
+            KernelError: they do not fit.
+        """
+        if len(inputs) != self.inputs:
+            raise KernelError(f"a program got {len(inputs)} inputs; it takes {self.inputs}")
+        shapes = [tuple(shape) for shape in inputs]
+        for step in self.steps:
+            shapes.append(step.shape(shapes))
+        return shapes
+
+    def to_json(self) -> str:
+        """As text; equal for equal recipes."""
+        steps = [[type(step).__name__, asdict(step)] for step in self.steps]
+        return json.dumps([self.inputs, steps, self.outputs])
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """The recipe of a text made by ``to_json``."""
+        inputs, steps, outputs = json.loads(text)
+        made = [_KINDS[kind](**{key: _tuple(value) for key, value in fields.items()}) for kind, fields in steps]
+        return Recipe(inputs, tuple(made), tuple(outputs))
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,160 @@
+"""Pass: run whole regions of a graph (lookup convolutions and the pooling between them) as one native call each."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
+from torch.fx.passes.tools_common import stable_topological_sort
+
+from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels.program import Program, run_program
+from lcnn_compile.kernels.steps import LookUp, Recipe, Step, View
+from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.steps import Steps, residual_of, steps_of
+from lcnn_compile.passes.targets import attribute
+
+NAME = "lcnn_program"
+
+
+class HeldProgram(nn.Module):
+    """Keeps a program alive in a graph module, with the tensor by which the operator finds it."""
+
+    def __init__(self, program: Program):
+        super().__init__()
+        self.program = program
+        self.register_buffer("handle", torch.tensor(program.handle))
+
+
+def programs(gm: fx.GraphModule) -> list[Program]:
+    """The programs that a graph runs; they must live as long as it does."""
+    return [module.program for module in gm.children() if isinstance(module, HeldProgram)]
+
+
+def single_program(gm: fx.GraphModule) -> tuple[list[int], list[int]] | None:
+    """The inputs that the program of a graph takes and which of its outputs the graph returns, where it does nothing else."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    rest = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    calls = [node for node in rest if node.target is run_program]
+    returned = gm.graph.output_node().args[0]
+    if len(calls) != 1 or not isinstance(returned, list | tuple):
+        return None
+    items = {node: node.args[1] for node in rest if node.target is operator.getitem and node.args[0] is calls[0]}
+    inputs = cast("list[fx.Node]", calls[0].args[0])
+    if len(items) + 1 != len(rest) or any(x not in placeholders for x in inputs) or any(y not in items for y in returned):
+        return None
+    return [placeholders.index(x) for x in inputs], [cast(int, items[cast(fx.Node, y)]) for y in returned]
+
+
+class _Runnable(OperatorSupportBase):
+    def __init__(self, gm: fx.GraphModule):
+        self._gm = gm
+
+    def is_node_supported(self, submodules: Any, node: fx.Node) -> bool:
+        return steps_of(self._gm, node) is not None
+
+
+def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
+    """Replace regions of lookup convolutions, pooling and views by calls of ``run_program``: float32, CPU, for inference.
+
+    A region has one lookup convolution at least; its lowering is settled and its epilogue fused. The weights move into the
+    program, copied: where they change, the pass must run again on the original graph. Graphs under autocast are left alone.
+    The graph is changed in place and returned.
+    """
+    autocast = torch.is_autocast_enabled("cpu") or any("autocast" in str(node.target) for node in gm.graph.nodes)
+    if autocast or not cpu.is_available() or not any(is_lookup(node) for node in gm.graph.nodes):
+        return gm
+    _split_views(gm)
+    partitioner = CapabilityBasedPartitioner(gm, _Runnable(gm), allows_single_node_partition=True)
+    chosen = []
+    for partition in partitioner.propose_partitions():
+        _drop_views(gm, partition.nodes)
+        if any(is_lookup(node) for node in partition.nodes):
+            chosen.append(partition)
+    for number, partition in enumerate(chosen):
+        _rewrite(gm, sorted(partition.nodes), f"{NAME}_{number}")
+    stable_topological_sort(gm)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
+    steps = steps_of(gm, node)
+    return steps is not None and all(isinstance(step(0), View) for step in steps)
+
+
+def _split_views(gm: fx.GraphModule) -> None:
+    """A view of its own for each reader, so that a region can do without one."""
+    for node in reversed(list(gm.graph.nodes)):
+        if len(node.users) > 1 and _is_view(gm, node):
+            for user in list(node.users)[1:]:
+                with gm.graph.inserting_before(user):
+                    twin = gm.graph.node_copy(node)
+                user.replace_input_with(node, twin)
+
+
+def _drop_views(gm: fx.GraphModule, nodes: dict[fx.Node, Any]) -> None:
+    """Leave views to the compiler where a region would return one of its inputs, or the same memory twice."""
+    while True:
+        roots: dict[fx.Node, fx.Node] = {}
+        for node in sorted(nodes):
+            source = cast(fx.Node, node.args[0])
+            roots[node] = roots.get(source, source) if _is_view(gm, node) else node
+        returned = [node for node in nodes if any(user not in nodes for user in node.users)]
+        shared = [roots[node] for node in returned]
+        wrong = [n for n in returned if n is not roots[n] and (roots[n] not in nodes or shared.count(roots[n]) > 1)]
+        if not wrong:
+            return
+        for node in wrong:
+            del nodes[node]
+
+
+def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
+    """Replace the nodes of a region, in order, by one call of the operator."""
+    values: dict[fx.Node, int] = {}
+    for node in nodes:
+        for source in (node.args[0], residual_of(node)):
+            if isinstance(source, fx.Node) and source not in nodes:
+                values.setdefault(source, len(values))
+    inputs = list(values)
+    steps: list[Step] = []
+    weights: list[tuple[cpu.PackedWeight, Tensor | None]] = []
+    for node in nodes:
+        value = values[cast(fx.Node, node.args[0])]
+        for make in cast(Steps, steps_of(gm, node)):
+            step = make(value)
+            residual = residual_of(node)
+            if isinstance(step, LookUp):
+                weights.append(_weight(gm, node))
+                step = step if residual is None else replace(step, residual=values[residual])
+            steps.append(step)
+            value = len(inputs) + len(steps) - 1
+        values[node] = value
+    returned = [node for node in nodes if any(user not in nodes for user in node.users)]
+    recipe = Recipe(len(inputs), tuple(steps), tuple(values[node] for node in returned))
+    gm.add_submodule(name, HeldProgram(Program(recipe, weights)))
+    with gm.graph.inserting_after(nodes[-1]):
+        handle = gm.graph.get_attr(f"{name}.handle")
+    with gm.graph.inserting_after(handle):
+        call = gm.graph.call_function(run_program, (inputs, handle, recipe.to_json()))
+    for i, node in reversed(list(enumerate(returned))):
+        with gm.graph.inserting_after(call):
+            item = gm.graph.call_function(operator.getitem, (call, i))
+        item.meta = dict(node.meta)
+        node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in nodes)
+    for node in reversed(nodes):
+        gm.graph.erase_node(node)
+
+
+def _weight(gm: fx.GraphModule, node: fx.Node) -> tuple[cpu.PackedWeight, Tensor | None]:
+    weight = tuple(attribute(gm, cast(fx.Node, a).target) for a in node.args[1:7])
+    bias = None if node.args[7] is None else attribute(gm, cast(fx.Node, node.args[7]).target)
+    packed = cpu.packed_weight(weight, tuple(cast(Any, node.args[9])))
+    return packed, None if bias is None else bias.detach().to(torch.float32).contiguous()

@@ -1,0 +1,130 @@
+"""Which nodes of a graph a program can run, and as what steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from lcnn_compile.kernels.steps import LookUp, Pool, Step, View
+from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.functional import example, shape_of
+from lcnn_compile.passes.targets import aten, attribute, bound, is_get_attr
+
+VIEWS = (
+    *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
+    *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze),
+    *(aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim),
+    *(aten.squeeze.dims, aten.contiguous.default),
+)
+DROPOUT = (F.dropout, F.dropout2d, F.feature_dropout if hasattr(F, "feature_dropout") else F.dropout, aten.dropout.default)
+MAX_POOL = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default)
+MEAN_POOL = (F.avg_pool2d, aten.avg_pool2d.default)
+ADAPTIVE = (F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default)
+REDUCTIONS = {
+    **dict.fromkeys(("mean", torch.mean, aten.mean.dim), True),
+    **dict.fromkeys(("amax", torch.amax, aten.amax.default), False),
+}
+Steps = list[Callable[[int], Step]]
+"""Each makes a step from the value before it."""
+
+
+def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
+    """What computes a node's value from its first argument; None where a program cannot.
+
+    Shapes must be known, the batch may be symbolic. A residual's value is filled in by the caller.
+    """
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    found = example(node)
+    if found is None or found.dtype != torch.float32 or found.device.type != "cpu" or found.layout != torch.strided:
+        return None
+    if is_lookup(node):
+        return _lookup(gm, node)
+    shape, out = shape_of(node.args[0]), shape_of(node)
+    if not shape or not out or not _same(shape[0], out[0]):
+        return None
+    if node.target in VIEWS or (node.target in DROPOUT and bound(node, ("x", "p", "training"), (None, 0.5, True))[2] is False):
+        return _view(out)
+    if len(shape) != 4:
+        return None
+    if node.target in REDUCTIONS:
+        dims = bound(node, ("input", "dim"), (None, None))[1]
+        if not isinstance(dims, list | tuple) or sorted(d % 4 for d in dims) != [2, 3] or node.kwargs.get("dtype") is not None:
+            return None
+        view = _view(out)
+        pool: Callable[[int], Step] = lambda x: Pool(x, REDUCTIONS[node.target])  # noqa: E731
+        return None if view is None else [pool] if len(out) == 4 else [pool, *view]
+    window = _window(node, shape, out)
+    if window is None:
+        return None
+    known = window.shape([shape])
+    return [lambda x: replace(window, x=x)] if all(_same(a, b) for a, b in zip(known, out, strict=True)) else None
+
+
+def residual_of(node: fx.Node) -> fx.Node | None:
+    """The residual of a lookup convolution's epilogue."""
+    found = node.kwargs.get("residual") if is_lookup(node) else None
+    return found if isinstance(found, fx.Node) else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or bool(statically_known_true(a == b))
+
+
+def _view(out: tuple[Any, ...]) -> Steps | None:
+    tail = tuple(out[1:])
+    return [lambda x: View(x, tail)] if all(isinstance(v, int) for v in tail) else None
+
+
+def _lookup(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
+    args = node.args
+    lowering = args[13] if len(args) > 13 else node.kwargs.get("lowering", "lookup")
+    bias = args[7] if len(args) > 7 else None
+    if lowering != "lookup" or len(args) < 13 or len(args) > 14 or set(node.kwargs) - {"activation", "residual", "residual_last"}:
+        return None
+    if not all(is_get_attr(a) for a in args[1:7]) or not (bias is None or is_get_attr(bias)):
+        return None
+    out_channels, *geometry = cast("tuple[Any, ...]", args[8:13])
+    if not isinstance(out_channels, int) or not all(isinstance(v, int) for values in geometry for v in values):
+        return None
+    groups, _, per_group = attribute(gm, args[1].target).shape  # type: ignore[union-attr]
+    residual = None if residual_of(node) is None else -1
+    kernel_size, stride, padding, dilation = (tuple(values) for values in geometry)
+    sizes = (groups * per_group, out_channels, kernel_size, stride, padding, dilation)
+    epilogue = (node.kwargs.get("activation", "none"), bool(node.kwargs.get("residual_last", False)))
+    return [lambda x: LookUp(x, residual, *sizes, *epilogue)]  # type: ignore[arg-type]
+
+
+def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Pool | None:
+    if node.target in MAX_POOL:
+        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        _, kernel, stride, padding, dilation, _, indices = bound(node, names, (None, None, None, 0, 1, False, False))
+        if indices or _pair(dilation) != (1, 1):
+            return None
+        return Pool(0, False, _pair(kernel), _pair(stride or kernel), _pair(padding))
+    if node.target in MEAN_POOL:
+        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        _, kernel, stride, padding, ceil, counted, divisor = bound(node, names, (None, None, None, 0, False, True, None))
+        if ceil or divisor is not None or not (counted or _pair(padding) == (0, 0)):
+            return None
+        return Pool(0, True, _pair(kernel), _pair(stride or kernel), _pair(padding))
+    if node.target in ADAPTIVE:
+        if tuple(out[2:]) == (1, 1):
+            return Pool(0, True)
+        sizes = (*shape[2:], *out[2:])
+        if not all(isinstance(v, int) for v in sizes) or sizes[0] % sizes[2] or sizes[1] % sizes[3]:
+            return None
+        kernel = (sizes[0] // sizes[2], sizes[1] // sizes[3])
+        return Pool(0, True, kernel, kernel)
+    return None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return (int(values[0]), int(values[-1]))
