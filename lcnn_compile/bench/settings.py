@@ -65,17 +65,18 @@ def _published(fast: bool) -> Callable[[str, Layer], LayerConfig | None]:
 
 
 def _ours(network: str, layer: Layer) -> LayerConfig | None:
-    """k = m/4, six taps per position (54 for 3x3), eight filters per group.
+    """k = m/4, 54 taps per filter (all there are, where there are fewer), eight filters per group.
 
-    Layers that read an image stay dense: three channels have no smaller dictionary. Where there is one kernel position
-    only, a dictionary of more vectors than a quarter of the filters would cost as much as the layer.
+    Layers that read an image keep their three channels as a dictionary: there is no smaller one. Where there is one kernel
+    position only, a dictionary of more vectors than a quarter of the filters would cost as much as the layer.
     """
     channels, filters = _channels(layer)
-    if channels <= 4 or _depthwise(layer):
+    if _depthwise(layer):
         return None
-    pointwise = isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)
-    size = min(channels, filters) // 4 if pointwise else channels // 4
-    return LayerConfig(dictionary_size=max(1, size), sparsity=6, group_size=8)
+    area = 1 if isinstance(layer, nn.Linear) else layer.kernel_size[0] * layer.kernel_size[1]
+    size = min(channels, filters) // 4 if area == 1 else channels // 4
+    size = channels if channels <= 4 else max(1, size)
+    return LayerConfig(dictionary_size=size, sparsity=min(size, 54 / area), group_size=8)
 
 
 SETTINGS = {

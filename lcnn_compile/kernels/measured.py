@@ -7,14 +7,19 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lcnn_compile.kernels.choose import Problem, estimate
+from lcnn_compile.kernels.cpu import PackedWeight
+from lcnn_compile.kernels.program import Program
+from lcnn_compile.kernels.steps import LookUp, Recipe
 from lcnn_compile.kernels.store import cache_folder, known, remember
 from lcnn_compile.lookup import filter_table
 
@@ -46,7 +51,7 @@ def remembered(problem: Problem) -> dict[str, float] | None:
     return known(_file()).get(_key(problem))
 
 
-def random_call(problem: Problem, device: torch.device | None = None) -> tuple[object, ...]:
+def random_call(problem: Problem, device: torch.device | None = None) -> tuple[Any, ...]:
     """Arguments of the operator up to the lowering, for a random layer of this problem; on a GPU half precision is channels_last."""
     device = device or torch.device("cpu")
 
@@ -69,11 +74,17 @@ def random_call(problem: Problem, device: torch.device | None = None) -> tuple[o
     return (x, *weight, None, problem.out_channels, *geometry)
 
 
-def _burst(arguments: tuple[object, ...], lowering: str) -> float:
-    def call() -> Tensor:
-        y: Tensor = torch.ops.lcnn.lookup_conv2d_inference(*arguments, lowering)
-        return y
+def _caller(arguments: tuple[Any, ...], lowering: str) -> Callable[[], object]:
+    """What runs a layer as a compiled graph does: lookups in a program, the others as operators."""
+    x, *weight, _, out_channels, kernel_size, stride, padding, dilation = arguments
+    if lowering == "lookup":
+        step = LookUp(0, None, x.shape[1], out_channels, kernel_size, stride, padding, dilation)
+        program = Program(Recipe(1, (step,), (1,)), [(PackedWeight(*weight, kernel_size), None)])
+        return lambda: program(x)
+    return lambda: torch.ops.lcnn.lookup_conv2d_inference(*arguments, lowering)
 
+
+def _burst(call: Callable[[], object]) -> float:
     seconds = []
     for number in range(WARM_UP + TIMED):
         start = time.perf_counter()
@@ -98,7 +109,8 @@ def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
     if found is None:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _disable_current_modes():
             arguments = random_call(problem)
-            bursts = [{name: _burst(arguments, name) for name in names} for _ in range(ROUNDS)]
+            callers = {name: _caller(arguments, name) for name in names}
+            bursts = [{name: _burst(call) for name, call in callers.items()} for _ in range(ROUNDS)]
         found = {name: min(burst[name] for burst in bursts) for name in names}
         remember(_file(), _key(problem), found)
     return found

@@ -7,7 +7,7 @@ from torch import fx
 from lcnn_compile.kernels.ops import lookup_conv2d_inference
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import dtype_of, shape_of, to_functional
-from lcnn_compile.passes.targets import ADD, activation_of, bound
+from lcnn_compile.passes.targets import ADD, RESHAPES, activation_of, bound
 
 
 def fuse_epilogues(gm: fx.GraphModule) -> fx.GraphModule:
@@ -18,15 +18,32 @@ def fuse_epilogues(gm: fx.GraphModule) -> fx.GraphModule:
     convolution becomes a call of ``lookup_conv2d_inference``. The graph is changed in place and returned.
     """
     to_functional(gm)
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
         if is_lookup(node):
             node.target = lookup_conv2d_inference
+        elif activation_of(node):
+            _hoist(gm, node)
     for node in list(gm.graph.nodes):
         if is_lookup(node) and len(node.args) <= 14 and not set(node.kwargs) & {"activation", "residual"}:
             _fuse(gm, node)
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _hoist(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Let an activation come before the views of its input, where a lookup convolution comes before those."""
+    view = node.args[0] if node.args else None
+    while isinstance(view, fx.Node) and view.target in RESHAPES and len(view.users) == 1 and not writes(node):
+        source = view.args[0]
+        if not isinstance(source, fx.Node):
+            return
+        node.replace_input_with(view, source)
+        node.replace_all_uses_with(view, delete_user_cb=lambda user: user is not view)  # noqa: B023
+        view.replace_input_with(source, node)
+        view.meta, node.meta = dict(node.meta), dict(source.meta)
+        node.append(view)
+        view = source
 
 
 def _fuse(gm: fx.GraphModule, conv: fx.Node) -> None:

@@ -14,14 +14,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from lcnn_compile.kernels.steps import LookUp, Pool, Step, View
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import example, shape_of
-from lcnn_compile.passes.targets import aten, attribute, bound, is_get_attr
+from lcnn_compile.passes.targets import RESHAPES, aten, attribute, bound, is_get_attr
 
-VIEWS = (
-    *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
-    *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze),
-    *(aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim),
-    *(aten.squeeze.dims, aten.contiguous.default),
-)
+VIEWS = (*RESHAPES, "contiguous", aten.contiguous.default)
 DROPOUT = (F.dropout, F.dropout2d, F.feature_dropout if hasattr(F, "feature_dropout") else F.dropout, aten.dropout.default)
 MAX_POOL = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default)
 MEAN_POOL = (F.avg_pool2d, aten.avg_pool2d.default)
