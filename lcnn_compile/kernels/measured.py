@@ -76,7 +76,8 @@ def random_call(problem: Problem, device: torch.device | None = None) -> tuple[A
 
 def _caller(arguments: tuple[Any, ...], lowering: str) -> Callable[[], object]:
     """What runs a layer as a compiled graph does: lookups in a program, the others as operators."""
-    x, *weight, _, out_channels, kernel_size, stride, padding, dilation = arguments
+    x, weight = arguments[0], arguments[1:7]
+    out_channels, kernel_size, stride, padding, dilation = arguments[8:13]
     if lowering == "lookup":
         step = LookUp(0, None, x.shape[1], out_channels, kernel_size, stride, padding, dilation)
         program = Program(Recipe(1, (step,), (1,)), [(PackedWeight(*weight, kernel_size), None)])

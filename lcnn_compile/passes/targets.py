@@ -13,6 +13,14 @@ from torch import fx
 aten = torch.ops.aten
 
 CONV2D = (F.conv2d, torch.conv2d, aten.conv2d.default, aten.conv2d.padding)
+CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
+    "conv1d": (F.conv1d, torch.conv1d, aten.conv1d.default, aten.conv1d.padding),
+    "conv2d": CONV2D,
+    "conv3d": (F.conv3d, torch.conv3d, aten.conv3d.default, aten.conv3d.padding),
+    "conv_transpose1d": (F.conv_transpose1d, torch.conv_transpose1d, aten.conv_transpose1d.default),
+    "conv_transpose2d": (F.conv_transpose2d, torch.conv_transpose2d, aten.conv_transpose2d.input),
+}
+"""The convolutions that have a lookup form, by the name of the function."""
 CONVOLUTION = (torch.convolution, aten.convolution.default)
 BATCH_NORM = (F.batch_norm, torch.batch_norm, aten.batch_norm.default)
 ADD = (torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
@@ -22,6 +30,18 @@ ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "silu": (F.silu, aten.silu.default, aten.silu_.default),
     "hardswish": (F.hardswish, aten.hardswish.default, aten.hardswish_.default),
 }
+RESHAPES = (
+    *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze),
+    *(
+        aten.reshape.default,
+        aten.view.default,
+        aten.flatten.using_ints,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    ),
+)
 CLAMP = (F.hardtanh, torch.clamp, aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, "clamp", "clamp_")
 
 
@@ -32,6 +52,13 @@ def bound(node: fx.Node, names: Sequence[str], defaults: Sequence[Any]) -> list[
         if i >= len(node.args):
             values[i] = node.kwargs.get(name, default)
     return values
+
+
+def convolution_of(node: fx.Node) -> str | None:
+    """The name of the function that a node calls, where it is a convolution that has a lookup form; None otherwise."""
+    if node.op != "call_function":
+        return None
+    return next((name for name, targets in CONVOLUTIONS.items() if node.target in targets), None)
 
 
 def activation_of(node: fx.Node) -> str | None:
