@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lcnn_compile.kernels.choose import Problem, estimate
-from lcnn_compile.kernels.cpu import PackedWeight
+from lcnn_compile.kernels.cpu import packed_weight
 from lcnn_compile.kernels.program import Program
 from lcnn_compile.kernels.steps import LookUp, Recipe
 from lcnn_compile.kernels.store import cache_folder, known, remember
 from lcnn_compile.lookup import filter_table
+from lcnn_compile.torch_private import without_modes
 
 ROUNDS, WARM_UP, TIMED = 3, 1, 3
 HOPELESS = 4.0
@@ -80,7 +80,7 @@ def _caller(arguments: tuple[Any, ...], lowering: str) -> Callable[[], object]:
     out_channels, kernel_size, stride, padding, dilation = arguments[8:13]
     if lowering == "lookup":
         step = LookUp(0, None, x.shape[1], out_channels, kernel_size, stride, padding, dilation)
-        program = Program(Recipe(1, (step,), (1,)), [(PackedWeight(*weight, kernel_size), None)])
+        program = Program(Recipe(1, (step,), (1,)), [(packed_weight(weight, kernel_size), None)])
         return lambda: program(x)
     return lambda: torch.ops.lcnn.lookup_conv2d_inference(*arguments, lowering)
 
@@ -108,7 +108,7 @@ def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
         return costs
     found = remembered(problem)
     if found is None:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _disable_current_modes():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), without_modes():
             arguments = random_call(problem)
             callers = {name: _caller(arguments, name) for name in names}
             bursts = [{name: _burst(call) for name, call in callers.items()} for _ in range(ROUNDS)]
