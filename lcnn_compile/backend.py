@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
 
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, LcnnWarning
 from lcnn_compile.graphs import bind_weights, weight_placeholders
 from lcnn_compile.passes import find_convolutions
 from lcnn_compile.runtime import Calibrating, Lowered
+from lcnn_compile.torch_private import compile_with_inductor, inductor_modes
 
 MAX_ERROR = 0.05
 _warned: set[str] = set()
@@ -75,7 +74,7 @@ def lcnn(
     patches = _mode_options(mode)
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled: Any = compile_fx(graph, list(inputs), config_patches=patches)
+        compiled: Any = compile_with_inductor(graph, list(inputs), config_patches=patches)
         return compiled
 
     places = weight_placeholders(gm, example_inputs)
@@ -102,7 +101,7 @@ def lcnn(
 def _mode_options(mode: str | None) -> dict[str, Any]:
     if mode is None or mode == "default":
         return {}
-    known = list_mode_options()
+    known = inductor_modes()
     if mode not in known:
         raise ConfigError(f"mode is {mode!r}; allowed are {sorted(known)}")
     return dict(known[mode])

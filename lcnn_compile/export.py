@@ -14,9 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
 from lcnn_compile.batches import inputs_of
 from lcnn_compile.errors import ExportError, LcnnError
@@ -25,6 +23,7 @@ from lcnn_compile.modules import dense_layer, lookup_modules, replace_module
 from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fuse_epilogues, narrow_convolutions
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.torch_private import FakeTensorMode, module_of, pytree
 
 Lowering = Literal["auto", "lookup", "factored", "dense"]
 PLAIN = ("factored", "dense")
@@ -179,13 +178,13 @@ def check_onnx(path: str | os.PathLike[str], model: nn.Module, example_inputs: A
     private = _copy(model).eval()
     args, kwargs = inputs_of(private, example_inputs)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     names = [place.name for place in session.get_inputs()]
     if len(names) != len(tensors):
         raise ExportError(f"{path} has the inputs {names}; the example inputs hold {len(tensors)} tensors")
     found = session.run(None, {name: t.detach().cpu().numpy() for name, t in zip(names, tensors, strict=True)})
     with torch.no_grad():
-        wanted = tree_leaves(private(*args, **kwargs))
+        wanted = pytree.tree_leaves(private(*args, **kwargs))
     return largest_difference([torch.from_numpy(y) for y in found], wanted)
 
 
@@ -195,7 +194,7 @@ def largest_difference(found: Any, wanted: Any) -> float:
     Raises:
         ExportError: if they have different numbers of tensors or shapes.
     """
-    pairs = [[t for t in tree_leaves(outputs) if isinstance(t, Tensor)] for outputs in (found, wanted)]
+    pairs = [[t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)] for outputs in (found, wanted)]
     shapes = [[tuple(t.shape) for t in tensors] for tensors in pairs]
     if shapes[0] != shapes[1]:
         raise ExportError(f"the outputs have shapes {shapes[0]}; the model's own have {shapes[1]}")
@@ -209,7 +208,7 @@ def largest_difference(found: Any, wanted: Any) -> float:
 
 def _copy(model: nn.Module) -> nn.Module:
     """A private copy of a model that must have lookup layers."""
-    model = getattr(model, "_orig_mod", model)
+    model = module_of(model)
     nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
     if not any(True for _ in lookup_modules(model)) and not any(is_lookup(node) for node in nodes):
         raise ExportError(
@@ -237,7 +236,7 @@ def _capture(
 
 def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Inputs with at least two samples, and shapes that let their number vary; a single sample would be taken for a constant."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     if not tensors:
         raise ExportError("the example inputs hold no tensor with a batch dimension; use dynamic_batch=False")
     size = tensors[0].shape[0]
@@ -251,7 +250,7 @@ def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
         shapes[made] = {0: batch}
         return made
 
-    args, kwargs = tree_map_only(Tensor, vary, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, vary, (args, kwargs))
     return args, kwargs, shapes
 
 
@@ -263,7 +262,7 @@ def _unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 def _set_shapes(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note every node's shape for the example inputs: lowerings are measured for their batch size."""
-    leaves, _ = tree_flatten((args, kwargs))
+    leaves, _ = pytree.tree_flatten((args, kwargs))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     FakeTensorProp(gm, mode).propagate(*leaves)
 
@@ -292,7 +291,7 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str]:
     """ "output" for a single tensor, else the keys of a mapping, or "output_0", "output_1" and so on."""
     spec = program.call_spec.out_spec
     assert spec is not None
-    paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(list(range(spec.num_leaves)), spec))[0]]
+    paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))[0]]
     parts = [[str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path] for path in paths]
     return ["_".join(path if path and not path[0].isdigit() else ["output", *path]) for path in parts]
 

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from lcnn_compile.passes.targets import attribute
+from lcnn_compile.torch_private import children_of, is_users_tensor, owned_by, version
 
 _WEIGHT = "lcnn_"
-_OWNED = re.compile(r"_(parameters|buffers)_")
-_OWNER = re.compile(r"\._(parameters|buffers)\['")
-_MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
 
 def weight_placeholders(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[int]:
@@ -27,7 +25,7 @@ def weight_placeholders(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> li
     return [
         i
         for i, (node, value) in enumerate(zip(nodes, example_inputs, strict=True))
-        if isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or _OWNED.search(str(node.target)))
+        if isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or is_users_tensor(node))
     ]
 
 
@@ -61,7 +59,7 @@ def _names(nodes: Sequence[fx.Node]) -> list[str]:
 
     Where parameters of several objects meet in one graph, their qualified names may be the same: the object comes first then.
     """
-    sources = [_source(node) for node in nodes]
+    sources = [owned_by(node) for node in nodes]
     several = len({source[0] for source in sources if source}) > 1
     names = []
     for node, source in zip(nodes, sources, strict=True):
@@ -76,18 +74,6 @@ def _names(nodes: Sequence[fx.Node]) -> list[str]:
     return names
 
 
-def _source(node: fx.Node) -> tuple[str, list[str]] | None:
-    """The expression of the object that owns a placeholder's parameter, and the parameter's path in it; None if unknown."""
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None) or getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    text = str(name() if callable(name) else name)
-    first = _MEMBER.search(text)
-    if first is None or not _OWNER.search(text):
-        return None
-    return text[: first.start()], _MEMBER.findall(text)
-
-
 def _identifier(text: str) -> str:
     return re.sub(r"\W", "_", text)
 
@@ -97,7 +83,7 @@ def _attach(root: nn.Module, path: str, value: Any) -> None:
     *owners, name = path.split(".")
     module = root
     for owner in owners:
-        if owner not in module._modules:
+        if owner not in children_of(module):
             module.add_module(owner, nn.Module())
         module = module.get_submodule(owner)
     if isinstance(value, nn.Parameter):
@@ -168,4 +154,4 @@ def fingerprint(tensor: Tensor) -> tuple[int, Any]:
         with torch.inference_mode():
             wide = tensor.double()
             return tensor.data_ptr(), (float(wide.sum()), float(wide.square().sum()))
-    return tensor.data_ptr(), tensor._version
+    return tensor.data_ptr(), version(tensor)

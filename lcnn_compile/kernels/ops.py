@@ -17,6 +17,7 @@ from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import choose, cpu, reference, triton_autograd, triton_ops
 from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
+from lcnn_compile.torch_private import without_autocast
 
 LOWERINGS = ("lookup", "factored", "dense")
 WEIGHTS = (1, 2, 7)
@@ -211,7 +212,6 @@ library.impl("lookup_conv2d_inference", torch.library.fallthrough_kernel, "Autog
 
 def _autocast(name: str, device: str) -> Any:
     operator = getattr(torch.ops.lcnn, name).default
-    key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device.upper()}"))
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
@@ -222,7 +222,7 @@ def _autocast(name: str, device: str) -> Any:
             constant = place in WEIGHTS and not (torch.is_grad_enabled() and value.requires_grad)
             return _cast_weight((value,), dtype) if constant and value.dtype != dtype else value.to(dtype)
 
-        with torch._C._ExcludeDispatchKeyGuard(key):
+        with without_autocast(device):
             cast_args = [cast(a, place) for place, a in enumerate(args)]
             return operator(*cast_args, **{k: cast(v) for k, v in kwargs.items()})
 

@@ -10,13 +10,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lcnn_compile.torch_private import version
+
 T = TypeVar("T")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _marks(tensors: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
     """What differs once a tensor's values may differ: in-place updates count versions, ``.data =`` moves or reshapes."""
-    return [(t._version, t.data_ptr(), t.shape, t.stride()) for t in tensors]
+    return [(version(t), t.data_ptr(), t.shape, t.stride()) for t in tensors]
 
 
 class Prepared(Generic[T]):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from triton.testing import do_bench
 
 from lcnn_compile.kernels import triton_store
 from lcnn_compile.kernels.choose import Problem
 from lcnn_compile.kernels.measured import random_call
 from lcnn_compile.kernels.store import known, remember
+from lcnn_compile.torch_private import without_modes
 
 _measured: dict[Problem, dict[str, float]] = {}
 
@@ -33,7 +33,7 @@ def measured(problem: Problem) -> dict[str, float] | None:
     found = known(path).get(key)
     if found is None:
         try:
-            with torch.no_grad(), _disable_current_modes():
+            with torch.no_grad(), without_modes():
                 arguments = random_call(problem, device)
                 found = {name: _milliseconds(arguments, name) for name in ("lookup", "factored", "dense")}
         except torch.OutOfMemoryError:

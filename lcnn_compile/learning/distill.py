@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lcnn_compile.errors import ConfigError
 from lcnn_compile.learning.resume import read_state, write_state
+from lcnn_compile.torch_private import pytree
 
 Loss = Literal["auto", "kl", "mse"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.statistics import InputMoments
+from lcnn_compile.torch_private import pytree
 
 BATCH_ELEMENTS = 10_000_000  # of input kept for the layer-by-layer passes: 66 images of 224x224, 3400 of 32x32
 BATCH_IMAGES = 1024

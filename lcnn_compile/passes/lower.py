@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import fx
 
 from lcnn_compile.kernels import choose
@@ -13,6 +12,7 @@ from lcnn_compile.passes.decompose import has_constant_weight, rewrite
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import dtype_of, example, shape_of, to_functional
 from lcnn_compile.passes.targets import attribute
+from lcnn_compile.torch_private import example_of_size
 
 
 def choose_lowerings(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModule:
@@ -49,13 +49,8 @@ def _cheapest(gm: fx.GraphModule, node: fx.Node, device: str | None) -> str:
     found = example(x)
     where = device or (found.device.type if found is not None else "cpu")
     dictionary, coefficients = (attribute(gm, node.args[i].target) for i in (1, 2))  # type: ignore[union-attr]
-    sizes = [_hint(value) for value in shape]
+    sizes = [example_of_size(value) for value in shape]
     out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
     geometry = (out_channels, kernel_size, stride, padding, dilation)
     problem = choose.problem_of(sizes, dictionary.shape, coefficients.shape, *geometry, where, dtype)
     return choose.cheapest(problem, has_lookup_kernel(where, dtype), measure=True)
-
-
-def _hint(value: Any) -> int:
-    """The size that a symbolic dimension was traced with."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) and value.node.hint is not None else int(value)

@@ -1,0 +1,151 @@
+"""All that the package uses of PyTorch without PyTorch promising it: a new version is checked against this one file.
+
+Everything else imports it from here under a name that says what it is for. Tested with torch 2.11.0 and 2.13.0.
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor import list_mode_options as inductor_modes
+from torch._inductor.compile_fx import compile_fx as compile_with_inductor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import graph_module as _graph_module
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "children_of",
+    "compile_with_inductor",
+    "example_of_size",
+    "has_hooks",
+    "inductor_modes",
+    "is_users_tensor",
+    "mark_static",
+    "module_of",
+    "move_hooks",
+    "owned_by",
+    "pads_of",
+    "pre_hooks_of",
+    "pytree",
+    "tensor_names",
+    "version",
+    "without_autocast",
+    "without_modes",
+    "without_sources",
+]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+_OWNED = re.compile(r"_(parameters|buffers)_")
+_OWNER = re.compile(r"\._(parameters|buffers)\['")
+_MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+
+version: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""How often a tensor was written to in place; inference tensors have none and raise RuntimeError."""
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary of a module's children, as it is kept: names may share a module, and writing to it replaces."""
+    return module._modules
+
+
+def tensor_names(module: nn.Module) -> set[str]:
+    """Names of a module's own parameters and buffers, those that are None among them."""
+    return {*module._parameters, *module._buffers}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def pre_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The functions that run before the module's ``forward``."""
+    return list(module._forward_pre_hooks.values())
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let the forward hooks of ``old`` run for ``new`` too; their handles remove them from both."""
+    for name in _HOOKS:
+        getattr(new, name).update(getattr(old, name))
+
+
+def pads_of(conv: nn.Module) -> tuple[int, ...]:
+    """What a convolution with a padding_mode hands to ``F.pad``: (left, right, top, bottom) in two dimensions."""
+    pads: list[int] = conv._reversed_padding_repeated_twice  # type: ignore[assignment]
+    return tuple(pads)
+
+
+def module_of(compiled: Any) -> Any:
+    """The module that ``torch.compile`` wrapped; what is no wrapper comes back as it is."""
+    return getattr(compiled, "_orig_mod", compiled)
+
+
+def is_users_tensor(node: fx.Node) -> bool:
+    """Whether Dynamo named a placeholder after a parameter or buffer of the user's modules."""
+    return _OWNED.search(str(node.target)) is not None
+
+
+def owned_by(node: fx.Node) -> tuple[str, list[str]] | None:
+    """The expression of the object that owns a placeholder's parameter, and the parameter's path in it; None if unknown."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None) or getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    text = str(name() if callable(name) else name)
+    first = _MEMBER.search(text)
+    if first is None or not _OWNER.search(text):
+        return None
+    return text[: first.start()], _MEMBER.findall(text)
+
+
+def _forget(code: str) -> None:
+    """Forget the source of one graph's code; see :func:`without_sources`."""
+    _graph_module._loader.eval_cache.pop(code, None)
+    linecache.cache.pop(code, None)
+
+
+@contextmanager
+def without_sources() -> Iterator[None]:
+    """Graphs made inside leave no source text behind.
+
+    ``fx.GraphModule`` keeps the source of every version of every graph for tracebacks, for ever; graphs that are rebuilt
+    with each change of a weight would fill the memory.
+    """
+    first = _graph_module._loader.next_id
+    try:
+        yield
+    finally:
+        last = _graph_module._loader.next_id
+        for key in [k for k in list(_graph_module._loader.eval_cache) if first <= _number(k) < last]:
+            _forget(key)
+
+
+def _number(key: str) -> int:
+    found = re.match(r"<eval_with_key>\.(\d+)", key)
+    return int(found[1]) if found else -1
+
+
+def mark_static(tensor: Tensor) -> None:
+    """Tell Dynamo that the sizes of a tensor never vary."""
+    if not hasattr(tensor, "_dynamo_static_indices"):
+        torch._dynamo.mark_static(tensor)
+
+
+def example_of_size(value: Any) -> int:
+    """The size that a symbolic dimension was traced with; a plain size itself."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) and value.node.hint is not None else int(value)
+
+
+def without_autocast(device: str) -> Any:
+    """A context in which operators called by the autocast implementation of ``device`` do not come back to it."""
+    key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device.upper()}"))
+    return torch._C._ExcludeDispatchKeyGuard(key)
