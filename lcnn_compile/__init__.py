@@ -5,7 +5,14 @@ from lcnn_compile.config import LayerConfig, LookupConfig
 from lcnn_compile.convert import convert, explain
 from lcnn_compile.errors import LcnnError, LcnnWarning
 from lcnn_compile.lookup import LookupWeight
-from lcnn_compile.modules import LookupConv2d, LookupLinear
+from lcnn_compile.modules import (
+    LookupConv1d,
+    LookupConv2d,
+    LookupConv3d,
+    LookupConvTranspose1d,
+    LookupConvTranspose2d,
+    LookupLinear,
+)
 
 __version__ = "0.1.0"
 
@@ -14,7 +21,11 @@ __all__ = [
     "LcnnError",
     "LcnnWarning",
     "LookupConfig",
+    "LookupConv1d",
     "LookupConv2d",
+    "LookupConv3d",
+    "LookupConvTranspose1d",
+    "LookupConvTranspose2d",
     "LookupLinear",
     "LookupWeight",
     "convert",

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from lcnn_compile.errors import CheckpointError, LcnnError
+from lcnn_compile.geometry import kind_of
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules import LookupModule, dense_layer, lookup_layer, lookup_modules, replace_module
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport, Report
+from lcnn_compile.torch_private import module_of
 
 FORMAT = 1
 FACTORS = ("dictionary", "coefficients", "indices", "positions", "offsets", "filters")
@@ -50,8 +52,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: if the model has no lookup modules, holds values that are not finite, or the file cannot be written.
     """
-    model = getattr(model, "_orig_mod", model)
-    layers = {name: {"kernel_size": list(m.kernel_size), "lowering": m.lowering} for name, m in lookup_modules(model)}
+    model = module_of(model)
+    layers = {name: {"kernel_size": list(m.call.kernel_size), "lowering": m.lowering} for name, m in lookup_modules(model)}
     if not layers:
         raise CheckpointError(f"{type(model).__name__} has no lookup modules; convert it first, or save its state_dict")
     tensors: dict[str, Tensor] = {}
@@ -98,7 +100,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         CheckpointError: naming what is wrong.
     """
     header, tensors = _read(Path(path))
-    result = copy.deepcopy(getattr(model, "_orig_mod", model))
+    result = copy.deepcopy(module_of(model))
     missing = [name for name in header.layers if not _has(result, name)]
     if missing:
         result = _lifted(result, missing)
@@ -210,7 +212,7 @@ def _module(old: nn.Module, name: str, settings: Mapping[str, Any], state: Mappi
     """The lookup module that the file puts in place of ``old``."""
     prefix = f"{name}." if name else ""
     dense = dense_layer(old) if isinstance(old, LookupModule) else old
-    if not isinstance(dense, nn.Conv2d | nn.Linear):
+    if kind_of(dense) is None:
         raise CheckpointError(f"{name} is a {type(old).__name__} in the model; the file has a lookup layer for it")
     absent = [key for key in FACTORS if prefix + key not in state]
     if absent:
@@ -220,8 +222,6 @@ def _module(old: nn.Module, name: str, settings: Mapping[str, Any], state: Mappi
     bias = state.get(f"{prefix}bias")
     try:
         weight = LookupWeight(**factors, kernel_size=kernel).validate(name)
-        if bias is not None and (tuple(bias.shape) != (weight.out_channels,) or not bias.is_floating_point()):
-            raise CheckpointError(f"{name}: bias is {bias.dtype} {tuple(bias.shape)}; [{weight.out_channels}] is required")
         return lookup_layer(weight.to(dense.weight.device), dense, bias, settings["lowering"])
     except LcnnError as error:
         raise CheckpointError(f"{name}: {error}") from error

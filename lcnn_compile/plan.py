@@ -7,15 +7,16 @@ from typing import Any
 from torch import fx, nn
 
 from lcnn_compile.config import LayerConfig, LookupConfig
-from lcnn_compile.geometry import Geometry
+from lcnn_compile.geometry import Layer, geometry_of, kind_of
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.ops import has_lookup_kernel
 from lcnn_compile.learning import FittedLayer
 from lcnn_compile.learning.dictionary import most_vectors
+from lcnn_compile.obstacles import too_narrow, weight_of
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport
 from lcnn_compile.selection import check_rules, layer_config, select
-from lcnn_compile.survey import Survey, Usage, survey, too_narrow
+from lcnn_compile.survey import Survey, Usage, survey
 
 
 class Plan:
@@ -48,7 +49,7 @@ class Plan:
             self.survey, before = survey(lifted, example_inputs), self.survey
             self.model = lifted
             left = self.survey.functions if example_inputs is not None else {}
-            why = "called as a function on a weight or geometry that is computed, or not conv2d"
+            why = "called as a function on a weight or geometry that is computed, or of a kind that has no lookup form"
         except Exception as error:
             # Tracing runs the user's code on proxies, which may raise anything; module calls can still be replaced.
             left, before = self.survey.functions, self.survey
@@ -57,7 +58,7 @@ class Plan:
         self._functions = {name: (function, why) for name, function in left.items() if name in before.functions}
 
     @property
-    def chosen(self) -> dict[str, nn.Conv2d | nn.Linear]:
+    def chosen(self) -> dict[str, Layer]:
         """The layers to replace, by name."""
         return {name: self.survey.layers[name] for name in self.configs}  # type: ignore[misc]
 
@@ -76,15 +77,15 @@ class Plan:
             return LayerReport(name, kind, False, reason=why)
         layer, use = self.survey.layers[name], self.survey.usage.get(name)
         kind, macs = type(layer).__name__, None if use is None else use.macs
-        size = sum(p.numel() * p.element_size() for p in layer.parameters() if not nn.parameter.is_lazy(p))
+        size = _dense_bytes(layer)
         reason = self.reasons[name] or (fit.reason if fit else "")
-        if reason or not isinstance(layer, nn.Conv2d | nn.Linear):
+        if reason or kind_of(layer) is None:
             error = fit.error if fit else None
             dense = {"macs_before": macs, "macs_after": macs, "bytes_before": size, "bytes_after": size}
             return LayerReport(name, kind, False, error=error, reason=reason, **dense)  # type: ignore[arg-type]
         if fit is None:
-            return self._planned(name, layer, use, size)
-        weight = fit.weight
+            return self._planned(name, self.chosen[name], use, size)
+        weight, stored = fit.weight, geometry_of(layer).stored(fit.weight)  # type: ignore[arg-type]
         bias = 0 if fit.bias is None else fit.bias.numel() * fit.bias.element_size()
         return LayerReport(
             name,
@@ -97,12 +98,12 @@ class Plan:
             macs_before=macs,
             macs_after=None if use is None else weight.macs(use.out_pixels, use.in_pixels),
             bytes_before=size,
-            bytes_after=weight.nbytes() + bias,
-            lowering=self._lowering(name, layer, weight.dictionary_size, weight.taps, weight.group_size),
+            bytes_after=stored.nbytes() + bias,
+            lowering=self._lowering(name, layer, weight.dictionary_size, weight.taps, weight.group_size),  # type: ignore[arg-type]
             reason="never ran on the example inputs" if use is None and self.survey.usage else "",
         )
 
-    def _planned(self, name: str, layer: nn.Conv2d | nn.Linear, use: Usage | None, size: int) -> LayerReport:
+    def _planned(self, name: str, layer: Layer, use: Usage | None, size: int) -> LayerReport:
         """The row of a layer that would be replaced."""
         config, kind = self.configs[name], type(layer).__name__
         macs = None if use is None else use.macs
@@ -111,7 +112,7 @@ class Plan:
             return LayerReport(
                 name, kind, True, macs_before=macs, macs_after=macs, bytes_before=size, bytes_after=size, reason=remark
             )
-        geometry = Geometry.of(layer)
+        geometry = geometry_of(layer)
         k = min(config.vectors(geometry.channels), most_vectors(geometry))
         taps = config.taps_per_filter(k, geometry.area)
         g = min(config.group_size, geometry.filters)
@@ -134,27 +135,34 @@ class Plan:
             lowering=self._lowering(name, layer, k, geometry.out_channels * taps, g),
         )
 
-    def _lowering(self, name: str, layer: nn.Conv2d | nn.Linear, k: int, taps: int, group_size: int) -> str:
+    def _lowering(self, name: str, layer: Layer, k: int, taps: int, group_size: int) -> str:
         """The lowering that this layer runs with on one sample."""
         wanted, use = self.configs[name].lowering, self.survey.usage.get(name)
         if wanted != "auto":
             return wanted
-        geometry = Geometry.of(layer)
-        left, right, top, bottom = geometry.padding
+        geometry = geometry_of(layer)
+        call = geometry.call()
         problem = choose.Problem(
             batch=1,
             in_channels=geometry.in_channels,
-            out_channels=geometry.out_channels,
+            out_channels=call.out_channels,
             groups=geometry.groups,
             dictionary_size=k,
             taps=taps,
             group_size=group_size,
-            size=use.size if use else (1, 1) if geometry.linear else (28, 28),
-            kernel_size=geometry.kernel_size,
-            stride=geometry.stride,
-            padding=(top, bottom, left, right),
-            dilation=geometry.dilation,
+            size=use.size if use else (28, 28) if geometry.area > 1 else (1, 1),
+            kernel_size=call.kernel_size,
+            stride=call.stride,
+            padding=call.padding,
+            dilation=call.dilation,
             device=layer.weight.device.type,
             dtype=layer.weight.dtype,
         )
         return choose.cheapest(problem, has_lookup_kernel(layer.weight.device.type, layer.weight.dtype))
+
+
+def _dense_bytes(layer: nn.Module) -> int:
+    """Bytes of a dense layer's parameters, or of its packed weight where it is quantised."""
+    size = sum(p.numel() * p.element_size() for p in layer.parameters() if not nn.parameter.is_lazy(p))
+    weight = weight_of(layer)
+    return size or (0 if weight is None else weight.numel() * weight.element_size())

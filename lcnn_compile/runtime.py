@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
 
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.convert import convert_in_place
 from lcnn_compile.errors import LcnnWarning
+from lcnn_compile.geometry import kind_of
 from lcnn_compile.graphs import bind_weights, fingerprint, is_weight, unbind_weights
 from lcnn_compile.modules import lookup_modules, replace_module
 from lcnn_compile.passes import (
@@ -31,6 +31,7 @@ from lcnn_compile.passes.programs import programs, single_program
 from lcnn_compile.passes.targets import attribute
 from lcnn_compile.report import Report
 from lcnn_compile.selection import matches
+from lcnn_compile.torch_private import FakeTensor, mark_static, without_sources
 
 log = logging.getLogger("lcnn_compile")
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -80,15 +81,16 @@ class Lowered:
         self._state = self._lower(inputs, None)
 
     def _lower(self, inputs: Sequence[Any], before: _State | None) -> _State:
-        with _plain_tensors():
+        real = not any(isinstance(value, FakeTensor) for value in inputs)
+        marks = self._marks(inputs) if real else None  # before the values are read: a later change is then noticed
+        with _plain_tensors(), without_sources():
             bound = self._transform(bind_weights(self._gm, inputs, self._places))
             bound = fuse_epilogues(choose_lowerings(narrow_convolutions(fold_batch_norm(bound))))
             if self._real:
                 bound = gather_programs(bound)
             unbound = unbind_weights(bound, inputs, self._places)
             derived = [attribute(bound, name).detach() for name in unbound.derived]
-        real = not any(isinstance(value, FakeTensor) for value in inputs)
-        marks, held, kept = self._marks(inputs) if real else None, programs(bound), unbound.kept
+        held, kept = programs(bound), unbound.kept
         structure = (unbound.derived, kept, [program.recipe for program in held])
         alone = single_program(unbound.gm)
         if alone is not None:
@@ -133,7 +135,7 @@ def _changed(inputs: Sequence[Any], marks: list[Mark] | None) -> bool:
         was = same()
         if was is None or was is not value or value.data_ptr() != address:
             return True
-        if (fingerprint(value)[1] if value.is_inference() else value._version) != version:
+        if (fingerprint(value)[1] if value.is_inference() else version(value)) != version:
             return True
     return False
 
@@ -185,7 +187,7 @@ class Calibrating:
         self._lowered: Lowered | None = None
         self._fit: Fit | None = None
         bound = lift_functional_convolutions(bind_weights(gm, inputs, places))
-        modules: dict[str, nn.Module] = {name: m for name, m in bound.named_modules() if isinstance(m, nn.Conv2d)}
+        modules: dict[str, nn.Module] = {name: m for name, m in bound.named_modules() if kind_of(m) is not None}
         position = {id(inputs[i]): i for i in places}
         self._sources = sorted({position[id(m.weight)] for m in modules.values() if id(m.weight) in position})
         self._config = _rules_that_match(config, modules)
@@ -256,8 +258,8 @@ class Calibrating:
 
         def call(*args: Any) -> Any:
             for i, value in enumerate(args):
-                if i not in data and not hasattr(value, "_dynamo_static_indices"):
-                    torch._dynamo.mark_static(value)
+                if i not in data:
+                    mark_static(value)
             return run(*args)
 
         return call

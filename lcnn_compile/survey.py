@@ -11,14 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from lcnn_compile.batches import call_model
-from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError
-from lcnn_compile.geometry import Geometry
+from lcnn_compile.geometry import geometry_of, kind_of
 from lcnn_compile.modules import LookupModule
+from lcnn_compile.obstacles import is_quantised, obstacle, weight_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTION_FUNCTIONS = {
@@ -28,9 +27,13 @@ CONVOLUTION_FUNCTIONS = {
 
 @dataclass
 class Usage:
-    """How a layer runs in one call of the model, per sample: pixels written, pixels at which S is needed, multiply-adds.
+    """How a layer runs in one call of the model, per sample.
 
-    ``size`` is the (H, W) of the input, of the last call where there are several.
+    Attributes:
+        out_pixels: pixels at which each tap of a filter is applied: the output's; for a transposed convolution the input's.
+        in_pixels: pixels at which S is needed.
+        macs: multiply-adds of the dense layer.
+        size: (H, W) of the images that the operator would see, of the last call where there are several.
     """
 
     out_pixels: int = 0
@@ -56,49 +59,20 @@ class Survey:
     functions: dict[str, str] = field(default_factory=dict)
 
 
-def obstacle(layer: nn.Module) -> str:
-    """Why no lookup module can take the place of ``layer``; "" where one can."""
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        return f"{type(layer).__name__} is not supported"
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "lazy: its sizes are not known before it has run once"
-    if parametrize.is_parametrized(layer) or not isinstance(weight, nn.Parameter):
-        return "its weight is parametrised, not a parameter of its own"
-    if isinstance(layer, nn.Conv2d):
-        plain = type(layer).forward is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward
-    else:
-        plain = type(layer).forward is nn.Linear.forward
-    if not plain:
-        return f"{type(layer).__name__} has a forward of its own"
-    if "forward" in vars(layer):
-        return "its forward was replaced on the instance"
-    if not weight.is_floating_point():
-        return f"its weight has dtype {weight.dtype}; a floating-point one is required"
-    if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels and layer.groups > 1:
-        return "depthwise: one input channel per group leaves nothing to look up"
-    return ""
-
-
-def too_narrow(layer: nn.Module, config: LayerConfig) -> str:
-    """Why a fractional dictionary makes no sense for ``layer``; "" where it does."""
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        return ""
-    channels, size = Geometry.of(layer).channels, config.dictionary_size
-    if channels <= 3 and (size == "auto" or (isinstance(size, float) and size < 1)):
-        return f"too few input channels ({channels}) for a smaller dictionary; give dictionary_size as an int to insist"
-    return ""
-
-
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every dense convolution and linear layer of ``model`` by its first qualified name, ``model`` itself as ""."""
     found: dict[str, nn.Module] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
         if isinstance(module, LookupModule | nn.MultiheadAttention):
             # Attention reads the weights of its own projections without calling them.
             inside.append(f"{name}.")
-        elif isinstance(module, (*CONVOLUTIONS, nn.Linear)) and not any(name.startswith(prefix) for prefix in inside):
+        elif is_quantised(module):
+            inside.append(f"{name}.")
+            found[name] = module
+        elif isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             found[name] = module
     return found
 
@@ -120,21 +94,19 @@ class _FunctionWatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _usage(layer: nn.Module, input: Tensor, output: Tensor) -> Usage:
+def _usage(layer: Any, input: Tensor, output: Tensor) -> Usage:
     """Pixels and multiply-adds per sample of one call."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(layer, nn.Linear):
-        rows = output[..., 0].numel() // (input.shape[0] if input.dim() > 1 else 1)
-        return Usage(rows, rows, rows * weight.numel())
+    weight = weight_of(layer)
+    elements = 0 if weight is None else weight.numel()
+    if kind_of(layer) is not None:
+        taps, inputs, size = geometry_of(layer).usage(input, output)
+        return Usage(taps, inputs, taps * elements, size)
+    if weight is None or weight.dim() < 3:
+        rows = output[..., 0].numel() // (max(1, input.shape[0]) if input.dim() > 1 else 1)
+        return Usage(rows, rows, rows * elements)
     spatial = weight.dim() - 2
     pixels = {name: math.prod(tensor.shape[-spatial:]) for name, tensor in (("in", input), ("out", output))}
-    macs = pixels["in" if getattr(layer, "transposed", False) else "out"] * weight.numel()
-    if not isinstance(layer, nn.Conv2d):
-        return Usage(pixels["out"], pixels["in"], macs)
-    size = (input.shape[-2], input.shape[-1])
-    needed = (s if k >= t else max(1, s // t) for s, k, t in zip(size, layer.kernel_size, layer.stride, strict=True))
-    return Usage(pixels["out"], math.prod(needed), macs, size)
+    return Usage(pixels["out"], pixels["in"], pixels["in" if getattr(layer, "transposed", False) else "out"] * elements)
 
 
 def survey(model: nn.Module, batch: Any = None) -> Survey:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lcnn_compile.geometry import Geometry
+from lcnn_compile.geometry import Geometry, LinearGeometry, geometry_of
 from lcnn_compile.learning.dictionary import MEAN_SHARE, fit_dictionary, most_vectors
 from lcnn_compile.learning.statistics import InputMoments
 
@@ -27,7 +27,7 @@ CONVS = {
 def test_geometry_reads_what_the_convolution_reads(kind):
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 12, **CONVS[kind])
-    geometry = Geometry.of(conv)
+    geometry = geometry_of(conv)
     x = torch.randn(2, 6, 11, 13)
     y = conv(x)
     assert geometry.output_size(11, 13) == y.shape[2:]
@@ -44,7 +44,7 @@ def test_geometry_reads_what_the_convolution_reads(kind):
 def test_linear_layers_are_pointwise(shape):
     layer = nn.Linear(6, 3)
     x = torch.randn(shape)
-    geometry = Geometry.of(layer)
+    geometry = geometry_of(layer)
     images = geometry.images(x)
     weight = layer.weight[:, :, None, None]
     torch.testing.assert_close(geometry.apply(x, weight, layer.bias), layer(x))
@@ -86,7 +86,7 @@ def test_degenerate_inputs_are_named(inputs, reason):
 def test_many_channels_keep_a_bounded_uniform_sample(monkeypatch):
     monkeypatch.setattr("lcnn_compile.learning.statistics.GRAM_CHANNELS", 4)
     monkeypatch.setattr("lcnn_compile.learning.statistics.ROW_ELEMENTS", 100 * 8)
-    moments = InputMoments(Geometry(8, 4, linear=True))
+    moments = InputMoments(LinearGeometry(8, 4))
     for start in range(0, 1000, 50):
         numbers = torch.arange(start, start + 50.0)
         moments.update(numbers[:, None, None, None] + torch.zeros(50, 8, 1, 1))
@@ -129,7 +129,7 @@ def test_dictionary_is_the_best_of_its_rank_whitens_and_is_nested():
 
 
 def test_fewer_pixels_than_channels_give_the_same_dictionary_as_the_full_moment(monkeypatch):
-    geometry = Geometry(12, 10, linear=True)
+    geometry = LinearGeometry(12, 10)
     weight = torch.randn(10, 12, 1, 1, generator=torch.Generator().manual_seed(1))
     full, rows = InputMoments(geometry), InputMoments(geometry)
     full.update(data(pixels=8))
@@ -158,12 +158,12 @@ def test_without_data_directions_count_alike():
 def test_very_many_channels_without_data(monkeypatch, size):
     monkeypatch.setattr("lcnn_compile.learning.dictionary.GRAM_CHANNELS", 4)
     weight = torch.randn(10, 40, 1, 1, generator=torch.Generator().manual_seed(1)) * 0.5 ** torch.arange(10)[:, None, None, None]
-    basis = fit_dictionary(weight, Geometry(40, 10, linear=True), size, None)
+    basis = fit_dictionary(weight, LinearGeometry(40, 10), size, None)
     best = torch.linalg.svdvals(weight.double().flatten(1))[size:].square().sum()
     error = weighted_error(weight, basis.dictionary[0], basis.lookups[0], torch.eye(40).double())
     torch.testing.assert_close(error, best, rtol=0.1, atol=1e-6)
 
 
 def test_a_dictionary_never_exceeds_what_the_filters_span():
-    assert most_vectors(Geometry(512, 10, linear=True)) == 10
+    assert most_vectors(LinearGeometry(512, 10)) == 10
     assert most_vectors(Geometry(16, 4, groups=2, kernel_size=(3, 3))) == 8

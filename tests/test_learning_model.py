@@ -9,7 +9,7 @@ from torch import nn
 
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
-from lcnn_compile.geometry import Geometry
+from lcnn_compile.geometry import geometry_of
 from lcnn_compile.learning import fit_model
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.sampling import calibrate
@@ -89,7 +89,7 @@ def test_every_kind_of_layer_is_fitted_or_named(zoo):
     assert fitted["constant"].reason == "inputs are constant"
     for name, layer in fitted.items():
         module = zoo.get_submodule(name)
-        geometry = Geometry.of(module)
+        geometry = geometry_of(module)
         layer.weight.validate(name)
         assert (layer.weight.in_channels, layer.weight.out_channels) == (geometry.in_channels, geometry.out_channels)
         if not layer.reason:

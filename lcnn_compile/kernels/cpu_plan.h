@@ -75,7 +75,7 @@ constexpr int64_t STREAM_ABOVE = 8 << 20;  // bytes of an output that would push
 constexpr int64_t ALIGN_ABOVE = 24;        // lookups per element of the copies that repay making them
 
 inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geometry) {
-  connected = w.kh * w.kw == 1 && g.height * g.width == 1 && g.out_height * g.out_width == 1 && g.top + g.left == 0;
+  connected = g.batch > 0 && w.kh * w.kw == 1 && g.height * g.width == 1 && g.out_height * g.out_width == 1 && g.top + g.left == 0;
   if (connected) {
     g.width = g.out_width = g.batch;
     g.stride_w = g.stride_n;

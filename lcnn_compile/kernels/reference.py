@@ -142,6 +142,14 @@ def output_size(
     return high, wide
 
 
+def needed_pixels(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int]) -> int:
+    """Pixels of an image of ``size`` (height, width) at which S is formed: those that some tap can read."""
+    pixels = 1
+    for length, kernel, step in zip(size, kernel_size, stride, strict=True):
+        pixels *= length if kernel >= step else max(1, length // step)
+    return pixels
+
+
 def apply_epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, residual_last: bool) -> Tensor:
     """bias, then ``activation(y + residual)``, or ``activation(y) + residual`` where ``residual_last``."""
     if bias is not None:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcnn_compile.geometry import Geometry
+from lcnn_compile.geometry import Geometry, Layer, geometry_of
 
-Layer = nn.Conv2d | nn.Linear
 Watcher = Callable[[Tensor, Tensor], None]  # input [N, m, H, W] and output [N, n, OH, OW] of one call
 
 
@@ -31,13 +30,12 @@ class Network:
         self.model = model
         self.layers = dict(layers)
         self.call = call
-        self.geometry = {name: Geometry.of(layer) for name, layer in layers.items()}
+        self.geometry = {name: geometry_of(layer) for name, layer in layers.items()}
         self.fitted: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def weight(self, name: str) -> Tensor:
         """The layer's own weight as [n, m/groups, kh, kw]."""
-        weight = self.layers[name].weight.detach()
-        return weight if weight.dim() == 4 else weight[:, :, None, None]
+        return self.geometry[name].weight(self.layers[name].weight.detach())
 
     def bias(self, name: str) -> Tensor | None:
         """The layer's own bias."""
@@ -61,7 +59,8 @@ class Network:
     @staticmethod
     def _hook(geometry: Geometry, watcher: Watcher, left: list[int]) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            watcher(geometry.images(args[0] if args else kwargs["input"]), geometry.images(output))
+            x = geometry.images(args[0] if args else kwargs["input"])
+            watcher(x, geometry.outputs(output, x))
             left[0] -= 1
             if left[0] == 0:
                 raise _Reached
@@ -72,9 +71,9 @@ class Network:
     def _compressed(self) -> Iterator[None]:
         """The fitted layers compute with their new weights, by an instance attribute that shadows ``forward``."""
 
-        def shadow(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-            def forward(input: Tensor) -> Tensor:
-                return geometry.apply(input, weight, bias)
+        def shadow(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+            def forward(input: Tensor, *output_size: Any, **named: Any) -> Tensor:
+                return geometry.apply(input, weight, bias, *output_size, **named)
 
             return forward
 

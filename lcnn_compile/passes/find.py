@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from lcnn_compile.geometry import kind_of
 from lcnn_compile.kernels.ops import lookup_conv2d, lookup_conv2d_inference
-from lcnn_compile.modules import LookupConv2d
-from lcnn_compile.passes.targets import CONV2D, CONVOLUTION, is_get_attr
+from lcnn_compile.modules import LookupLinear, LookupModule
+from lcnn_compile.passes.targets import CONVOLUTION, convolution_of, is_get_attr
 
 LOOKUPS = (lookup_conv2d, lookup_conv2d.overloadpacket, lookup_conv2d_inference, lookup_conv2d_inference.overloadpacket)
 
@@ -30,7 +31,7 @@ class Convolution:
 
 
 def find_convolutions(gm: fx.GraphModule) -> list[Convolution]:
-    """Every 2-d convolution of the graph in the order of execution, dense or lookup, module or function call."""
+    """Every convolution that has a lookup form, in the order of execution, dense or lookup, module or function call."""
     return list(_find(gm))
 
 
@@ -38,9 +39,10 @@ def _find(gm: fx.GraphModule) -> Iterator[Convolution]:
     for node in gm.graph.nodes:
         if node.op == "call_module":
             module = gm.get_submodule(node.target)
-            if isinstance(module, nn.Conv2d | LookupConv2d):
-                yield Convolution(node, str(node.target), isinstance(module, LookupConv2d))
-        elif node.op == "call_function" and (node.target in (*CONV2D, *CONVOLUTION) or is_lookup(node)):
+            lookup = isinstance(module, LookupModule)
+            if (lookup and not isinstance(module, LookupLinear)) or kind_of(module) not in (None, nn.Linear):
+                yield Convolution(node, str(node.target), lookup)
+        elif convolution_of(node) or node.target in CONVOLUTION or is_lookup(node):
             weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
             name = str(weight.target) if isinstance(weight, fx.Node) and is_get_attr(weight) else node.name
             yield Convolution(node, name, is_lookup(node))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lcnn_compile.kernels.ops import lookup_conv2d
-from lcnn_compile.modules import LookupConv2d
+from lcnn_compile.modules import LOOKUP_KINDS, LookupConvTranspose, LookupModule
+from lcnn_compile.passes.targets import attribute
+from lcnn_compile.torch_private import FakeTensor, has_hooks, pads_of
 
 Emit = Callable[[fx.Graph, str, nn.Module, fx.Node], fx.Node]
 
@@ -19,31 +20,38 @@ def _attr(graph: fx.Graph, name: str, module: nn.Module, key: str) -> fx.Node | 
     return None if getattr(module, key) is None else graph.get_attr(f"{name}.{key}" if name else key)
 
 
-def _pad(graph: fx.Graph, x: fx.Node, pads: tuple[int, int, int, int], mode: str) -> fx.Node:
-    """F.pad by (top, bottom, left, right)."""
-    top, bottom, left, right = pads
-    return graph.call_function(F.pad, (x, (left, right, top, bottom)), {"mode": mode})
-
-
 def _conv(graph: fx.Graph, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
-    assert isinstance(module, nn.Conv2d)
-    padding: Any = module.padding
-    if module.padding_mode != "zeros":
-        left, right, top, bottom = module._reversed_padding_repeated_twice
-        x, padding = _pad(graph, x, (top, bottom, left, right), module.padding_mode), (0, 0)
+    conv: Any = module
+    padding: Any = conv.padding
+    if conv.padding_mode != "zeros":
+        x = graph.call_function(F.pad, (x, pads_of(conv)), {"mode": conv.padding_mode})
+        padding = (0,) * len(conv.kernel_size)
     weight, bias = _attr(graph, name, module, "weight"), _attr(graph, name, module, "bias")
-    return graph.call_function(F.conv2d, (x, weight, bias, module.stride, padding, module.dilation, module.groups))
+    return graph.call_function(CALLS[type(module)], (x, weight, bias, conv.stride, padding, conv.dilation, conv.groups))
+
+
+def _transposed(graph: fx.Graph, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
+    conv: Any = module
+    weight, bias = _attr(graph, name, module, "weight"), _attr(graph, name, module, "bias")
+    rest = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    return graph.call_function(CALLS[type(module)], (x, weight, bias, *rest))
 
 
 def _lookup(graph: fx.Graph, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
-    assert isinstance(module, LookupConv2d)
-    padding = module.pads
-    if module.padding_mode != "zeros":
-        x, padding = _pad(graph, x, padding, module.padding_mode), (0, 0, 0, 0)
-    keys = ("dictionary", "coefficients", "indices", "positions", "offsets", "filters", "bias")
-    tensors = [_attr(graph, name, module, key) for key in keys]
-    geometry = (module.out_channels, module.kernel_size, module.stride, padding, module.dilation)
-    return graph.call_function(lookup_conv2d, (x, *tensors, *geometry, module.lowering))
+    """The operations of the module's own forward."""
+    copied: dict[fx.Node, fx.Node] = {}
+    last = x
+    fixed = {"output_size": None} if isinstance(module, LookupConvTranspose) else None
+    for node in fx.Tracer().trace(module, fixed).nodes:
+        if node.op == "placeholder":
+            copied[node] = copied.get(node, x)
+        elif node.op == "get_attr":
+            copied[node] = graph.get_attr(f"{name}.{node.target}" if name else str(node.target))
+        elif node.op == "output":
+            last = copied[node.args[0]]
+        else:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    return last
 
 
 def _batch_norm(graph: fx.Graph, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
@@ -56,9 +64,20 @@ def _activation(function: Any) -> Emit:
     return lambda graph, name, module, x: graph.call_function(function, (x,))
 
 
+CALLS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+}
 EMITTERS: dict[type[nn.Module], Emit] = {
+    nn.Conv1d: _conv,
     nn.Conv2d: _conv,
-    LookupConv2d: _lookup,
+    nn.Conv3d: _conv,
+    nn.ConvTranspose1d: _transposed,
+    nn.ConvTranspose2d: _transposed,
+    **dict.fromkeys(LOOKUP_KINDS.values(), _lookup),
     nn.BatchNorm2d: _batch_norm,
     nn.ReLU: _activation(F.relu),
     nn.ReLU6: _activation(F.relu6),
@@ -68,7 +87,7 @@ EMITTERS: dict[type[nn.Module], Emit] = {
 
 
 def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite calls of Conv2d, LookupConv2d, BatchNorm2d (in eval mode) and activations as function calls.
+    """Rewrite calls of convolutions, lookup modules, BatchNorm2d (in eval mode) and activations as function calls.
 
     The graph is changed in place and returned; parameters stay where they are. Inputs of convolutions must be batched.
     In-place activations become out-of-place ones where nothing else reads their input, and are left alone elsewhere.
@@ -79,7 +98,7 @@ def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
         module = gm.get_submodule(node.target)
         emit = EMITTERS.get(type(module))
         x = node.args[0] if node.args else None
-        if emit is None or not isinstance(x, fx.Node) or _hooked(module):
+        if emit is None or not isinstance(x, fx.Node) or len(node.args) > 1 or node.kwargs or _hooked(module):
             continue
         if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
             continue
@@ -87,6 +106,8 @@ def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         with gm.graph.inserting_before(node):
             call = emit(gm.graph, node.target, module, x)
+        if isinstance(module, LookupModule):
+            _note_examples(gm, call, x)
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         gm.graph.erase_node(node)
@@ -95,8 +116,31 @@ def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+def _note_examples(gm: fx.GraphModule, last: fx.Node, first: fx.Node) -> None:
+    """Leave fake tensors on the nodes that a module has become, from ``first`` to ``last``, where sizes are known and fixed."""
+    start = example(first)
+    if not isinstance(start, FakeTensor) or not all(isinstance(size, int) for size in start.shape):
+        return
+    values: dict[fx.Node, Any] = {first: start}
+
+    def value(node: fx.Node) -> Any:
+        if node not in values:
+            if node.op == "get_attr":
+                values[node] = start.fake_mode.from_tensor(attribute(gm, node.target), static_shapes=True)
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+                call = getattr(args[0], node.target) if isinstance(node.target, str) else node.target
+                values[node] = call(*(args[1:] if isinstance(node.target, str) else args), **kwargs)
+            if isinstance(values[node], torch.Tensor):
+                node.meta["example_value"] = values[node]
+        return values[node]
+
+    with start.fake_mode:
+        value(last)
+
+
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return has_hooks(module)
 
 
 def example(node: fx.Node) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Pass: turn convolutions called as functions on a parameter into ``nn.Conv2d`` modules, so that they can be replaced."""
+"""Pass: turn convolutions called as functions on a parameter into modules, so that they can be replaced."""
 
 from __future__ import annotations
 
@@ -6,72 +6,94 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lcnn_compile.passes.targets import CONV2D, CONVOLUTION, attribute, bound, is_get_attr
+from lcnn_compile.geometry import kind_of
+from lcnn_compile.passes.functional import shape_of
+from lcnn_compile.passes.targets import CONVOLUTION, attribute, bound, convolution_of, is_get_attr
+from lcnn_compile.torch_private import children_of, tensor_names
 
-_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_KINDS: dict[str, Any] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+}
+_PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_GENERAL = (*_PLAIN[:6], "transposed", "output_padding", "groups")
+_SETTINGS = ("stride", "padding", "output_padding", "dilation", "groups")
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1, "transposed": False}
 
 
-def _geometry(node: fx.Node) -> dict[str, Any] | None:
-    """input, weight, bias, stride, padding, dilation, groups of a convolution node; None where one is computed."""
-    if node.target in CONV2D:
-        values = bound(node, _NAMES, (None, None, None, 1, 0, 1, 1))
-    elif node.target in CONVOLUTION:
-        values = bound(node, (*_NAMES[:6], "transposed", "output_padding", "groups"), (None, None, None, 1, 0, 1, False, 0, 1))
-        if values[6] is not False:
-            return None
-        del values[6:8]
-    else:
+def _convolution(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
+    """The function's name and arguments of a convolution node on known weights; None where something is computed."""
+    function = convolution_of(node)
+    if function is None and not (node.op == "call_function" and node.target in CONVOLUTION):
         return None
-    found = dict(zip(_NAMES, values, strict=True))
-    static = all(not isinstance(v, fx.Node) for key in ("stride", "padding", "dilation") for v in _flat(found[key]))
+    names = _GENERAL if function is None else _TRANSPOSED if function.startswith("conv_transpose") else _PLAIN
+    values = dict(zip(names, bound(node, names, [_DEFAULTS.get(name) for name in names]), strict=True))
+    found = {"output_padding": 0, **values}
+    static = all(
+        not isinstance(v, fx.Node) for key in ("stride", "padding", "output_padding", "dilation") for v in _flat(found[key])
+    )
     known = is_get_attr(found["weight"]) and (found["bias"] is None or is_get_attr(found["bias"]))
-    return found if static and known and isinstance(found["groups"], int) else None
+    if not static or not known or not isinstance(found["groups"], int):
+        return None
+    dimensions = attribute(gm, found["weight"].target).dim() - 2
+    if function is None:
+        function = f"conv{'_transpose' if values['transposed'] else ''}{dimensions}d"
+    shape = shape_of(found["input"])
+    # A traced graph is for batches.
+    return {**found, "function": function} if function in _KINDS and (shape is None or len(shape) == dimensions + 2) else None
 
 
 def _flat(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _pair(value: Any) -> Any:
-    if isinstance(value, str):
-        return value
-    values = _flat(value)
-    return (values[0], values[-1])
+def make_conv(function: str, weight: Tensor, bias: Tensor | None, **settings: Any) -> nn.Module:
+    """The module of the convolution ``function``, which shares ``weight`` and ``bias``; parameters stay parameters.
 
-
-def make_conv(weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int) -> nn.Conv2d:
-    """An ``nn.Conv2d`` that shares ``weight`` [n, m/groups, kh, kw] and ``bias`` [n], parameters staying parameters."""
-    n, m, kh, kw = weight.shape
-    sizes = (m * groups, n, (kh, kw), _pair(stride), _pair(padding), _pair(dilation), groups)
-    conv = nn.Conv2d(*sizes, bias=bias is not None, device="meta")
+    ``settings`` are the function's own: stride, padding, output_padding, dilation, groups.
+    """
+    transposed, dimensions = function.startswith("conv_transpose"), weight.dim() - 2
+    groups = settings["groups"]
+    first, second = weight.shape[:2]
+    channels = (first, second * groups) if transposed else (second * groups, first)
+    if not transposed:
+        settings.pop("output_padding", None)
+    sized = {key: _sized(value, dimensions) for key, value in settings.items() if key != "groups"}
+    conv = _KINDS[function](*channels, tuple(weight.shape[2:]), **sized, groups=groups, bias=bias is not None, device="meta")
     conv.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, weight.requires_grad)
     if bias is not None:
         conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
     return conv
 
 
-def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
-    """Replace every conv2d call on get_attr weights by a call of a new ``nn.Conv2d``.
+def _sized(value: Any, dimensions: int) -> Any:
+    values = _flat(value)
+    return value if isinstance(value, str) else tuple(values * dimensions if len(values) == 1 else values)
 
-    It is named as the owner of its weight where that is a bare container, else after the weight plus "_conv2d". The graph is changed in place and returned. Two calls with the same weight and geometry share one module.
-    Convolutions whose weight or geometry is computed in the graph are left as they are.
+
+def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
+    """Replace every convolution called on get_attr weights by a call of a new module: ``nn.Conv2d``, ``nn.Conv1d`` and so on.
+
+    It is named as the owner of its weight where that is a bare container, else after the weight and the function, as in
+    "kernel_conv2d". The graph is changed in place and returned. Two calls with the same weight and geometry share one
+    module. Convolutions whose weight or geometry is computed in the graph are left as they are.
     """
     made: dict[tuple[Any, ...], str] = {}
     for node in list(gm.graph.nodes):
-        found = _geometry(node) if node.op == "call_function" else None
-        if found is None or attribute(gm, found["weight"].target).dim() != 4:
+        found = _convolution(gm, node)
+        if found is None:
             continue
-        bias = found["bias"]
-        key = (
-            found["weight"].target,
-            bias and bias.target,
-            *(str(found[k]) for k in ("stride", "padding", "dilation", "groups")),
-        )
+        weight, bias = str(found["weight"].target), None if found["bias"] is None else str(found["bias"].target)
+        key = (found["function"], weight, bias, *(str(found[name]) for name in _SETTINGS))
         if key not in made:
-            made[key] = _name(gm, str(found["weight"].target), None if bias is None else str(bias.target))
-            tensors = [attribute(gm, found["weight"].target), None if bias is None else attribute(gm, bias.target)]
-            geometry = [found[name] for name in ("stride", "padding", "dilation", "groups")]
-            gm.add_submodule(made[key], make_conv(*tensors, *geometry).train(gm.training))
+            made[key] = _name(gm, found["function"], weight, bias)
+            tensors = attribute(gm, weight), None if bias is None else attribute(gm, bias)
+            conv = make_conv(found["function"], *tensors, **{name: found[name] for name in _SETTINGS})
+            gm.add_submodule(made[key], conv.train(gm.training))
         with gm.graph.inserting_before(node):
             call = gm.graph.call_module(made[key], (found["input"],))
         call.meta = dict(node.meta)
@@ -84,21 +106,21 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _name(gm: fx.GraphModule, weight: str, bias: str | None) -> str:
+def _name(gm: fx.GraphModule, function: str, weight: str, bias: str | None) -> str:
     """The new module's name: the owner of weight and bias where it is a bare container of just these, else a new name."""
     owner, _, key = weight.rpartition(".")
     container = gm.get_submodule(owner)
-    own = {f"{owner}.{name}" for name in (*container._parameters, *container._buffers)}
-    bare = owner and type(container) is nn.Module and not container._modules
+    own = {f"{owner}.{name}" for name in tensor_names(container)}
+    bare = owner and type(container) is nn.Module and not children_of(container)
     if bare and key == "weight" and own == {weight, bias or weight} and bias in (None, f"{owner}.bias"):
         return owner
-    if isinstance(container, nn.Conv2d):
+    if kind_of(container) is not None:
         # A second convolution on a weight whose owner has become the first one.
         weight = owner
     taken = {name for name, _ in gm.named_modules()}
-    name, number = f"{weight}_conv2d", 1
+    name, number = f"{weight}_{function}", 1
     while name in taken:
-        name, number = f"{weight}_conv2d_{number}", number + 1
+        name, number = f"{weight}_{function}_{number}", number + 1
     return name
 
 
@@ -113,5 +135,5 @@ def _drop_dead_attributes(gm: fx.GraphModule, modules: set[str]) -> None:
         owner = gm.get_submodule(parent)
         if parent in modules:
             continue
-        if name in owner._parameters or name in owner._buffers:
+        if name in tensor_names(owner):
             delattr(owner, name)

@@ -1,0 +1,211 @@
+"""What all lookup modules share: their parameters, how they are made, and how they call the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from lcnn_compile.config import LOWERING_CHOICES, LayerConfig
+from lcnn_compile.errors import ConfigError, ConversionError, WeightError
+from lcnn_compile.geometry import Call, Geometry, geometry_of
+from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.lookup import LookupWeight, filter_table
+
+BUFFERS = ("indices", "positions", "offsets", "filters")
+FACTORS = ("dictionary", "coefficients", *BUFFERS)
+
+
+def random_weight(
+    groups: int, in_channels: int, out_channels: int, kernel_size: tuple[int, int], config: LayerConfig
+) -> LookupWeight:
+    """A random lookup weight, float32, whose dense weight has the variance of ``nn.Conv2d``'s initialisation.
+
+    The support of each filter group is drawn without replacement from all (vector, r, c). At full size (k = m and all
+    taps) it is the identity dictionary with ``nn.Conv2d``'s own random weight.
+    """
+    channels, area = in_channels // groups, kernel_size[0] * kernel_size[1]
+    size = config.vectors(channels)
+    taps = config.taps_per_filter(size, area)
+    if size == channels and taps == size * area:
+        weight = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, bias=False).weight.detach()
+        return LookupWeight.lossless(weight, groups=groups, group_size=config.group_size)
+    filters = filter_table(out_channels, config.group_size, groups)
+    columns = torch.stack([torch.randperm(size * area)[:taps].sort().values for _ in range(filters.shape[0])]).flatten()
+    members = (filters >= 0).repeat_interleave(taps, 0)
+    return LookupWeight(
+        dictionary=torch.randn(groups, size, channels) / channels**0.5,
+        # Var W = taps/area · Var C · Var D has to be 1 / (3 · fan_in).
+        coefficients=torch.randn(members.shape) * members / (3 * taps) ** 0.5,
+        indices=(columns // area).to(torch.int32),
+        positions=(columns % area).to(torch.int32),
+        offsets=torch.arange(filters.shape[0] + 1, dtype=torch.int32) * taps,
+        filters=filters,
+        kernel_size=kernel_size,
+    )
+
+
+class LookupModule(nn.Module):
+    """What all lookup modules share: parameters ``dictionary``, ``coefficients``, ``bias``; the rest is buffers.
+
+    The tensors are those of :class:`~lcnn_compile.lookup.LookupWeight`, of the 2-d convolution that the operator runs.
+    ``lowering`` ("auto", "lookup", "factored" or "dense") may be assigned at any time; it never changes the function.
+    """
+
+    dense_type: ClassVar[Callable[..., Any]]
+    """The layer that this one stands for."""
+    attributes: ClassVar[tuple[str, ...]]
+    """What the module has in common with that layer by name: its settings."""
+
+    dictionary: nn.Parameter
+    coefficients: nn.Parameter
+    bias: nn.Parameter | None
+    indices: Tensor
+    positions: Tensor
+    offsets: Tensor
+    filters: Tensor
+    geometry: Geometry
+    call: Call
+    groups: int
+
+    def _initialise(
+        self,
+        args: tuple[Any, ...],
+        device: Any,
+        dtype: torch.dtype | None,
+        dictionary_size: int | float,
+        sparsity: float | None,
+        group_size: int,
+        lowering: str,
+    ) -> None:
+        """Take the place of ``dense_type(*args)`` with random values of the variances that it would have."""
+        nn.Module.__init__(self)
+        try:
+            dense = type(self).dense_type(*args, device="meta")
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"{type(self).dense_type.__name__}: {error}") from error
+        geometry = geometry_of(dense)
+        config = LayerConfig(dictionary_size=dictionary_size, sparsity=sparsity, group_size=group_size)
+        weight = random_weight(geometry.groups, geometry.in_channels, geometry.out_channels, geometry.kernel_size, config)
+        # Transposed convolutions initialise as if their filters were their inputs.
+        fan = dense.weight[0].numel()
+        scale = (geometry.channels * geometry.area / fan) ** 0.5
+        if scale != 1:
+            weight = replace(weight, coefficients=weight.coefficients * scale)
+        bias = None if dense.bias is None else torch.empty(dense.bias.shape[0]).uniform_(-(fan**-0.5), fan**-0.5)
+        self._set(dense, geometry, weight, bias, lowering)
+        self.to(device=device, dtype=dtype)
+
+    def _set(self, dense: nn.Module, geometry: Geometry, weight: LookupWeight, bias: Tensor | None, lowering: str) -> None:
+        if lowering not in LOWERING_CHOICES:
+            raise ConfigError(f"lowering is {lowering!r}; allowed are {LOWERING_CHOICES}")
+        for name in type(self).attributes:
+            setattr(self, name, getattr(dense, name))
+        self.lowering, self.groups = lowering, geometry.groups
+        self.geometry, self.call = geometry, geometry.call()
+        weight = geometry.stored(weight)
+        self.dictionary = nn.Parameter(weight.dictionary.detach().contiguous())
+        self.coefficients = nn.Parameter(weight.coefficients.detach().contiguous())
+        for name in BUFFERS:
+            self.register_buffer(name, getattr(weight, name).contiguous())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dictionary).clone())
+
+    @classmethod
+    def from_weight(cls, weight: LookupWeight, layer: Any, bias: Tensor | None, lowering: str = "auto") -> Any:
+        """The module that applies ``weight`` and ``bias`` [n] in place of the dense ``layer``.
+
+        ``weight`` is that of the 2-d convolution that :mod:`lcnn_compile.geometry` makes of the layer, or of another lookup
+        module of this kind.
+
+        Raises:
+            WeightError: if the weight is invalid or does not fit the layer.
+        """
+        weight.validate(f"{cls.__name__}.from_weight")
+        geometry = geometry_of(layer)
+        found = _sizes(weight)
+        wanted = (geometry.in_channels, geometry.out_channels, geometry.kernel_size, geometry.groups)
+        call = geometry.call()
+        if found not in (wanted, (geometry.in_channels, call.out_channels, call.kernel_size, geometry.groups)):
+            raise WeightError(f"the lookup weight has (in, out, kernel_size, groups) {found}; the layer needs {wanted}: {layer}")
+        if bias is not None and (tuple(bias.shape) != (geometry.out_channels,) or not bias.is_floating_point()):
+            raise WeightError(f"bias is {bias.dtype} {tuple(bias.shape)}; floating-point [{geometry.out_channels}] is required")
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._set(layer, geometry, weight, bias, lowering)
+        return module.train(layer.training)
+
+    @classmethod
+    def _fit(cls, layer: Any, config: LayerConfig | None) -> Any:
+        """A module fitted to the weight of ``layer`` alone."""
+        from lcnn_compile.learning import fit_model
+
+        config = config or LayerConfig()
+        fitted = fit_model(layer, {"": layer}, {"": config}, calibration=None, call=lambda model, batch: model(batch))[""]
+        if fitted.reason:
+            raise ConversionError(f"{type(layer).__name__}: {fitted.reason}")
+        return cls.from_weight(fitted.weight, layer, fitted.bias, config.lowering)
+
+    @property
+    def dictionary_size(self) -> int:
+        """k, vectors in the dictionary of each convolution group."""
+        return self.dictionary.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """g, filters that share one set of indices."""
+        return self.filters.shape[1]
+
+    def lookup_weight(self) -> LookupWeight:
+        """The weight as one object that shares this module's tensors."""
+        return LookupWeight(**{name: getattr(self, name) for name in FACTORS}, kernel_size=self.call.kernel_size)
+
+    def dense_weight(self) -> Tensor:
+        """W = P·D in the shape of the dense layer's weight; differentiable."""
+        return self.geometry.own_weight(self.geometry.natural_weight(self.lookup_weight().dense_weight()))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, formed at every access, for code that reads ``layer.weight``. Writing to it changes nothing."""
+        return self.dense_weight()
+
+    def to_dense(self) -> Any:
+        """The dense layer that computes the same function."""
+        raise NotImplementedError
+
+    def _fill(self, dense: Any) -> Any:
+        """Give a new dense layer this module's weight, bias and mode."""
+        dense = dense.to(self.dictionary.device, self.dictionary.dtype)
+        with torch.no_grad():
+            dense.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                dense.bias.copy_(self.bias)
+        return dense.train(self.training)
+
+    def _lookup(self, x: Tensor, bias: Tensor | None, call: Call | None = None) -> Tensor:
+        """The operator on images [N, C, H, W]."""
+        tensors = (self.dictionary, self.coefficients, self.indices, self.positions, self.offsets, self.filters)
+        return lookup_conv2d(x, *tensors, bias, *(call or self.call), self.lowering)
+
+    def _batched(self, input: Tensor) -> bool:
+        """Whether the input has a batch dimension; raises WeightError where it is neither with nor without one."""
+        # Symbolic tracing cannot branch on a dimension: a traced graph is for batches.
+        wanted = self.geometry.dimensions
+        if isinstance(input, fx.Proxy) or input.dim() == wanted + 2:
+            return True
+        if input.dim() != wanted + 1:
+            raise WeightError(
+                f"Expected {wanted + 1}D (unbatched) or {wanted + 2}D (batched) input to {type(self).__name__}, "
+                f"but got input of size: {list(input.shape)}"
+            )
+        return False
+
+    def _sizes_text(self) -> str:
+        taps = self.geometry.phases * self.coefficients.shape[0] / self.filters.shape[0]
+        return f"dictionary_size={self.dictionary_size}, taps={taps:g}, group_size={self.group_size}, lowering={self.lowering!r}"
+
+
+def _sizes(weight: LookupWeight) -> tuple[int, int, tuple[int, int], int]:
+    return weight.in_channels, weight.out_channels, weight.kernel_size, weight.groups
