@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import product
 from typing import Any, TypeVar
 
 import triton
@@ -130,6 +132,19 @@ def measure(
         if band_of(where, x.shape[0], planes, room // x.element_size()) is not None:
             whole.append(fused_config(dictionary, lookups, x.element_size(), room, programs))
     return _fastest(whole, lambda config: run(x, y, weight, groups, epilogue, where, config))
+
+
+def candidates(
+    x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry
+) -> list[Callable[[], object]]:
+    """Launches of every kernel that :func:`measure` may try for this call, to have them compiled before."""
+    first, second = _candidates(x, weight, groups)
+    forms: list[ForwardConfig | FusedConfig] = [ForwardConfig(dictionary, second[0], 2**40) for dictionary in first]
+    forms += [ForwardConfig(first[0], lookups, 2**40) for lookups in second[1:]]
+    for room, programs in ROOMS:
+        if band_of(where, x.shape[0], weight.dictionary.shape[0], room // x.element_size()) is not None:
+            forms += [fused_config(*pair, x.element_size(), room, programs) for pair in product(first, second)]
+    return [partial(run, x, y, weight, groups, epilogue, where, form) for form in forms]
 
 
 def _stored(config: ForwardConfig | FusedConfig) -> list[Any]:

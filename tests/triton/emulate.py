@@ -1,6 +1,6 @@
-"""Triton kernels without a GPU: a launch runs in the interpreter, or compiles for a GPU that is not there.
+"""Triton kernels without a GPU: launches in the interpreter, and what is in a compiled kernel.
 
-Both replace what a launch does while a ``with`` block lasts, so it does not matter when or how Triton was imported.
+The interpreter takes over while a ``with`` block lasts, so it does not matter when or how Triton was imported.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 from unittest import mock
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from lcnn_compile.kernels.triton_ahead import compiling
+
+__all__ = ["compiling", "interpreting", "resources"]
 
 
 @contextmanager
@@ -33,36 +36,6 @@ def interpreting() -> Iterator[None]:
     with triton.knobs.runtime.scope(), mock.patch.multiple(JITFunction, run=launch, __call__=inline):
         triton.knobs.runtime.interpret = True
         yield
-
-
-class _Driver:
-    """As much of a driver as compiling asks for; every compute capability is a device of its own."""
-
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def compiling(capability: int) -> Iterator[list[Any]]:
-    """Within, a launch compiles for this compute capability and appends the kernel to the list instead of running it."""
-    kernels: list[Any] = []
-    run = JITFunction.run
-
-    def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-
-    driver = mock.patch.object(triton.runtime.driver, "_active", _Driver(capability))
-    with driver, mock.patch.object(JITFunction, "run", launch):
-        yield kernels
 
 
 def resources(kernel: Any) -> dict[str, Any]:
