@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test lint fuzz bench-cpu bench-gpu clean
+.PHONY: demo test lint docs readme fuzz bench-cpu bench-gpu clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,13 +17,19 @@ $(VENV)/bench-ready: $(VENV)/ready
 demo: $(VENV)/ready
 	$(BIN)/lcnn-compile demo
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/ready
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs docs/_build
+
+readme: $(VENV)/ready
+	$(BIN)/python benchmarks/readme.py
 
 fuzz: $(VENV)/ready
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n 2 -k "not triton"
@@ -35,4 +41,4 @@ bench-gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,169 @@
+"""Write the measured tables of README.md and docs/benchmarks.md, and the README's picture, from results/*.json.
+
+    python benchmarks/readme.py            # rewrite what stands between the markers, draw the picture
+    python benchmarks/readme.py --check    # exit code 1 if a table is not what the results say
+
+A table stands between ``<!-- measured: NAME -->`` and ``<!-- measured: end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PICTURE = ROOT / "docs" / "images" / "measured.png"
+BLOCK = re.compile(r"(<!-- measured: (?P<name>[\w-]+) -->\n).*?(<!-- measured: end -->)", re.DOTALL)
+NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet", "mobilenet": "MobileNet"}
+SETTINGS = {
+    "ours": "k = m/4, 6 taps per position, g = 8",
+    "paper-fast": "the paper's fast sizes",
+    "paper-accurate": "the paper's accurate sizes",
+}
+
+Rows = list[dict[str, Any]]
+
+
+def documents(pattern: str) -> list[dict[str, Any]]:
+    """The result files that match, oldest first."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+    return sorted(found, key=lambda document: document["date"])
+
+
+def comparisons(pattern: str) -> Rows:
+    """Every case, setting, thread count and batch once, as measured last."""
+    found = {
+        (row["case"], row["setting"], row["threads"], row["batch"]): row
+        for document in documents(pattern)
+        for row in document["comparisons"]
+    }
+    return list(found.values())
+
+
+def times(value: float | None) -> str:
+    """A ratio with three digits at most, or a dash."""
+    return "–" if value is None else f"{value:.2f}x" if value < 3 else f"{value:.1f}x"
+
+
+def markdown(headings: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; all columns but the first two to the right."""
+    names = list(headings)
+    rule = ["---", "---", *["---:"] * (len(names) - 2)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (names, rule, *lines)) + "\n"
+
+
+def speed_table(rows: Rows, what: str, batch: int = 1) -> str:
+    """Speed-ups per case and setting, a column for each number of threads."""
+    rows = [row for row in rows if row["batch"] == batch]
+    threads = sorted({row["threads"] for row in rows})
+    lines: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["case"], row["setting"]), {})[row["threads"]] = row
+    heading = [what, "sizes", "fewer multiply-adds", *(f"{n} thread{'s' * (n > 1)}" for n in threads)]
+    if any(row["speedup_int8"] for row in rows):
+        heading += [f"against int8, {n} thread{'s' * (n > 1)}" for n in threads]
+
+    def cells(case: str, setting: str, found: dict[int, dict[str, Any]]) -> list[str]:
+        ratio = next(iter(found.values()))["mac_ratio"]
+        cell = [NETWORKS.get(case, case), SETTINGS.get(setting, setting), f"{ratio:.1f}x"]
+        cell += [f"**{times(found[n]['speedup'])}**" if n in found else "–" for n in threads]
+        return cell + [times(found[n]["speedup_int8"]) if n in found else "–" for n in threads][: len(heading) - len(cell)]
+
+    return markdown(heading, (cells(*key, found) for key, found in lines.items()))
+
+
+def networks_short() -> str:
+    """The README's table: the settings that people would choose."""
+    rows = [row for row in comparisons("networks*.json") if row["setting"] in ("ours", "paper-fast")]
+    return speed_table([row for row in rows if row["case"] in NETWORKS], "network")
+
+
+def networks_full() -> str:
+    """Every network, setting and batch."""
+    rows = comparisons("networks*.json")
+    batches = sorted({row["batch"] for row in rows})
+    return "\n".join(f"Batch {batch}:\n\n{speed_table(rows, 'network', batch)}" for batch in batches)
+
+
+def layers() -> str:
+    """Every single layer."""
+    return speed_table(comparisons("layers*.json"), "layer")
+
+
+def machine() -> str:
+    """One sentence: what the networks were measured on."""
+    document = documents("networks*.json")[-1]
+    hardware, versions = document["hardware"], document["versions"]
+    return (
+        f"{hardware['cpu']} ({hardware['capability']}), {hardware['cores']} cores, {hardware['system']}, torch {versions['torch']}, "
+        f"ONNX Runtime {versions['onnxruntime']}, OpenVINO {versions['openvino']}; {document['date'][:10]}; "
+        f"`{document['command']}`.\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "networks": networks_short,
+    "networks-full": networks_full,
+    "layers": layers,
+    "machine": machine,
+}
+
+
+def written(text: str) -> str:
+    """``text`` with every measured table as the results say."""
+    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}{found[3]}", text)
+
+
+def draw(path: Path) -> None:
+    """The README's picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    draw_speed(figure.subplots())
+    figure.savefig(path, dpi=150)
+
+
+def draw_speed(axes: Any) -> None:
+    """Speed-up of whole networks over the best float32 engine, beside int8."""
+    rows = [r for r in comparisons("networks*.json") if r["setting"] == "ours" and r["batch"] == 1 and r["case"] in NETWORKS]
+    rows = sorted((row for row in rows if row["threads"] == 1 and row["speedup"]), key=lambda row: row["speedup"])
+    places = range(len(rows))
+    int8 = [row["speedup"] / row["speedup_int8"] if row["speedup_int8"] else 0.0 for row in rows]
+    for offset, values, colour, label in (
+        (0.2, [row["speedup"] for row in rows], "#2b6cb0", "lookups, float32"),
+        (-0.2, int8, "#cbd5e0", "OpenVINO int8"),
+    ):
+        bars = axes.barh([place + offset for place in places], values, 0.38, color=colour, label=label)
+        axes.bar_label(bars, [times(value) if value else "" for value in values], padding=3, fontsize=9)
+    axes.set_yticks(list(places), [NETWORKS[row["case"]] for row in rows])
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("times faster than the best float32 engine (1 thread, batch 1)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if written(page.read_text()) != page.read_text()]
+    if check:
+        for page in stale:
+            print(f"{page.relative_to(ROOT)} does not say what benchmarks/results does; run: make readme", file=sys.stderr)
+        return 1 if stale else 0
+    for page in stale:
+        page.write_text(written(page.read_text()))
+    draw(PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
