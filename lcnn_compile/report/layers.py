@@ -1,17 +1,17 @@
-"""The per-layer table of a conversion."""
+"""What became of every layer: plain data, with its sums."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
-from rich import box
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class LayerReport:
         bytes_before, bytes_after: bytes of weight and bias.
         lowering: how it is computed: "lookup", "factored" or "dense".
         reason: why it stays dense, or a remark.
+        seconds_before, seconds_after: seconds in one run of the eager dense and lookup model on the example inputs, as
+            :func:`~lcnn_compile.report.times.time_layers` measured them; None where it did not.
     """
 
     name: str
@@ -45,6 +47,8 @@ class LayerReport:
     bytes_after: int = 0
     lowering: str = "dense"
     reason: str = ""
+    seconds_before: float | None = None
+    seconds_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,11 @@ class Report:
         """Bytes of weights before and after."""
         return sum(r.bytes_before for r in self.layers), sum(r.bytes_after for r in self.layers)
 
+    def seconds(self) -> tuple[float, float]:
+        """Seconds before and after, over the layers that were timed in both models; zeros where none was."""
+        timed = [(r.seconds_before, r.seconds_after) for r in self.layers if r.seconds_before and r.seconds_after]
+        return sum(before for before, _ in timed), sum(after for _, after in timed)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
         return {"title": self.title, "layers": [asdict(layer) for layer in self.layers]}
@@ -104,33 +113,11 @@ class Report:
                 f", {before / 1e6:.1f} → {after / 1e6:.1f} million multiply-adds per sample ({before / max(after, 1):.2f}x fewer)"
             )
         size = self.nbytes()
-        return f"{text}, {size[0] / 1e6:.2f} → {size[1] / 1e6:.2f} MB of weights"
-
-    def table(self) -> Table:
-        """A rich table, one row per layer."""
-        table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-        table.add_column("layer", overflow="fold", min_width=8)
-        for heading in ("k", "taps", "g", "error", "MMACs", "fewer", "kB"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("lowering", no_wrap=True)
-        for r in self.layers:
-            macs = "" if r.macs_before is None else f"{r.macs_before / 1e6:.2f}"
-            fewer = ""
-            if r.replaced and r.macs_before and r.macs_after:
-                macs += f" → {r.macs_after / 1e6:.2f}"
-                fewer = f"{r.macs_before / r.macs_after:.1f}x"
-            table.add_row(
-                r.name or "(the model)",
-                _cell(r.dictionary_size),
-                "" if r.taps is None else f"{r.taps:g}",
-                _cell(r.group_size),
-                "" if r.error is None else f"{100 * r.error:.2f} %",
-                macs,
-                fewer,
-                f"{r.bytes_before / 1e3:.0f}" + (f" → {r.bytes_after / 1e3:.0f}" if r.replaced else ""),
-                r.lowering if r.replaced else "left dense",
-            )
-        return table
+        text += f", {size[0] / 1e6:.2f} → {size[1] / 1e6:.2f} MB of weights"
+        times = self.seconds()
+        if times[0]:
+            text += f", {1e3 * times[0]:.2f} → {1e3 * times[1]:.2f} ms in these layers ({times[0] / times[1]:.2f}x faster)"
+        return text
 
     def notes(self) -> list[str]:
         """One line per remark, with the layers that it is about."""
@@ -140,14 +127,47 @@ class Report:
                 about.setdefault(r.reason, []).append(r.name or "(the model)")
         return [f"{', '.join(names)}: {reason}" for reason, names in about.items()]
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        points: Any = (),
+    ) -> None:
+        """Write one self-contained HTML file: totals, a sortable table, pictures where matplotlib is installed.
+
+        Args:
+            path: the file.
+            model: the converted model, to show its dictionaries and how its filters use them.
+            layers: names of the layers to show so; by default the lookup layers, up to twelve.
+            points: of :func:`lcnn_compile.learning.sweep`, to show the Pareto curve.
+
+        Raises:
+            LcnnError: if the file cannot be written, or a name is no lookup layer of the model.
+        """
+        from lcnn_compile.report.html import write_html
+
+        write_html(self, path, model, layers, points)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture (.png, .svg or .pdf): error, multiply-adds and, where measured, time of every layer.
+
+        Needs matplotlib (the extra ``plot``).
+
+        Raises:
+            LcnnError: if matplotlib is not installed, or the file cannot be written.
+        """
+        from lcnn_compile.report.plots import layers_figure, save_figure
+
+        save_figure(layers_figure(self), path)
+
     def __rich__(self) -> Group:
-        return Group(self.table(), *(Text(note, style="dim") for note in self.notes()), Text(self.summary()))
+        from lcnn_compile.report.table import report_table
+
+        return Group(report_table(self), *(Text(note, style="dim") for note in self.notes()), Text(self.summary()))
 
     def __str__(self) -> str:
         out = io.StringIO()
         Console(file=out, width=110).print(self)
         return out.getvalue()
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else str(value)

@@ -1,0 +1,7 @@
+"""Reports: one row per layer, as a table in the terminal, a picture, or one HTML file."""
+
+from lcnn_compile.report.layers import LayerReport, Report
+from lcnn_compile.report.plots import plot_dictionary, plot_pareto
+from lcnn_compile.report.times import time_layers
+
+__all__ = ["LayerReport", "Report", "plot_dictionary", "plot_pareto", "time_layers"]

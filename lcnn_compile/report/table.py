@@ -1,0 +1,92 @@
+"""The report as a table in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich import box
+from rich.table import Table
+
+from lcnn_compile.report.layers import LayerReport, Report
+
+GOOD, FAIR = 0.01, 0.05
+"""Relative output errors up to which a layer is shown as good, as fair."""
+
+
+def report_table(report: Report) -> Table:
+    """One row per layer, sums below; columns that no layer fills are left out."""
+    table = Table(title=report.title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), show_footer=True)
+    table.add_column("layer", "sum", overflow="fold", min_width=8)
+    columns = [(heading, cell, total) for heading, cell, total in COLUMNS if any(cell(row) for row in report)]
+    for heading, _, total in columns:
+        table.add_column(heading, total(report), justify="left" if heading == "lowering" else "right", no_wrap=True)
+    for row in report:
+        cells = [cell(row) for _, cell, _ in columns]
+        table.add_row(row.name or "(the model)", *cells, style=None if row.replaced else "dim")
+    return table
+
+
+def percent(value: float) -> str:
+    """A share with three significant digits, never rounded to nothing."""
+    return f"{100 * value:.2f} %" if value >= 1e-3 or not value else f"{100 * value:.1g} %"
+
+
+def times(before: float | None, after: float | None) -> str:
+    """Like 3.2x, how many times less it is; empty where one is not known."""
+    return f"{before / after:.1f}x" if before and after else ""
+
+
+def _error(row: LayerReport) -> str:
+    if row.error is None:
+        return ""
+    colour = "green" if row.error <= GOOD else "yellow" if row.error <= FAIR else "red"
+    return f"[{colour}]{percent(row.error)}[/{colour}]" if row.replaced else percent(row.error)
+
+
+def _change(before: float | None, after: float | None, digits: int, changed: bool) -> str:
+    if before is None:
+        return ""
+    return f"{before:.{digits}f}" + (f" → {after:.{digits}f}" if changed and after is not None else "")
+
+
+def _total(pair: tuple[float, float], unit: float, digits: int) -> str:
+    return _change(pair[0] / unit, pair[1] / unit, digits, True)
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def _macs(row: LayerReport) -> str:
+    return _change(_scaled(row.macs_before, 1e6), _scaled(row.macs_after, 1e6), 2, row.replaced)
+
+
+def _milliseconds(row: LayerReport) -> str:
+    return _change(_scaled(row.seconds_before, 1e-3), _scaled(row.seconds_after, 1e-3), 2, row.replaced)
+
+
+def _nothing(report: Report) -> str:
+    return ""
+
+
+def _worst(report: Report) -> str:
+    errors = [row.error for row in report.replaced if row.error is not None]
+    return f"≤ {percent(max(errors))}" if errors else ""
+
+
+COLUMNS: tuple[tuple[str, Callable[[LayerReport], str], Callable[[Report], str]], ...] = (
+    ("k", lambda row: "" if row.dictionary_size is None else str(row.dictionary_size), _nothing),
+    ("taps", lambda row: "" if row.taps is None else f"{row.taps:g}", _nothing),
+    ("g", lambda row: "" if row.group_size is None else str(row.group_size), _nothing),
+    ("error", _error, _worst),
+    ("MMACs", _macs, lambda report: _total(report.macs(), 1e6, 2)),
+    ("fewer", lambda row: times(row.macs_before, row.macs_after) if row.replaced else "", lambda report: times(*report.macs())),
+    ("ms", _milliseconds, lambda report: _total(report.seconds(), 1e-3, 2)),
+    ("faster", lambda row: times(row.seconds_before, row.seconds_after) if row.replaced else "", lambda r: times(*r.seconds())),
+    (
+        "kB",
+        lambda row: _change(row.bytes_before / 1e3, row.bytes_after / 1e3, 0, row.replaced),
+        lambda report: _total(report.nbytes(), 1e3, 0),
+    ),
+    ("lowering", lambda row: row.lowering if row.replaced else "left dense", _nothing),
+)
