@@ -31,7 +31,7 @@ from lcnn_compile.passes.programs import programs, single_program
 from lcnn_compile.passes.targets import attribute
 from lcnn_compile.report import Report
 from lcnn_compile.selection import matches
-from lcnn_compile.torch_private import FakeTensor, mark_static, without_sources
+from lcnn_compile.torch_private import FakeTensor, mark_static, version, without_sources
 
 log = logging.getLogger("lcnn_compile")
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -130,12 +130,12 @@ def _changed(inputs: Sequence[Any], marks: list[Mark] | None) -> bool:
     """Whether an input is another tensor than it was, or one with other values; this runs at every call."""
     if marks is None:
         return True
-    for i, same, address, version in marks:
+    for i, same, address, stamp in marks:
         value: Tensor = inputs[i]
         was = same()
         if was is None or was is not value or value.data_ptr() != address:
             return True
-        if (fingerprint(value)[1] if value.is_inference() else version(value)) != version:
+        if (fingerprint(value)[1] if value.is_inference() else version(value)) != stamp:
             return True
     return False
 
