@@ -13,7 +13,7 @@ from lcnn_compile.geometry import geometry_of
 from lcnn_compile.learning import fit_model
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.sampling import calibrate
-from lcnn_compile.learning.sensitivity import output_sensitivity
+from lcnn_compile.learning.sensitivity import Sensitivity, output_sensitivity
 
 
 def images(count=8, channels=3, size=16, seed=0):
@@ -294,17 +294,49 @@ def test_layers_that_matter_more_to_the_output_weigh_more():
     model.quiet.load_state_dict(model.loud.state_dict())
     network = Network(model, layers_of(model), lambda m, x: m(x))
     weights = output_sensitivity(network, images(40), list(network.layers), 0)
-    assert weights["loud"] == pytest.approx(10 * weights["quiet"], rel=0.2)
-    assert 0 < weights["dead"] < weights["quiet"]
+    assert weights["loud"].layer == pytest.approx(10 * weights["quiet"].layer, rel=0.2)
+    assert 0 < weights["dead"].layer < weights["quiet"].layer
+    assert weights["dead"].channels is None
     assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_channels_that_matter_more_to_the_output_weigh_more():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1, bias=False), nn.AdaptiveAvgPool2d(1))
+    model[1].weight.data[:, :, 0, 0] = torch.randn(6, 4) * torch.tensor([1.0, 3.0, 0.5, 1e-3])
+    network = Network(model, layers_of(model), lambda m, x: m(x))
+    found = output_sensitivity(network, images(40), ["0"], 0)["0"].channels
+    wanted = model[1].weight.detach().square().sum((0, 2, 3))
+    torch.testing.assert_close(found[:3] / found[1], (wanted / wanted[1])[:3], rtol=0.3, atol=0.0)
+    assert found[3] == pytest.approx(0.1, rel=1e-5)
+
+
+def test_outputs_that_weigh_more_are_fitted_better():
+    torch.manual_seed(0)
+    x = images(24)
+
+    class Lopsided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            return self.layer(torch.relu(self.first(x))) * torch.tensor([1.0, 0.2] * 8)[:, None, None]
+
+    model = Lopsided().eval()
+    fitted = fit(model, LayerConfig(group_size=4), x.split(8), target_speedup=3.0)["layer"]
+    assert not fitted.reason
+    wrong = fitted.weight.dense_weight() - model.layer.weight.detach()
+    errors = wrong.square().sum((1, 2, 3)) / model.layer.weight.detach().square().sum((1, 2, 3))
+    assert errors[::2].mean() < 0.85 * errors[1::2].mean()
 
 
 def test_networks_without_a_derivative_weigh_all_layers_alike():
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     network = Network(model, layers_of(model), lambda m, x: m(x).detach().numpy())
-    assert output_sensitivity(network, images(2), ["0"], 0) == {"0": 1.0}
+    assert output_sensitivity(network, images(2), ["0"], 0) == {"0": Sensitivity(1.0, None)}
     network.call = lambda m, x: m(x).numpy()
-    assert output_sensitivity(network, images(2), ["0"], 0) == {"0": 1.0}
+    assert output_sensitivity(network, images(2), ["0"], 0) == {"0": Sensitivity(1.0, None)}
 
 
 def test_weights_that_are_not_finite_stay():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcnn_compile.learning.grouping import group_filters
-from lcnn_compile.learning.taps import cholesky, select_taps, solve_coefficients
+from lcnn_compile.learning.taps import cholesky, select_taps, solve_coefficients, spread_rest, spread_taps
 
 
 def problem(columns=20, outputs=5, rows=200, seed=0):
@@ -66,7 +66,7 @@ def test_coefficients_are_least_squares(taps):
     x, y = problem()
     filters = torch.tensor([[0, 3, 1], [2, 4, -1]])
     columns = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(i))[:taps] for i in range(2)])
-    found = solve_coefficients(x.T @ x, x.T @ y, columns, filters)
+    found = solve_coefficients(x.T @ x, x.T @ y, columns, filters, torch.tensor([columns.shape[1]] * len(filters)))
     for row, members in enumerate(filters.tolist()):
         for place, member in enumerate(members):
             wanted = torch.linalg.lstsq(x[:, columns[row]], y[:, [member]]).solution[:, 0]
@@ -78,7 +78,9 @@ def test_dependent_columns_are_survived():
     x = torch.cat([x, x[:, :5]], 1).float()
     gram, cross = x.T @ x, x.T @ y.float()
     selection = select_taps(gram, cross, y.float().square().sum(0), torch.arange(5)[:, None], 15)
-    coefficients = solve_coefficients(gram, cross, selection.columns, torch.arange(5)[:, None])
+    coefficients = solve_coefficients(
+        gram, cross, selection.columns, torch.arange(5)[:, None], torch.full((5,), selection.columns.shape[1])
+    )
     assert selection.rest.isfinite().all()
     assert coefficients.isfinite().all()
     fitted = torch.stack([x[:, c] @ v[:, 0] for c, v in zip(selection.columns, coefficients, strict=True)], 1)
@@ -107,3 +109,41 @@ def test_groups_put_like_filters_together():
     noise = torch.rand(12, 9, generator=torch.Generator().manual_seed(0)) * 0.1
     table = group_filters(torch.eye(3).repeat(1, 3)[kinds] + noise, 4)
     assert all(len(set(kinds[row].tolist())) == 1 for row in table)
+
+
+def test_coefficients_of_groups_with_different_numbers_of_taps():
+    x, y = problem()
+    filters = torch.tensor([[0, 3], [2, 4], [1, -1]])
+    columns = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(i))[:8] for i in range(3)])
+    counts = torch.tensor([8, 3, 5])
+    found = solve_coefficients(x.T @ x, x.T @ y, columns, filters, counts)
+    for row in range(3):
+        used = x[:, columns[row, : counts[row]]]
+        members = [m for m in filters[row].tolist() if m >= 0]
+        wanted = torch.linalg.lstsq(used, y[:, members]).solution
+        torch.testing.assert_close(found[row, : counts[row], : len(members)], wanted, rtol=1e-5, atol=1e-6)
+        assert not found[row, counts[row] :].any()
+    assert not found[2, :, 1].any()
+
+
+def test_taps_go_where_they_lower_the_error_most():
+    x, y = problem(outputs=6)
+    y = y * torch.tensor([10.0, 1.0, 0.1, 3.0, 0.3, 1.0])
+    filters = torch.tensor([[0, 1], [2, 4], [3, 5]])
+    energy = y.square().sum(0)
+    selection = select_taps(x.T @ x, x.T @ y, energy, filters, 12)
+    totals, members = energy[filters].sum(1), torch.tensor([2, 2, 2])
+    counts = spread_taps(selection, totals, members, 5)
+    assert counts.sum() == 15
+    rest = torch.cat([totals[None], selection.rest])
+
+    def left(numbers):
+        return float(sum(rest[n, group] for group, n in enumerate(numbers)))
+
+    every = [(a, b, 15 - a - b) for a in range(1, 13) for b in range(1, 13) if 1 <= 15 - a - b <= 12]
+    assert left(counts.tolist()) <= 1.05 * min(left(numbers) for numbers in every)
+    assert left(counts.tolist()) < 0.8 * left((5, 5, 5))
+    assert counts[1] == counts.min()
+    assert spread_rest(selection, totals, members, [5])[0] == pytest.approx(left(counts.tolist()), rel=1e-6)
+    assert spread_taps(selection, totals, members, 5, even=True).tolist() == [5, 5, 5]
+    assert spread_rest(selection, totals, members, [5], even=True)[0] == pytest.approx(left((5, 5, 5)), rel=1e-6)

@@ -15,16 +15,16 @@ def allocate(
     other_macs: int,
     sensitivity: Mapping[str, float] | None = None,
 ) -> dict[str, Point]:
-    """One point per layer: the least Σ sensitivity·error for which the network's multiply-adds shrink by the target.
+    """One point per layer: the least Σ sensitivity·loss for which the network's multiply-adds shrink by the target.
 
-    Minimises Σ sensitivity·error + λ·macs for each λ, and finds by bisection the λ whose solution fits; what is left of
+    Minimises Σ sensitivity·loss + λ·macs for each λ, and finds by bisection the λ whose solution fits; what is left of
     the budget then buys the best single improvements.
 
     Args:
         curves: points of each layer, one of them the dense layer (``size`` 0).
         target_speedup: dense multiply-adds over those allowed.
         other_macs: multiply-adds of everything that is not in ``curves``.
-        sensitivity: weight of each layer's relative error; 1 by default.
+        sensitivity: weight of each layer's loss; 1 by default.
 
     Raises:
         ConversionError: if even the cheapest points are too many; it names the best that can be reached.
@@ -50,7 +50,7 @@ def allocate(
     while _macs(solve(high)) > budget:
         high *= 4
         if high > 1e30:
-            return {name: min(points, key=lambda p: (p.macs, p.error)) for name, points in curves.items()}
+            return {name: min(points, key=lambda p: (p.macs, p.loss)) for name, points in curves.items()}
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if _macs(solve(middle)) > budget else (low, middle)
@@ -58,10 +58,10 @@ def allocate(
     while True:
         room = budget - _macs(chosen)
         better = [
-            (weight[name] * (chosen[name].error - point.error) / max(1, point.macs - chosen[name].macs), name, point)
+            (weight[name] * (chosen[name].loss - point.loss) / max(1, point.macs - chosen[name].macs), name, point)
             for name, points in curves.items()
             for point in points
-            if point.error < chosen[name].error and point.macs - chosen[name].macs <= room
+            if point.loss < chosen[name].loss and point.macs - chosen[name].macs <= room
         ]
         if not better:
             return chosen

@@ -22,11 +22,13 @@ class Basis:
         dictionary: D, [groups, k, m/groups], float32.
         lookups: P of the dense weight's projection, [groups, n/groups, kh·kw, k], float32.
         energy: squared norms of the dense filters, [groups, n/groups], float32.
+        weights: by which errors of the filters' outputs count, [groups, n/groups], float32.
     """
 
     dictionary: Tensor
     lookups: Tensor
     energy: Tensor
+    weights: Tensor
 
     @property
     def size(self) -> int:
@@ -35,7 +37,7 @@ class Basis:
 
     def first(self, size: int) -> Basis:
         """The best dictionary of ``size`` vectors."""
-        return Basis(self.dictionary[:, :size], self.lookups[..., :size], self.energy)
+        return Basis(self.dictionary[:, :size], self.lookups[..., :size], self.energy, self.weights)
 
 
 def most_vectors(geometry: Geometry) -> int:
@@ -43,8 +45,10 @@ def most_vectors(geometry: Geometry) -> int:
     return min(geometry.channels, geometry.filters * geometry.area)
 
 
-def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: InputMoments | None) -> Basis:
-    """The dictionary that minimises ‖(W − P·D)·G^½‖, G the second moment of the inputs (None: the identity).
+def fit_dictionary(
+    weight: Tensor, geometry: Geometry, size: int, moments: InputMoments | None, weights: Tensor | None = None
+) -> Basis:
+    """The dictionary that minimises ‖diag(weights)^½·(W − P·D)·G^½‖, G the second moment of the inputs (None: the identity).
 
     The first k of the ``size`` vectors are the best dictionary of k vectors, and for these inputs S = D ∗ x is white.
 
@@ -53,8 +57,13 @@ def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: Input
         geometry: of the layer.
         size: vectors wanted, at most :func:`most_vectors`.
         moments: of the layer's inputs.
+        weights: [n], > 0, by which errors of each filter's output count; None for all alike.
     """
     rows = weight.detach().float().unflatten(0, (geometry.groups, -1)).flatten(3).transpose(2, 3)
+    energy = rows.square().sum((2, 3))
+    weights = torch.ones_like(energy) if weights is None else weights.to(energy).view_as(energy)
+    root = weights.sqrt()[:, :, None, None]
+    rows = rows * root
     covariance = mean = sample = None
     if moments is not None:
         mean = moments.mean()
@@ -75,8 +84,8 @@ def fit_dictionary(weight: Tensor, geometry: Geometry, size: int, moments: Input
             pairs.append(_from_rows(flat, flat[:0], size))
     dictionary = torch.stack([d for d, _ in pairs]).float()
     lookups = torch.stack([p for _, p in pairs]).float()
-    lookups = lookups.view(geometry.groups, geometry.filters, geometry.area, size)
-    return Basis(dictionary, lookups, rows.square().sum((2, 3)).float())
+    lookups = lookups.view(geometry.groups, geometry.filters, geometry.area, size) / root
+    return Basis(dictionary, lookups, energy, weights)
 
 
 def _from_moment(rows: Tensor, moment: Tensor | None, size: int) -> tuple[Tensor, Tensor]:

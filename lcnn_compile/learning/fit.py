@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,26 @@ from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning.dictionary import Basis
 from lcnn_compile.learning.grouping import group_filters
 from lcnn_compile.learning.sampling import Sample
-from lcnn_compile.learning.taps import select_taps, solve_coefficients
+from lcnn_compile.learning.taps import select_taps, solve_coefficients, spread_taps
 from lcnn_compile.lookup import LookupWeight
 
+MOST_OF_MEAN = 2.0  # no filter group gets more taps than this many times the mean
 PRIOR = 1e-2  # weight of the dense solution against the sample, where S is white
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Filter groups and their taps.
+
+    Attributes:
+        filters: int64 [F, g], -1 for none.
+        columns: int64 [F, T], columns of the problem's Gram matrix, best first.
+        counts: int64 [F], how many of its columns each group uses.
+    """
+
+    filters: Tensor
+    columns: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,7 @@ class Problem:
         gram: [K, K], centred second moments of the patches, with the prior.
         cross: [K, n/groups], centred moments of patches and outputs, with the prior.
         energy: [n/groups], second moments of the outputs, with the prior.
+        weights: [n/groups], by which errors of the outputs count; ``cross`` and ``energy`` hold outputs times its root.
         patch_mean: [K].
         output_mean: [n/groups].
         held: patches [p, K] and outputs [p, n/groups] that measure the error; None without data.
@@ -36,6 +54,7 @@ class Problem:
     gram: Tensor
     cross: Tensor
     energy: Tensor
+    weights: Tensor
     patch_mean: Tensor
     output_mean: Tensor
     held: tuple[Tensor, Tensor] | None
@@ -48,10 +67,13 @@ class Problem:
         The dense weight in terms of the basis is the solution that data may overrule.
         """
         prior = basis.lookups[group].flatten(1).T
+        weights = basis.weights[group]
+        root = weights.sqrt()
         if sample is None:
             gram = torch.eye(prior.shape[0], dtype=prior.dtype, device=prior.device)
             zero = prior.new_zeros(prior.shape[0])
-            return cls(gram, prior, basis.energy[group], zero, prior.new_zeros(prior.shape[1]), None, 0)
+            energy = basis.energy[group] * weights
+            return cls(gram, prior * root, energy, weights, zero, prior.new_zeros(prior.shape[1]), None, 0)
         k, filters = basis.size, prior.shape[1]
         patches = sample.patches[:, group, :, :k].flatten(1)
         outputs = sample.outputs[:, group * filters : (group + 1) * filters]
@@ -66,13 +88,37 @@ class Problem:
         gram.diagonal().add_(weight)
         cross += weight * prior
         energy += weight * prior.square().sum(0)
-        return cls(gram, cross, energy, patch_mean, output_mean, (patches[measures], outputs[measures]), count)
+        held = (patches[measures], outputs[measures])
+        return cls(gram, cross * root, energy * weights, weights, patch_mean, output_mean, held, count)
 
-    def rows(self, coefficients: Tensor, columns: Tensor, filters: Tensor) -> Tensor:
-        """Coefficients [F, T, g] at columns [F, T] as a matrix [n/groups, K]."""
+    def choose(self, group_size: int, taps: int, *, even: bool) -> Choice:
+        """Filter groups, and ``taps`` taps for each on average; the same number for all if ``even``."""
+        filters = group_filters(self.profiles(), group_size)
+        size = self.gram.shape[0]
+        if taps == size:
+            columns = torch.arange(size, device=filters.device).expand(filters.shape[0], -1)
+            return Choice(filters, columns, columns.new_full(columns.shape[:1], size))
+        most = taps if even else min(size, math.ceil(MOST_OF_MEAN * taps))
+        selection = select_taps(self.gram, self.cross, self.energy, filters, most)
+        counts = spread_taps(selection, self.group_energy(filters), (filters >= 0).sum(1), taps, even=even)
+        return Choice(filters, selection.columns[:, : int(counts.max())], counts)
+
+    def group_energy(self, filters: Tensor) -> Tensor:
+        """Weighted second moments of the outputs of filter groups [F, g], summed over their filters: [F]."""
+        return (self.energy[filters.clamp(min=0)] * (filters >= 0)).sum(1)
+
+    def solve(self, choice: Choice) -> Tensor:
+        """Coefficients [F, T, g] at the chosen taps."""
+        scaled = solve_coefficients(self.gram, self.cross, choice.columns, choice.filters, choice.counts)
+        return scaled / self.weights.sqrt()[choice.filters.clamp(min=0)][:, None, :]
+
+    def rows(self, coefficients: Tensor, choice: Choice) -> Tensor:
+        """Coefficients [F, T, g] at the chosen taps as a matrix [n/groups, K]."""
+        columns, filters = choice.columns, choice.filters
         matrix = self.cross.new_zeros(self.cross.shape[1], self.cross.shape[0])
         for member in range(filters.shape[1]):
             real = filters[:, member] >= 0
+            # Columns that a group does not use have the coefficient zero, and a group has no column twice.
             matrix[filters[real, member, None], columns[real]] = coefficients[real, :, member]
         return matrix
 
@@ -80,23 +126,24 @@ class Problem:
         """The bias that makes the means agree, [n/groups], for coefficients as ``rows`` gives them."""
         return self.output_mean - matrix @ self.patch_mean
 
-    def held_error(self, matrix: Tensor, bias: Tensor) -> tuple[float, float]:
-        """Squared error on held-out pixels, and the squared deviation of the outputs there from their mean."""
+    def held_error(self, matrix: Tensor, bias: Tensor) -> Tensor:
+        """Squared errors on held-out pixels, and squared deviations of the outputs there from their means, [2, n/groups]."""
         if self.held is None:
-            missed = self.energy.sum() - self.cross.square().sum()
-            return float((self.cross.T - matrix).square().sum() + missed), float(self.energy.sum())
+            energy, cross = self.energy / self.weights, self.cross / self.weights.sqrt()
+            missed = energy - cross.square().sum(0)
+            return torch.stack([(cross.T - matrix).square().sum(1) + missed, energy])
         patches, outputs = self.held
         wrong = torch.addmm(bias - self.output_mean, patches, matrix.T) - (outputs - self.output_mean)
-        return float(wrong.square().sum()), _deviation(outputs)
+        return torch.stack([wrong.square().sum(0), _deviation(outputs)])
 
     def profiles(self) -> Tensor:
         """How much of each filter each column alone explains, [n/groups, K]; filters count by their share of the whole."""
         return (self.cross.T.square() / self.gram.diagonal()).sqrt()
 
 
-def _deviation(outputs: Tensor) -> float:
-    """‖y - mean(y)‖² of [p, n], at least what rounding leaves of constant outputs."""
-    return float((outputs - outputs.mean(0)).square().sum() + 1e-12 * outputs.square().sum())
+def _deviation(outputs: Tensor) -> Tensor:
+    """‖y - mean(y)‖² of each column of [p, n], at least what rounding leaves of constant outputs."""
+    return (outputs - outputs.mean(0)).square().sum(0) + 1e-12 * outputs.square().sum(0)
 
 
 @dataclass(frozen=True)
@@ -114,53 +161,52 @@ class Fit:
     error: float
 
 
-def fit_layer(geometry: Geometry, basis: Basis, sample: Sample | None, taps: int, group_size: int) -> Fit:
+def fit_layer(geometry: Geometry, basis: Basis, sample: Sample | None, taps: int, group_size: int, *, even: bool = True) -> Fit:
     """Choose taps and coefficients for given sizes.
 
     Args:
         geometry: of the layer.
         basis: the dictionary and the dense weight in its terms.
         sample: patches of at least k planes, and outputs; None to approximate the weight alone.
-        taps: of each filter.
+        taps: of each filter, or on average over the filter groups of a convolution group unless ``even``.
         group_size: g.
+        even: the same number of taps for all filters.
     """
-    size = basis.size
-    parts, biases = [], []
-    wrong = total = 0.0
+    parts, biases, errors = [], [], torch.zeros(2, dtype=torch.float64)
     for group in range(geometry.groups):
         problem = Problem.of(sample, basis, group)
-        filters = group_filters(problem.profiles(), group_size)
-        if taps == size * geometry.area:
-            columns = torch.arange(taps, device=filters.device).expand(filters.shape[0], -1)
-        else:
-            columns = select_taps(problem.gram, problem.cross, problem.energy, filters, taps).columns
-        index, position = columns % size, columns // size
-        order = (index * geometry.area + position).argsort(dim=1)
-        columns = columns.gather(1, order)
-        coefficients = solve_coefficients(problem.gram, problem.cross, columns, filters)
-        matrix = problem.rows(coefficients, columns, filters)
+        choice = problem.choose(group_size, taps, even=even)
+        coefficients = problem.solve(choice)
+        matrix = problem.rows(coefficients, choice)
         bias = problem.bias(matrix)
-        error, energy = problem.held_error(matrix, bias)
-        wrong, total = wrong + error, total + energy
-        parts.append((columns % size, columns // size, coefficients, filters, group * geometry.filters))
+        errors += problem.held_error(matrix, bias).double().sum(1).cpu()
+        parts.append((choice, coefficients))
         biases.append(bias)
-    return Fit(_assemble(geometry, basis.dictionary, parts), torch.cat(biases), wrong / max(total, 1e-30))
+    return Fit(_assemble(geometry, basis.dictionary, parts), torch.cat(biases), float(errors[0] / errors[1].clamp(min=1e-30)))
 
 
-def _assemble(geometry: Geometry, dictionary: Tensor, parts: list[tuple[Tensor, Tensor, Tensor, Tensor, int]]) -> LookupWeight:
-    """The convolution groups one after the other; each has as many filter groups and taps."""
-    indices = torch.cat([index.flatten() for index, *_ in parts])
-    positions = torch.cat([position.flatten() for _, position, *_ in parts])
-    coefficients = torch.cat([c.flatten(0, 1) for _, _, c, _, _ in parts])
-    filters = torch.cat([torch.where(table >= 0, table + start, table) for *_, table, start in parts])
-    taps = parts[0][0].shape[1]
+def _assemble(geometry: Geometry, dictionary: Tensor, parts: list[tuple[Choice, Tensor]]) -> LookupWeight:
+    """The convolution groups one after the other; the taps of a filter group in the order of dictionary vectors."""
+    size, area = dictionary.shape[1], geometry.area
+    indices, positions, values, counts, tables = [], [], [], [], []
+    for number, (choice, coefficients) in enumerate(parts):
+        index, position = choice.columns % size, choice.columns // size
+        used = torch.arange(index.shape[1], device=index.device) < choice.counts[:, None]
+        order = torch.where(used, index * area + position, size * area).argsort(dim=1)
+        used = used.gather(1, order)
+        indices.append(index.gather(1, order)[used])
+        positions.append(position.gather(1, order)[used])
+        values.append(coefficients.gather(1, order[:, :, None].expand_as(coefficients))[used])
+        counts.append(choice.counts)
+        tables.append(torch.where(choice.filters >= 0, choice.filters + number * geometry.filters, choice.filters))
+    ends = torch.cat(counts).cumsum(0)
     return LookupWeight(
         dictionary=dictionary.contiguous(),
-        coefficients=coefficients.contiguous(),
-        indices=indices.to(torch.int32),
-        positions=positions.to(torch.int32),
-        offsets=(torch.arange(filters.shape[0] + 1, device=filters.device) * taps).to(torch.int32),
-        filters=filters.to(torch.int32),
+        coefficients=torch.cat(values).contiguous(),
+        indices=torch.cat(indices).to(torch.int32),
+        positions=torch.cat(positions).to(torch.int32),
+        offsets=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+        filters=torch.cat(tables).to(torch.int32),
         kernel_size=geometry.kernel_size,
     )
 
@@ -174,6 +220,6 @@ def fit_lossless(geometry: Geometry, weight: Tensor, bias: Tensor, sample: Sampl
         answers = torch.einsum("pgrm,gnrm->pgn", sample.patches[measured], grouped).flatten(1) + bias
         outputs = sample.outputs[measured]
         wrong = float((answers - outputs).square().sum())
-        total = _deviation(outputs)
+        total = float(_deviation(outputs).sum())
     lossless = LookupWeight.lossless(weight, groups=geometry.groups, group_size=group_size)
     return Fit(lossless, bias, wrong / max(total, 1e-30))

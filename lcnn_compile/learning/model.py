@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
+from lcnn_compile.geometry import Layer
 from lcnn_compile.learning.allocate import allocate
 from lcnn_compile.learning.dictionary import Basis, fit_dictionary, most_vectors
 from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless
-from lcnn_compile.learning.network import Layer, Network
+from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler, calibrate
 from lcnn_compile.learning.search import Point, dense_point, error_curve, ladder
-from lcnn_compile.learning.sensitivity import output_sensitivity
+from lcnn_compile.learning.sensitivity import Sensitivity, output_sensitivity
 from lcnn_compile.lookup import LookupWeight, filter_table
 
 DEFAULT_MAX_ERROR = 0.05  # where sizes are "auto" and nothing else limits them
@@ -115,6 +116,7 @@ class _Fitting:
         self.pixels = {name: self._pixels(name, pixels) for name in network.layers}
         self.bases: dict[str, Basis] = {}
         self.points: dict[str, Point] = {}
+        self.sensitivity: dict[str, Sensitivity] = {}
 
     def _pixels(self, name: str, given: Mapping[str, tuple[int, int]] | None) -> tuple[int, int]:
         if given is not None and name in given:
@@ -129,9 +131,10 @@ class _Fitting:
         result = {name: self._dense(name, reason) for name in self.network.layers if (reason := self._hopeless(name))}
         order = [name for name in self._order() if name not in result]
         if target_speedup is not None:
+            self.sensitivity = self._sensitivity(order)
             others = other_macs + sum(dense_point(self.network.geometry[n], self.pixels[n]).macs for n in result)
             curves = self._curves(order)
-            weights = self._sensitivity(order)
+            weights = {name: found.layer for name, found in self.sensitivity.items()}
             self.points = allocate(curves, target_speedup=target_speedup, other_macs=others, sensitivity=weights)
         if self.sampler is not None:
             self.sampler.remember({name: self._planes(name) for name in order if not self._stays_dense(name)})
@@ -150,9 +153,9 @@ class _Fitting:
     def _order(self) -> list[str]:
         return list(self.network.layers) if self.calibration is None else self.calibration.order
 
-    def _sensitivity(self, names: Sequence[str]) -> dict[str, float]:
+    def _sensitivity(self, names: Sequence[str]) -> dict[str, Sensitivity]:
         if self.calibration is None:
-            return dict.fromkeys(names, 1.0)
+            return dict.fromkeys(names, Sensitivity(1.0, None))
         return output_sensitivity(self.network, self.calibration.batches[0], names, self.seed)
 
     def _hopeless(self, name: str) -> str:
@@ -181,7 +184,8 @@ class _Fitting:
             geometry = self.network.geometry[name]
             size = ladder(geometry, self.configs[name], self.free)[-1]
             moments = None if self.calibration is None else self.calibration.moments[name]
-            self.bases[name] = fit_dictionary(self.network.weight(name), geometry, size, moments)
+            weights = self.sensitivity[name].channels if name in self.sensitivity else None
+            self.bases[name] = fit_dictionary(self.network.weight(name), geometry, size, moments, weights)
         basis = self.bases[name]
         return basis.first(self.points[name].size) if name in self.points else basis
 
@@ -251,7 +255,9 @@ class _Fitting:
 
     def _at(self, name: str, sample: Sample | None, size: int, taps: int) -> Fit:
         basis = self._basis(name).first(size)
-        return fit_layer(self.network.geometry[name], basis, sample, taps, self.configs[name].group_size)
+        config = self.configs[name]
+        even = config.sparsity != "auto" and not self.free
+        return fit_layer(self.network.geometry[name], basis, sample, taps, config.group_size, even=even)
 
     def _search(self, name: str, sample: Sample | None) -> FittedLayer:
         """The cheapest sizes within the allowed error, as measured."""

@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning.dictionary import Basis, most_vectors
-from lcnn_compile.learning.fit import Problem
+from lcnn_compile.learning.fit import Choice, Problem
 from lcnn_compile.learning.grouping import group_filters
 from lcnn_compile.learning.sampling import Sample
-from lcnn_compile.learning.taps import Selection, select_taps, solve_coefficients
+from lcnn_compile.learning.taps import Selection, select_taps, spread_rest, spread_taps
 
 FRACTIONS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)  # of the input channels, tried as k
 STEP = 1.12  # neighbouring numbers of taps on a curve differ by at least this factor
@@ -30,17 +31,19 @@ class Point:
         taps: of each filter.
         macs: multiply-adds per sample.
         error: relative output error to expect.
+        loss: the same with each output channel weighted by what it means to the network's output.
     """
 
     size: int
     taps: int
     macs: int
     error: float
+    loss: float
 
 
 def dense_point(geometry: Geometry, pixels: tuple[int, int]) -> Point:
     """The layer as it is."""
-    return Point(0, 0, geometry.macs * pixels[0], 0.0)
+    return Point(0, 0, geometry.macs * pixels[0], 0.0, 0.0)
 
 
 def lookup_macs(geometry: Geometry, pixels: tuple[int, int], size: int, taps: int) -> int:
@@ -88,45 +91,59 @@ def error_curve(
             most = wanted if wanted <= most else 0
         if most >= 1:
             points += [
-                Point(size, taps, lookup_macs(geometry, pixels, size, taps), error)
-                for taps, error in _errors(geometry, basis.first(size), sample, most, config.group_size)
+                Point(size, taps, lookup_macs(geometry, pixels, size, taps), error, loss)
+                for taps, error, loss in _errors(geometry, basis.first(size), sample, most, config.group_size)
                 if config.sparsity == "auto" or free or taps == most
             ]
     return points
 
 
-def _errors(geometry: Geometry, basis: Basis, sample: Sample | None, taps: int, group_size: int) -> list[tuple[int, float]]:
-    """(taps, relative error) up to ``taps``: from the fit, scaled to what held-out pixels say at a few places."""
-    problems, choices = [], []
+def _errors(
+    geometry: Geometry, basis: Basis, sample: Sample | None, taps: int, group_size: int
+) -> list[tuple[int, float, float]]:
+    """(taps, relative error, weighted relative error) up to ``taps``, spread over filter groups.
+
+    From the fit, scaled to what held-out pixels say at a few places.
+    """
+    counts = _places(taps)
+    problems, fitted, total = [], [0.0] * len(counts), 0.0
     for group in range(geometry.groups):
         problem = Problem.of(sample, basis, group)
         filters = group_filters(problem.profiles(), group_size)
-        problems.append(problem)
-        choices.append((filters, select_taps(problem.gram, problem.cross, problem.energy, filters, taps)))
-    counts = choices[0][1].counts.tolist()
-    energy = sum(float(problem.energy.sum()) for problem in problems)
-    rest = sum(selection.rest.sum(1) for _, selection in choices)
-    assert isinstance(rest, Tensor)
-    fitted = [max(float(r), 0.0) / max(energy, 1e-30) for r in rest]
+        selection = select_taps(problem.gram, problem.cross, problem.energy, filters, taps)
+        rest = spread_rest(selection, problem.group_energy(filters), (filters >= 0).sum(1), counts)
+        fitted = [a + b for a, b in zip(fitted, rest, strict=True)]
+        total += float(problem.energy.sum())
+        problems.append((problem, filters, selection))
+    fitted = [rest / max(total, 1e-30) for rest in fitted]
     probes = sorted({_nearest(counts, taps * share) for share in (0.1, 0.35, 1.0)})
-    ratios = []
+    plain, weighted = [], []
     for i in probes:
-        wrong = total = 0.0
-        for problem, (filters, selection) in zip(problems, choices, strict=True):
-            error, deviation = _held(problem, filters, selection, counts[i])
-            wrong, total = wrong + error, total + deviation
-        ratios.append(wrong / max(total, 1e-30) / max(fitted[i], 1e-12))
-    points, last = [], 0.0
-    for i, (count, error) in enumerate(zip(counts, fitted, strict=True)):
-        if count >= last * STEP or i == len(counts) - 1:
-            points.append((count, error * _interpolate(count, [counts[j] for j in probes], ratios)))
-            last = count
-    return points
+        errors = torch.cat([_held(*entry, counts[i]) for entry in problems], dim=1).double()
+        weights = torch.cat([problem.weights for problem, *_ in problems]).double()
+        for ratios, scale in ((plain, torch.ones_like(weights)), (weighted, weights)):
+            wrong, deviation = (errors * scale).sum(1)
+            ratios.append(float(wrong) / max(float(deviation), 1e-30) / max(fitted[i], 1e-12))
+    places = [counts[i] for i in probes]
+    return [
+        (count, rest * _interpolate(count, places, plain), rest * _interpolate(count, places, weighted))
+        for count, rest in zip(counts, fitted, strict=True)
+    ]
 
 
-def _held(problem: Problem, filters: Tensor, selection: Selection, taps: int) -> tuple[float, float]:
-    columns = selection.columns[:, :taps]
-    matrix = problem.rows(solve_coefficients(problem.gram, problem.cross, columns, filters), columns, filters)
+def _places(taps: int) -> list[int]:
+    """Numbers of taps up to ``taps``, neighbours differing by at least STEP."""
+    places, value = [], 1.0
+    while value < taps:
+        places.append(round(value))
+        value = max(value * STEP, value + 1)
+    return [*places, taps]
+
+
+def _held(problem: Problem, filters: Tensor, selection: Selection, taps: int) -> Tensor:
+    counts = spread_taps(selection, problem.group_energy(filters), (filters >= 0).sum(1), taps)
+    choice = Choice(filters, selection.columns[:, : int(counts.max())], counts)
+    matrix = problem.rows(problem.solve(choice), choice)
     return problem.held_error(matrix, problem.bias(matrix))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,55 @@ class Selection:
     columns: Tensor
     counts: Tensor
     rest: Tensor
+
+
+def spread_taps(selection: Selection, energy: Tensor, members: Tensor, taps: int, *, even: bool = False) -> Tensor:
+    """How many of its taps each filter group keeps so that filters have ``taps`` on average: where they gain most.
+
+    Args:
+        selection: taps of each filter group, in order.
+        energy: [F], squared output error of each filter group without taps.
+        members: int64 [F], filters of each group.
+        taps: on average over filters; at most those selected.
+        even: the same number for all.
+
+    Returns:
+        int64 [F], at least 1 each; a filter has at most ``taps`` on average.
+    """
+    groups = energy.shape[0]
+    if even or groups == 1:
+        return torch.full((groups,), taps, dtype=torch.int64, device=energy.device)
+    order, costs, _ = _by_gain(selection, energy, members)
+    kept = order[costs.cumsum(0) <= members.sum() * taps]
+    lengths = selection.counts.diff(prepend=selection.counts[:1] * 0).to(energy.device)
+    return torch.zeros_like(members).index_add_(0, kept % groups, lengths[kept // groups])
+
+
+def spread_rest(selection: Selection, energy: Tensor, members: Tensor, taps: Sequence[int], *, even: bool = False) -> list[float]:
+    """The squared output error left when taps are spread as :func:`spread_taps` does, for each average in ``taps``."""
+    if even or energy.shape[0] == 1:
+        places = torch.searchsorted(selection.counts, torch.tensor(taps), right=True) - 1
+        return [float(r) for r in selection.rest[places.to(selection.rest.device)].double().sum(1)]
+    order, costs, gains = _by_gain(selection, energy, members)
+    left = energy.double().sum() - gains.flatten()[order].double().cumsum(0)
+    budgets = torch.tensor([int(members.sum()) * t for t in taps], device=left.device)
+    places = torch.searchsorted(costs.cumsum(0), budgets, right=True) - 1
+    return [max(float(r), 0.0) for r in left[places]]
+
+
+def _by_gain(selection: Selection, energy: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of all filter groups in the order in which to take them: the first of each, then those whose taps gain most.
+
+    Returns:
+        Steps·F numbers step·F + group; the multiply-adds that each costs; and what each step gains, [steps, F].
+    """
+    counts = selection.counts.to(energy.device)
+    costs = counts.diff(prepend=counts[:1] * 0)[:, None] * members
+    gains = -selection.rest.diff(dim=0, prepend=energy[None].to(selection.rest))
+    rates = (gains / costs).cummin(0).values
+    rates[0] = float("inf")
+    order = rates.flatten().argsort(descending=True, stable=True)
+    return order, costs.flatten()[order], gains
 
 
 def select_taps(gram: Tensor, cross: Tensor, energy: Tensor, filters: Tensor, taps: int) -> Selection:
@@ -89,7 +139,7 @@ def _forward(lower: Tensor, right: Tensor) -> Tensor:
     return right / lower if lower.shape[-1] == 1 else torch.linalg.solve_triangular(lower, right, upper=False)
 
 
-def solve_coefficients(gram: Tensor, cross: Tensor, columns: Tensor, filters: Tensor) -> Tensor:
+def solve_coefficients(gram: Tensor, cross: Tensor, columns: Tensor, filters: Tensor, counts: Tensor) -> Tensor:
     """Least-squares coefficients on chosen columns, by Cholesky in float64.
 
     Args:
@@ -97,18 +147,23 @@ def solve_coefficients(gram: Tensor, cross: Tensor, columns: Tensor, filters: Te
         cross: [K, n].
         columns: int64 [F, T].
         filters: int64 [F, g].
+        counts: int64 [F], how many of its columns each filter group uses.
 
     Returns:
-        [F, T, g], of the Gram matrix's dtype; zero for filters that do not exist.
+        [F, T, g], of the Gram matrix's dtype; zero for filters that do not exist and columns that are not used.
     """
     taps = columns.shape[1]
-    member = (filters >= 0)[:, None, :]
-    if taps == gram.shape[0]:
+    used = torch.arange(taps, device=columns.device) < counts[:, None]
+    member = used[:, :, None] & (filters >= 0)[:, None, :]
+    if taps == gram.shape[0] and bool(used.all()):
         solution = torch.cholesky_solve(cross.double(), cholesky(gram.double()))
         return (solution[columns[:, :, None], filters.clamp(min=0)[:, None, :]] * member).to(gram.dtype)
     parts = []
-    for part, rows in zip(*(t.split(max(1, WORK_ELEMENTS // (4 * taps * taps))) for t in (columns, filters)), strict=True):
+    chunk = max(1, WORK_ELEMENTS // (4 * taps * taps))
+    for part, rows, real in zip(*(t.split(chunk) for t in (columns, filters, used)), strict=True):
         square = gram[part[:, :, None], part[:, None, :]].double()
+        square.masked_fill_(~(real[:, :, None] & real[:, None, :]), 0.0)
+        square.diagonal(dim1=1, dim2=2).add_((~real).double())
         right = cross[part[:, :, None], rows.clamp(min=0)[:, None, :]].double()
         parts.append(torch.cholesky_solve(right, cholesky(square)).to(gram.dtype))
     return torch.cat(parts) * member
