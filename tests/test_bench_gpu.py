@@ -101,6 +101,16 @@ def test_a_network_at_its_fastest_layers(tmp_path, monkeypatch):
     assert row["speedup"] == pytest.approx(min(row["dense_ms"].values()) / row["ms"]["lookup"])
 
 
+def test_a_network_that_is_faster_dense_is_not_fitted(tmp_path, monkeypatch):
+    times = iter([1.0] + [9.0] * 100)
+    monkeypatch.setattr(Rehearsal, "milliseconds", lambda self, call, inputs: (call(inputs[0]), next(times))[1])
+    monkeypatch.delattr(torch, "compile")
+    run = worker(tmp_path)
+    (row,) = run.measure(small("network")[0])
+    assert (row["speedup"], row["ms"]) == (1.0, {})
+    assert "no layer is faster" in run.budget.skipped[0]
+
+
 def test_one_failing_job_costs_that_job_alone(tmp_path, monkeypatch):
     run = worker(tmp_path)
     good = small("layer", "b1 float32 contiguous")
@@ -216,6 +226,24 @@ def test_time_is_the_median_replay_over_the_inputs(gpu):
     assert gpu.machine.milliseconds(seen.append, inputs) == 2.0
     assert [id(x) for x in seen] == [id(x) for x in inputs[:2] * 2 + inputs]
     assert gpu.graph.replays == 1 + gpu_machine.REPLAYS
+
+
+def test_choices_are_timed_without_launches_and_caches(gpu, monkeypatch):
+    pytest.importorskip("triton")
+    from lcnn_compile.kernels import triton_store, triton_tune
+
+    order = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"), raising=False)
+    monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None, raising=False)
+    cpu = torch.device("cpu")
+    assert triton_store.milliseconds(lambda: order.append("call"), cpu) == 12.0
+    assert order == ["call"] + ["sleep", "call"] * (1 + triton_store.LONG)
+
+    def fail(config):
+        if config == "bad":
+            raise RuntimeError("out of registers")
+
+    assert triton_tune._fastest(["bad", "good"], fail, cpu) == "good"
 
 
 def test_ceilings_and_description_of_a_gpu(gpu, monkeypatch):

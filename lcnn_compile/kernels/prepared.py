@@ -44,7 +44,8 @@ class Prepared(Generic[T]):
         # A dead tensor's id may belong to another one by now; its reference then gives None.
         if entry is not None and entry[1] == marks and all(ref() is t for ref, t in zip(entry[0], tensors, strict=True)):
             return entry[2]
-        with torch.no_grad():
+        # A value made of inference tensors could not be cached against in its turn.
+        with torch.inference_mode(False), torch.no_grad():
             value = self._build(*tensors, *extra)
         entries = self._entries
 

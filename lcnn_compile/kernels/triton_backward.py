@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, launch_dictionary
 from lcnn_compile.kernels.triton_forward import precision
-from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Geometry, Packed, vector
-from lcnn_compile.kernels.triton_tiles import output_pixels, tap_offsets
+from lcnn_compile.kernels.triton_pack import INT32, Geometry, Packed, vector
+from lcnn_compile.kernels.triton_tiles import output_arguments, output_pixels, tap_offsets
 
 CHUNK = 256 << 20
 """Bytes of S at a time."""
@@ -158,23 +158,12 @@ def coefficient_gradient(
             sums,
             count,
             total,
-            images,
-            image,
-            where.out_height,
-            where.out_width,
-            where.rows,
-            where.pitch,
-            where.stride[0],
-            where.dilation[0],
-            *grad.stride(),
-            pixel_blocks,
-            tap_blocks,
-            splits,
+            pixel_blocks=pixel_blocks,
+            tap_blocks=tap_blocks,
+            splits=splits,
+            **output_arguments(grad[first : first + chunk], where, image),
             PRECISION=precision(x.dtype),
-            WIDE=image >= INT32,
-            LANES=vector(x.element_size()),
             VEC=aligned,
-            ROW_BITS=ROW_BITS,
             G=padded,
             B_G=block,
             B_T=config.block_taps,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 from lcnn_compile.kernels import triton_store
 from lcnn_compile.kernels.choose import Problem
@@ -17,10 +16,11 @@ _measured: dict[Problem, dict[str, float]] = {}
 
 def _milliseconds(arguments: tuple[object, ...], lowering: str) -> float:
     def call() -> Tensor:
-        y: Tensor = torch.ops.lcnn.lookup_conv2d(*arguments, lowering)
+        y: Tensor = torch.ops.lcnn.lookup_conv2d_inference(*arguments, lowering)
         return y
 
-    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+    assert isinstance(arguments[0], Tensor)
+    return triton_store.milliseconds(call, arguments[0].device)
 
 
 def measured(problem: Problem) -> dict[str, float] | None:

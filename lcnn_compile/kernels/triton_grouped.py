@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Epilogue, Geometry, Packed, vector
-from lcnn_compile.kernels.triton_tiles import output_pixels, store_tile, tap_offsets
+from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed
+from lcnn_compile.kernels.triton_tiles import output_arguments, output_pixels, store_tile, tap_offsets
 
 
 class GroupedConfig(NamedTuple):
@@ -180,21 +180,10 @@ def launch_grouped(
         y,
         count,
         weight.group_size,
-        y.shape[0],
-        image,
-        where.out_height,
-        where.out_width,
-        where.rows,
-        where.pitch,
-        where.stride[0],
-        where.dilation[0],
-        *y.stride(),
+        **output_arguments(y, where, image),
         ORDERED=weight.taps.ordered,
         **epilogue.flags(y),
         PRECISION=precision,
-        WIDE=image >= INT32,
-        LANES=vector(y.element_size()),
-        ROW_BITS=ROW_BITS,
         G=padded,
         B_G=block,
         B_T=config.block_taps,

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Epilogue, Geometry, Packed, vector
-from lcnn_compile.kernels.triton_tiles import output_pixels, store_tile, tap_offsets
+from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed
+from lcnn_compile.kernels.triton_tiles import output_arguments, output_pixels, store_tile, tap_offsets
 
 
 class LookupConfig(NamedTuple):
@@ -153,20 +153,9 @@ def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, wher
         epilogue.residual,
         y,
         count,
-        y.shape[0],
-        image,
-        where.out_height,
-        where.out_width,
-        where.rows,
-        where.pitch,
-        where.stride[0],
-        where.dilation[0],
-        *y.stride(),
+        **output_arguments(y, where, image),
         ORDERED=weight.taps.ordered,
-        WIDE=image >= INT32,
         **epilogue.flags(y),
-        LANES=vector(y.element_size()),
-        ROW_BITS=ROW_BITS,
         B_F=config.block_filters,
         B_P=config.block_pixels,
         UNROLL=config.unroll,

@@ -1,9 +1,12 @@
-"""Where measured choices of a GPU are kept: one file per device, Triton and version of these kernels; and when to measure."""
+"""Measuring on a GPU: when it is possible, how it is done, and where the results are kept: one file per device, Triton and
+version of these kernels."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import statistics
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +14,31 @@ import torch
 import triton
 
 from lcnn_compile.kernels.store import cache_folder
+
+AHEAD = 400_000
+"""Clock cycles that a GPU idles before a timed call, a fifth of a millisecond: launches are all queued by then, so that the time
+of the kernels counts and not that of the interpreter that launches them."""
+SHORT, LONG = 15, 5
+"""Repetitions of calls below a millisecond, and of others."""
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median time that a call's kernels take, each time with nothing of its own left in the second-level cache."""
+    sweep = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+    call()
+
+    def once() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        sweep.zero_()
+        torch.cuda._sleep(AHEAD)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    first = once()
+    return statistics.median(once() for _ in range(SHORT if first < 1 else LONG))
 
 
 def may_measure(device: torch.device) -> bool:

@@ -1,9 +1,33 @@
-"""Device functions that the forward kernels share: where a block of output pixels lies, and the epilogue that stores it."""
+"""What the kernels share: where a block of output pixels lies, which planes of S taps read, and the epilogue that stores."""
 
 # mypy: disable-error-code="no-untyped-def"
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Geometry, vector
+
+
+def output_arguments(y: Tensor, where: Geometry, image: int) -> dict[str, int | bool]:
+    """Arguments of a kernel that goes over the pixels of y [images, n, OH, OW] and reads ``image`` elements of S for each image."""
+    strides = dict(zip(("y_n", "y_c", "y_h", "y_w"), y.stride(), strict=True))
+    return {
+        "images": y.shape[0],
+        "image": image,
+        "OH": where.out_height,
+        "OW": where.out_width,
+        "ROWS": where.rows,
+        "PITCH": where.pitch,
+        "STRIDE_H": where.stride[0],
+        "DILATION_H": where.dilation[0],
+        **strides,
+        "WIDE": image >= INT32,
+        "LANES": vector(y.element_size()),
+        "ROW_BITS": ROW_BITS,
+    }
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
-import triton
+import torch
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -18,7 +18,7 @@ from lcnn_compile.kernels.triton_fused import FusedConfig, band_of
 from lcnn_compile.kernels.triton_grouped import GroupedConfig
 from lcnn_compile.kernels.triton_lookup import LookupConfig
 from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, padded_group
-from lcnn_compile.kernels.triton_store import may_measure, store_of
+from lcnn_compile.kernels.triton_store import may_measure, milliseconds, store_of
 
 T = TypeVar("T")
 
@@ -55,7 +55,10 @@ def lookup_configs(element_size: int) -> list[LookupConfig]:
 
 
 def grouped_configs(size: int, element_size: int) -> list[GroupedConfig]:
-    """Configurations for groups of ``size`` filters: a group per program, or several that find S in their own cache."""
+    """Configurations for groups of ``size`` filters: a group per program, or several that find S in their own cache.
+
+    That cache is what shared memory leaves: fewer stages keep more of S in it.
+    """
     if element_size == 4:
         return [GroupedConfig(16, 128, 1, 4, 4), GroupedConfig(32, 64, 1, 4, 4), GroupedConfig(16, 128, 8, 4, 4)]
     if padded_group(size) < 64:
@@ -64,12 +67,14 @@ def grouped_configs(size: int, element_size: int) -> list[GroupedConfig]:
             GroupedConfig(32, 256, 1, 4, 4),
             GroupedConfig(32, 256, 16, 8, 4),
             GroupedConfig(64, 128, 4, 4, 4),
+            GroupedConfig(32, 256, 32, 8, 2),
         ]
     return [
         GroupedConfig(32, 128, 1, 4, 4),
         GroupedConfig(64, 128, 1, 4, 4),
         GroupedConfig(64, 256, 1, 8, 4),
         GroupedConfig(64, 128, 4, 4, 4),
+        GroupedConfig(32, 256, 8, 8, 2),
     ]
 
 
@@ -94,17 +99,18 @@ def guess(x: Tensor, weight: Packed, groups: int) -> ForwardConfig:
     return ForwardConfig(first[0], second[0], CHUNK)
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a launch; infinite where the configuration does not fit this device."""
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median time of a launch; infinite where the configuration does not compile or fit this device."""
     try:
-        call()
-        return float(triton.testing.do_bench(call, warmup=3, rep=15, return_mode="median"))
-    except TritonError:
+        return milliseconds(call, device)
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError):
         return float("inf")
 
 
-def _fastest(configs: Iterable[T], launch: Callable[[T], object]) -> T:
-    return min(configs, key=lambda config: _milliseconds(lambda: launch(config)))
+def _fastest(configs: Iterable[T], launch: Callable[[T], object], device: torch.device) -> T:
+    return min(configs, key=lambda config: _milliseconds(lambda: launch(config), device))
 
 
 def measure(
@@ -118,20 +124,20 @@ def measure(
     part, target = x[:images], y[:images]
     tail = epilogue if epilogue.residual is None else epilogue._replace(residual=epilogue.residual[:images])
     digits = precision(x.dtype)
-    dictionary = _fastest(first, lambda c: launch_dictionary(part, weight.dictionary, s, groups, where, digits, c))
+    dictionary = _fastest(first, lambda c: launch_dictionary(part, weight.dictionary, s, groups, where, digits, c), x.device)
 
     def launch(config: LookupConfig | GroupedConfig) -> None:
         launch_dictionary(part, weight.dictionary, s, groups, where, digits, dictionary)
         launch_lookups(s, weight, target, tail, where, digits, config)
 
-    lookups = _fastest(second, launch)
+    lookups = _fastest(second, launch, x.device)
     whole: list[ForwardConfig | FusedConfig] = [ForwardConfig(dictionary, lookups, CHUNK)]
     if images < x.shape[0]:
         whole.append(ForwardConfig(dictionary, lookups, 2**40))
     for room, programs in ROOMS:
         if band_of(where, x.shape[0], planes, room // x.element_size()) is not None:
             whole.append(fused_config(dictionary, lookups, x.element_size(), room, programs))
-    return _fastest(whole, lambda config: run(x, y, weight, groups, epilogue, where, config))
+    return _fastest(whole, lambda config: run(x, y, weight, groups, epilogue, where, config), x.device)
 
 
 def candidates(

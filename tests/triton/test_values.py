@@ -242,8 +242,7 @@ def test_offsets_of_64_bits(group_size, monkeypatch):
     weight, x = case.tensors()
     config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1).lookups
     plain = direct(case, weight, x, config)
-    for module in (sys.modules["lcnn_compile.kernels.triton_lookup"], sys.modules["lcnn_compile.kernels.triton_grouped"]):
-        monkeypatch.setattr(module, "INT32", 1)
+    monkeypatch.setattr(sys.modules["lcnn_compile.kernels.triton_tiles"], "INT32", 1)
     assert torch.equal(direct(case, weight, x, config), plain)
 
 
