@@ -42,7 +42,8 @@ def test_every_lowering_is_as_exact_as_a_dense_convolution(case, lowering):
         conv64.weight.copy_(exact.abs())
         scale = conv64(x.double().abs()).abs().max() if truth.numel() else torch.tensor(0.0)
     assert result.shape == own.shape
-    assert result.stride() == own.stride() or not x.is_contiguous()
+    if x.is_contiguous():
+        assert result.is_contiguous()
     if truth.numel():
         floor = own + 8 * torch.finfo(torch.float32).eps * scale.float()
         assert_close(result, floor, truth, name=f"{lowering} of {layer}")
