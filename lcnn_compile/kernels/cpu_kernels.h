@@ -9,6 +9,12 @@ namespace lcnn {
 constexpr int TILE = 6;   // vectors of pixels in a tile, at most
 constexpr int BLOCK = 8;  // filters of a group that are packed together, at most
 
+// Filters that share their taps, few enough for one call of the micro-kernel (or two, where registers are few).
+struct Block {
+  int64_t first_tap, taps, coefficients;
+  int size, first_filter;
+};
+
 enum Activation { NONE, RELU, RELU6, SILU, HARDSWISH };
 
 // What happens to a sum before it is written.
@@ -112,9 +118,9 @@ struct Lookup {
   bool stream;  // write past the caches: every vector is full and aligned
 };
 
-// F filters at V vectors of pixels.
+// F filters at V vectors of pixels; `regular`: all of them are full.
 template <int F, int V>
-static void look_up(const Lookup& to, const Pixels* pixels, const int32_t* offsets, const float* coefficients, int64_t width,
+static inline __attribute__((always_inline)) void look_up(const Lookup& to, const Pixels* pixels, bool regular, const int32_t* offsets, const float* coefficients, int64_t width,
                     int64_t taps, const int32_t* filters) {
   const float* base[V];
   UNROLL for (int v = 0; v < V; ++v) base[v] = to.s + pixels[v].source;
@@ -152,7 +158,7 @@ static void look_up(const Lookup& to, const Pixels* pixels, const int32_t* offse
         const Vec value = acc[f][v];
         if (to.stream)
           store_past_caches(y + pixels[v].target, value);
-        else if (pixels[v].mask == FULL)
+        else if (regular || pixels[v].mask == FULL)
           store(y + pixels[v].target, value);
         else
           store_first(y + pixels[v].target, compress(value, pixels[v].mask), pixels[v].count);
@@ -177,13 +183,35 @@ static void look_up(const Lookup& to, const Pixels* pixels, const int32_t* offse
     }
 }
 
+
+// Filters that share their taps.
+template <int F, int V>
+static void look_up_together(const Lookup& to, const Pixels* pixels, bool regular, const int32_t* offsets,
+                             const float* coefficients, int64_t width, int64_t taps, const int32_t* filters) {
+  look_up<F, V>(to, pixels, regular, offsets, coefficients, width, taps, filters);
+}
+
+// Filters with taps of their own, one after the other.
+template <int V>
+static void look_up_alone(const Lookup& given, const Pixels* at, bool regular, const Block* blocks, int64_t count,
+                          const int32_t* offsets, const float* coefficients, const int32_t* filters) {
+  const Lookup to = given;  // copies, which no store can change
+  Pixels pixels[V];
+  UNROLL for (int v = 0; v < V; ++v) pixels[v] = at[v];
+  for (const Block* block = blocks; block < blocks + count; ++block)
+    look_up<1, V>(to, pixels, regular, offsets + block->first_tap, coefficients + block->coefficients, 1, block->taps,
+                  filters + block->first_filter);
+}
+
 using Form = decltype(&form<1, 1>);
-using LookUp = decltype(&look_up<1, 1>);
+using LookUp = decltype(&look_up_together<1, 1>);
+using LookUpAlone = decltype(&look_up_alone<1>);
 
 // The kernels for every number of filters and vectors that fits the registers.
 struct Kernels {
   Form form[FILTERS + 1][TILE + 1] = {};
   LookUp look_up[FILTERS + 1][TILE + 1] = {};
+  LookUpAlone look_up_alone[TILE + 1] = {};
 
   Kernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
 
@@ -192,7 +220,8 @@ struct Kernels {
   void fill() {
     if constexpr (F > 0) {
       form[F][V] = lcnn::form<F, V>;
-      look_up[F][V] = lcnn::look_up<F, V>;
+      look_up[F][V] = look_up_together<F, V>;
+      if constexpr (F == 1) look_up_alone[V] = lcnn::look_up_alone<V>;
       if constexpr (V > 1)
         fill<F, V - 1>();
       else

@@ -18,15 +18,15 @@ struct Geometry {
   int64_t threads;
 };
 
-// Pixels of x with the same remainder by the stride: S keeps a plane of its own for each.
+// Pixels of x with the same remainder by the step between formed pixels: S keeps a plane of its own for each.
 struct Phase {
   int64_t row, column;
   int64_t first_valid, end_valid;  // columns of the grid that lie in the image
 };
 
-// The phase that a tap reads, from this column on.
+// What a tap reads of S as it is formed, from this row and column on.
 struct Shift {
-  int64_t phase, column;
+  int64_t phase, row, column;
 };
 
 constexpr int64_t EVEN = 8;  // rows of aligned copies start at multiples of so many floats
@@ -34,14 +34,20 @@ constexpr int64_t EVEN = 8;  // rows of aligned copies start at multiples of so 
 // A plane's size in whole lines, an odd number of them, lest planes fall into the same cache sets.
 inline int64_t odd_lines(int64_t floats) { return (floats / LANES | 1) * LANES; }
 
-// S of a band: for each dictionary vector, `phases` grids of `rows` x `pitch`.
+// S of a band: for each dictionary vector, `phases` grids of formed rows x `pitch`.
+//
+// Where a stride uses every pixel of x, S is formed at all of them in their order, and then split: k planes are cheaper to
+// take apart than the channels of x.
 struct Plan {
   const Weight& w;
   Geometry g;
   std::vector<Phase> phases;
   std::vector<Shift> shifts;     // that the taps read
   std::vector<int32_t> offsets;  // of the taps, in S
+  int64_t step[2];               // between the pixels of a phase
+  int64_t skip[2];               // pixels of a phase from one output to the next: 1 unless S is split
   int64_t reach_h, reach_w;      // farthest row and column of a phase that a tap adds
+  int64_t read_reach_h, read_reach_w;  // of S as it is read
   int64_t pitch, phase_plane, plane;            // of S as it is formed
   int64_t read_pitch, shift_plane, read_plane;  // of S as it is read: the same, or a copy for each shift
   int64_t band, bands;                          // output rows per band, and bands per image
@@ -49,7 +55,8 @@ struct Plan {
   int64_t extent;                               // floats from the address of x to the end of its memory
   bool connected;  // a fully connected layer: images become the pixels of one row, and lie next to their filters in y
   bool few;        // too few pixels for vectors
-  bool aligned;    // S is copied for each shift, so that vectors seldom cross cache lines
+  bool aligned;    // S is copied for each column, so that vectors seldom cross cache lines
+  bool copied;     // S is copied to be read: it is split, or aligned
   bool by_rows;    // vectors of output pixels start at each row, rather than anywhere
   bool fetch;      // lines of the output are asked for before they are written
   bool stream;     // output goes past the caches
@@ -57,12 +64,15 @@ struct Plan {
 
   Plan(const Weight& weight, const Geometry& geometry);
   int64_t formed() const { return round_up(w.k * plane, LANES); }
-  int64_t scratch() const { return formed() + (aligned ? w.k * read_plane : 0); }
+  int64_t formed_rows(int64_t rows) const { return (rows - 1) * skip[0] + 1 + reach_h; }
+  int64_t scratch() const { return formed() + (copied ? w.k * read_plane : 0); }
   int64_t packed() const { return w.m * tile * LANES; }
   int64_t vectors(int64_t rows, int64_t row_pitch) const { return ceil_div((rows - 1) * row_pitch + g.out_width, LANES); }
 
  private:
   void find_phases();
+  Shift shift_of(int64_t position) const;
+  void find_shifts();
   void layout(int64_t rows);
   void find_offsets();
 };
@@ -86,9 +96,13 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g
            (g.width - 1) * g.stride_w + 1;
   tile = w.m > 1024 ? 3 : TILE;
   find_phases();
-  const int64_t even = round_up(g.out_width, EVEN), copies = w.groups * w.k * int64_t(shifts.size());
-  aligned = !few && LANES >= 8 && w.lone_taps() > ALIGN_ABOVE * copies &&
-            20 * vectors(g.out_height, even) <= 21 * vectors(g.out_height, pitch);
+  const int64_t even = round_up(g.out_width, EVEN);
+  aligned = true;
+  find_shifts();
+  aligned = !few && LANES >= 8 && w.lone_taps() > ALIGN_ABOVE * w.groups * w.k * int64_t(shifts.size()) &&
+            20 * vectors(g.out_height, even) <= 21 * vectors(g.out_height, skip[1] > 1 ? g.out_width + read_reach_w : pitch);
+  find_shifts();
+  copied = aligned || skip[0] * skip[1] > 1;
   layout(1);
   const int64_t one = scratch();
   layout(2);
@@ -107,51 +121,77 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g
 }
 
 inline void Plan::find_phases() {
-  reach_h = (w.kh - 1) * g.dilation[0] / g.stride[0];
-  reach_w = (w.kw - 1) * g.dilation[1] / g.stride[1];
-  pitch = g.out_width;
-  for (int64_t r = 0; r < w.kh; ++r)
-    for (int64_t c = 0; c < w.kw; ++c) {
-      Phase p{r * g.dilation[0] % g.stride[0], c * g.dilation[1] % g.stride[1], 0, 0};
-      const auto same = [&](const Phase& q) { return q.row == p.row && q.column == p.column; };
-      const int64_t phase = std::find_if(phases.begin(), phases.end(), same) - phases.begin();
-      const Shift shift{phase, c * g.dilation[1] / g.stride[1]};
-      const auto equal = [&](const Shift& q) { return q.phase == shift.phase && q.column == shift.column; };
-      if (std::none_of(shifts.begin(), shifts.end(), equal)) shifts.push_back(shift);
-      if (phase < int64_t(phases.size())) continue;
-      p.first_valid = std::max<int64_t>(0, ceil_div(g.left - p.column, g.stride[1]));
-      p.end_valid = std::min(ceil_div(g.width + g.left - p.column, g.stride[1]), g.out_width + reach_w);
+  // Remainders of the taps' rows and columns by the stride.
+  const auto used = [&](int64_t count, int64_t dilation, int64_t stride) {
+    std::vector<int64_t> found;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t remainder = i * dilation % stride;
+      if (std::find(found.begin(), found.end(), remainder) == found.end()) found.push_back(remainder);
+    }
+    return found;
+  };
+  std::vector<int64_t> rows = used(w.kh, g.dilation[0], g.stride[0]), columns = used(w.kw, g.dilation[1], g.stride[1]);
+  const bool all = !few && int64_t(rows.size()) == g.stride[0] && int64_t(columns.size()) == g.stride[1];
+  for (int i : {0, 1}) step[i] = all ? 1 : g.stride[i], skip[i] = g.stride[i] / step[i];
+  if (all) rows = columns = {0};
+  reach_h = (w.kh - 1) * g.dilation[0] / step[0];
+  reach_w = (w.kw - 1) * g.dilation[1] / step[1];
+  read_reach_h = (w.kh - 1) * g.dilation[0] / g.stride[0];
+  read_reach_w = (w.kw - 1) * g.dilation[1] / g.stride[1];
+  const int64_t width = (g.out_width - 1) * skip[1] + 1;
+  pitch = width;
+  for (int64_t row : rows)
+    for (int64_t column : columns) {
+      Phase p{row, column, 0, 0};
+      p.first_valid = std::max<int64_t>(0, ceil_div(g.left - column, step[1]));
+      p.end_valid = std::min(ceil_div(g.width + g.left - column, step[1]), width + reach_w);
       // The zeros to the right of a row may be those to the left of the next one.
-      pitch = std::max({pitch, p.end_valid, g.out_width + reach_w - p.first_valid});
+      pitch = std::max({pitch, p.end_valid, width + reach_w - p.first_valid});
       phases.push_back(p);
     }
+}
+
+// Where the plane begins that the tap at this position reads.
+inline Shift Plan::shift_of(int64_t position) const {
+  const int64_t down = position / w.kw * g.dilation[0], right = position % w.kw * g.dilation[1];
+  const int64_t row = down % g.stride[0], column = right % g.stride[1];
+  Shift found{0, skip[0] > 1 ? row : 0, skip[1] > 1 ? column : 0};
+  while (step[0] > 1 && phases[found.phase].row != row) ++found.phase;
+  while (step[1] > 1 && phases[found.phase].column != column) ++found.phase;
+  if (aligned) found.column += right / g.stride[1] * skip[1];
+  return found;
+}
+
+inline void Plan::find_shifts() {
+  shifts.clear();
+  for (int64_t position = 0; position < w.kh * w.kw; ++position) {
+    const Shift shift = shift_of(position);
+    const auto equal = [&](const Shift& q) { return q.phase == shift.phase && q.row == shift.row && q.column == shift.column; };
+    if (std::none_of(shifts.begin(), shifts.end(), equal)) shifts.push_back(shift);
+  }
 }
 
 inline void Plan::layout(int64_t rows) {
   band = rows;
   // Vectors may start at the last valid pixel, so that a vector's worth of slack lies behind it, twice for the shift.
-  const int64_t slack = 2 * LANES;
-  phase_plane = round_up((rows + reach_h) * pitch + reach_w + slack, LANES);
+  const int64_t slack = (1 + skip[1]) * LANES;
+  phase_plane = round_up(formed_rows(rows) * pitch + reach_w + slack, LANES);
   plane = odd_lines(phase_plane * int64_t(phases.size()));
-  read_pitch = aligned ? round_up(g.out_width, EVEN) : pitch;
-  shift_plane = round_up((rows + reach_h) * read_pitch + slack, LANES);
-  read_plane = aligned ? odd_lines(shift_plane * int64_t(shifts.size())) : plane;
+  read_pitch = aligned ? round_up(g.out_width, EVEN) : copied ? g.out_width + read_reach_w : pitch;
+  shift_plane = copied ? round_up((rows + read_reach_h) * read_pitch + 2 * LANES, LANES) : phase_plane;
+  read_plane = copied ? odd_lines(shift_plane * int64_t(shifts.size())) : plane;
   if (std::max(plane, read_plane) > INT32_MAX / w.k) throw std::bad_alloc();
 }
 
 inline void Plan::find_offsets() {
   offsets.resize(w.indices.size());
   for (size_t t = 0; t < offsets.size(); ++t) {
-    const int64_t down = w.positions[t] / w.kw * g.dilation[0], right = w.positions[t] % w.kw * g.dilation[1];
-    const int64_t column = right / g.stride[1];
-    int64_t at = 0;
-    const auto reads = [&](const Shift& shift) {
-      const Phase& phase = phases[shift.phase];
-      return shift.column == column && phase.row == down % g.stride[0] && phase.column == right % g.stride[1];
-    };
-    while (!reads(shifts[at])) ++at;
-    const int64_t start = aligned ? at * shift_plane : shifts[at].phase * phase_plane + column;
-    offsets[t] = int32_t(w.indices[t] * read_plane + start + down / g.stride[0] * read_pitch);
+    const Shift shift = shift_of(w.positions[t]);
+    const auto equal = [&](const Shift& q) { return q.phase == shift.phase && q.row == shift.row && q.column == shift.column; };
+    const int64_t at = copied ? std::find_if(shifts.begin(), shifts.end(), equal) - shifts.begin() : shift.phase;
+    const int64_t down = w.positions[t] / w.kw * g.dilation[0] / g.stride[0];
+    const int64_t right = aligned ? 0 : w.positions[t] % w.kw * g.dilation[1] / g.stride[1];
+    offsets[t] = int32_t(w.indices[t] * read_plane + at * shift_plane + down * read_pitch + right);
   }
 }
 

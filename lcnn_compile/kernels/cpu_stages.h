@@ -53,15 +53,15 @@ struct Grid {
 inline Grid Call::grid(const Phase& at, int64_t first_row, int64_t rows) const {
   const Geometry& g = p.g;
   const auto row_of = [&](int64_t h) {
-    return std::clamp<int64_t>(ceil_div(h + g.top - at.row - first_row * g.stride[0], g.stride[0]), 0, rows + p.reach_h);
+    return std::clamp<int64_t>(ceil_div(h + g.top - at.row - first_row * g.stride[0], p.step[0]), 0, p.formed_rows(rows));
   };
   const int64_t first = row_of(0), end = row_of(g.height);
   const bool empty = first >= end || at.first_valid >= at.end_valid;
   return {empty ? 0 : first * p.pitch + at.first_valid,
           empty ? 0 : (end - 1) * p.pitch + at.end_valid,
           (first_row * g.stride[0] + at.row - g.top) * g.stride_h + (at.column - g.left) * g.stride_w,
-          g.stride[0] * g.stride_h,
-          g.stride[1] * g.stride_w};
+          p.step[0] * g.stride_h,
+          p.step[1] * g.stride_w};
 }
 
 // The vector of grid pixels from `first` on.
@@ -92,6 +92,21 @@ inline void copy_spread(float* to, const float* from, int64_t length, int64_t st
       const Vec low = load_first(from + 2 * i, part(left)), high = load_first(from + 2 * i + LANES, part(left - LANES));
       store(to + i, even_lanes(low, high));
     }
+  } else {
+    for (int64_t i = 0; i < length; ++i) to[i] = from[i * step];
+  }
+}
+
+// The same by whole vectors: what lies behind `length` may be read, and overwritten in `to`.
+inline void copy_row(float* to, const float* from, int64_t length, int64_t step) {
+  if (step == 1) {
+    for (int64_t i = 0; i < length; i += LANES) store(to + i, load(from + i));
+  } else if (step == 2) {
+    for (int64_t i = 0; i < length; i += LANES) store(to + i, even_lanes(load(from + 2 * i), load(from + 2 * i + LANES)));
+  } else if (step == 4) {
+    for (int64_t i = 0; i < length; i += LANES, from += 4 * LANES)
+      store(to + i, even_lanes(even_lanes(load(from), load(from + LANES)),
+                               even_lanes(load(from + 2 * LANES), load(from + 3 * LANES))));
   } else {
     for (int64_t i = 0; i < length; ++i) to[i] = from[i * step];
   }
@@ -137,9 +152,12 @@ struct Share {
         tile(count ? unit / count : 0),
         block(count ? unit % count : 0) {}
   bool more() const { return unit < end; }
-  void advance() {
-    ++unit;
-    new_tile = ++block == blocks;
+  // Units left of this tile.
+  int64_t run() const { return std::min(end - unit, blocks - block); }
+  void advance(int64_t units = 1) {
+    unit += units;
+    block += units;
+    new_tile = block == blocks;
     if (new_tile) block = 0, ++tile;
   }
 };
@@ -300,30 +318,42 @@ inline void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, 
                   Epilogue(int(g.activation), g.residual_last != 0), p.fetch, p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
   if (p.few) return look_up_few(to, group, rows, team);
   Pixels pixels[TILE];
-  int64_t count = 0;
-  for (Share share(tiles, blocks, team); share.more(); share.advance()) {
+  int64_t count = 0, units = 1;
+  bool regular = false;
+  for (Share share(tiles, blocks, team); share.more(); share.advance(units)) {
     if (share.new_tile) {
       const int64_t first = vectors * share.tile / tiles;
       count = vectors * (share.tile + 1) / tiles - first;
       for (int64_t i = 0; i < count; ++i) pixels[i] = out_pixels(first + i, per_row, rows);
+      regular = std::all_of(pixels, pixels + count, [](const Pixels& v) { return v.mask == FULL; });
     }
     const Block& block = w.blocks[first_block + share.block];
+    units = 1;
+    if (block.size == 1 && count <= vectors_for(1)) {
+      while (units < share.run() && (&block)[units].size == 1) ++units;
+      kernels.look_up_alone[count](to, pixels, regular, &block, units, p.offsets.data(), w.coefficients.data(), w.filters.data());
+      continue;
+    }
     in_passes(block.size, count, [&](int f, int filters, int64_t v, int64_t width) {
-      kernels.look_up[filters][width](to, pixels + v, p.offsets.data() + block.first_tap,
+      kernels.look_up[filters][width](to, pixels + v, regular, p.offsets.data() + block.first_tap,
                                       w.coefficients.data() + block.coefficients + f, block.size, block.taps,
                                       w.filters.data() + block.first_filter + f);
     });
   }
 }
 
-// Rows of S moved to where each shift finds them aligned. What a row writes too much, the next one overwrites.
+// S moved to where each shift finds it. What a row writes too much, the next one overwrites.
 inline void Call::copy_shifts(int64_t rows, const float* s, float* copies, Team team) const {
+  const int64_t width = p.g.out_width + (p.aligned ? 0 : p.read_reach_w);
   for (int64_t i = p.w.k * team.rank / team.size; i < p.w.k * (team.rank + 1) / team.size; ++i)
     for (size_t shift = 0; shift < p.shifts.size(); ++shift) {
-      const float* from = s + i * p.plane + p.shifts[shift].phase * p.phase_plane + p.shifts[shift].column;
+      const Shift& at = p.shifts[shift];
+      const float* from = s + i * p.plane + at.phase * p.phase_plane + at.row * p.pitch + at.column;
       float* to = copies + i * p.read_plane + int64_t(shift) * p.shift_plane;
-      for (int64_t row = 0; row < rows + p.reach_h; ++row, from += p.pitch, to += p.read_pitch)
-        for (int64_t column = 0; column < p.g.out_width; column += LANES) store(to + column, load(from + column));
+      // The last rows may lie beyond what is formed, where this shift has no tap.
+      const int64_t end = std::min(rows + p.read_reach_h, ceil_div(p.formed_rows(rows) - at.row, p.skip[0]));
+      for (int64_t row = 0; row < end; ++row, from += p.skip[0] * p.pitch, to += p.read_pitch)
+        copy_row(to, from, width, p.skip[1]);
     }
 }
 
@@ -334,7 +364,7 @@ inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Te
     dictionary_stage(image, group, first_row, rows, s, packed, team);
     team.wait();
     float* read = s;
-    if (p.aligned) {
+    if (p.copied) {
       read = s + p.formed();
       copy_shifts(rows, s, read, team);
       team.wait();

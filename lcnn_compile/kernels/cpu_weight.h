@@ -12,12 +12,6 @@ namespace lcnn {
 inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Filters that share their taps, few enough for one call of the micro-kernel (or two, where registers are few).
-struct Block {
-  int64_t first_tap, taps, coefficients;
-  int size, first_filter;
-};
-
 // A lookup weight, packed by blocks of filters: coefficients [taps][size].
 struct Weight {
   int64_t groups, k, m, kh, kw, n;
