@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Images:
 def _decode(stream: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     from PIL import Image
 
-    places = zip(offsets[:-1], offsets[1:], strict=True)
+    places = itertools.pairwise(offsets)
     pixels = (np.asarray(Image.open(io.BytesIO(stream[a:b].tobytes()))) for a, b in places)
     return np.stack([image.transpose(2, 0, 1) for image in pixels])
 
@@ -74,11 +75,15 @@ def standardise(images: Tensor) -> Tensor:
 class TrainingBatches:
     """Shuffled (images, labels) batches, flipped and shifted at random; the last, smaller one is left out.
 
-    Epoch e is the same in every run with the same seed, so that a run that was cut off continues with the same data.
+    Epoch e, set by ``set_epoch`` and counted up with each pass, is the same in every run with the same seed.
     """
 
     def __init__(self, images: Images, size: int = 128, seed: int = 0) -> None:
         self.images, self.size, self.seed, self.epoch = images, size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which pass comes next."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.images.train) // self.size

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lcnn_compile.errors import ConfigError
 from lcnn_compile.learning.resume import read_state, write_state
+from lcnn_compile.learning.soft import sparsity_penalty
 from lcnn_compile.torch_private import pytree
 
 Loss = Literal["auto", "kl", "mse"]
@@ -79,22 +80,23 @@ def distill(
 
     Stochastic gradient descent with Nesterov momentum, one cycle of the learning rate: linear up, then a half cosine
     down to zero. Parameters that do not require grad stay (freeze the dictionaries to learn coefficients only, LCNN,
-    section 3.3). Dropout stays off.
+    section 3.3). Dropout stays off. Where supports are soft (:func:`~lcnn_compile.learning.soften`), their penalty is added.
 
     Args:
         student: any module; a DistributedDataParallel wrapper works too, then only rank 0 reports and writes.
         teacher: gives the targets, in eval mode.
-        loader: has a length; each batch is the inputs, or a pair (inputs, labels).
+        loader: has a length; each batch is the inputs, or a pair (inputs, labels). Where it or its sampler has
+            ``set_epoch``, that is called before each pass.
         epochs: passes over the loader.
         lr: highest learning rate.
         momentum: of SGD.
-        weight_decay: of SGD.
+        weight_decay: of SGD, for everything but biases and batch norm.
         max_norm: gradients are scaled down to this norm; None leaves them.
         warm_up: share of all steps in which the learning rate rises.
         loss: "kl" compares logits [N, classes]; "mse" compares every floating tensor of the outputs, relative to the
             teacher's variance; "auto" takes "kl" for one tensor [N, classes] with at least two classes.
         temperature: of "kl".
-        label_weight: share of cross-entropy with the labels in the loss, 0 to 1; needs labels.
+        label_weight: share of cross-entropy with the labels in the loss, 0 to 1; needs labels. With 1 the teacher is not run.
         train_batch_norm: batch norm layers use and update batch statistics while training.
         autocast: torch.bfloat16 or torch.float16 for mixed precision.
         call: runs a module on a batch's inputs; ``module(inputs)`` by default.
@@ -111,8 +113,13 @@ def distill(
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise ConfigError("the student has no parameter that requires grad")
+    # Biases and what batch norm learns do not decay.
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.SGD(
-        parameters, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay, foreach=False
+        [group for group in groups if group["params"]], lr=lr, momentum=momentum, nesterov=momentum > 0, foreach=False
     )
     device = parameters[0].device
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
@@ -132,6 +139,7 @@ def distill(
         with _bar(progress and leader, epochs * steps, len(history.epochs) * steps) as advance:
             while len(history.epochs) < epochs and not history.stopped_early:
                 start, total = time.perf_counter(), 0.0
+                _announce(loader, len(history.epochs))
                 _train_mode(student, train_batch_norm)
                 for step, batch in enumerate(loader):
                     share = (len(history.epochs) * steps + step) / (epochs * steps)
@@ -140,9 +148,9 @@ def distill(
                     inputs, labels = _split(batch, device)
                     with torch.autocast(device.type, autocast, enabled=autocast is not None):
                         with torch.no_grad():
-                            target = run(teacher, inputs)
+                            target = run(teacher, inputs) if label_weight < 1 else None
                         output = run(student, inputs)
-                    value = _loss(output, target, labels, loss, temperature, label_weight)
+                    value = _loss(output, target, labels, loss, temperature, label_weight) + sparsity_penalty(student)
                     optimizer.zero_grad(set_to_none=True)
                     scaler.scale(value).backward()
                     if max_norm is not None:
@@ -169,6 +177,14 @@ def distill(
     else:
         history.best = len(history.epochs) - 1
     return history
+
+
+def _announce(loader: Any, epoch: int) -> None:
+    """Tell loaders and samplers that shuffle by epoch (as DistributedSampler) which one comes."""
+    for shuffled in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        announce = getattr(shuffled, "set_epoch", None)
+        if callable(announce):
+            announce(epoch)
 
 
 def _everywhere(value: float, device: torch.device, spread: bool) -> float:
@@ -240,6 +256,10 @@ def _split(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
 
 def _loss(output: Any, target: Any, labels: Tensor | None, loss: str, temperature: float, label_weight: float) -> Tensor:
     logits = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+    if label_weight and (labels is None or not logits):
+        raise ConfigError("label_weight needs batches (inputs, integer labels) and one output of logits [N, classes]")
+    if labels is not None and label_weight == 1:
+        return F.cross_entropy(output.float(), labels)
     if loss == "kl" or (loss == "auto" and logits):
         scale = 1 / temperature
         wanted, given = (F.log_softmax(t.float() * scale, dim=-1) for t in (target, output))
@@ -248,10 +268,8 @@ def _loss(output: Any, target: Any, labels: Tensor | None, loss: str, temperatur
         pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(target), strict=True)
         floating = [(y.float(), t.float()) for y, t in pairs if isinstance(y, Tensor) and y.is_floating_point()]
         value = torch.stack([F.mse_loss(y, t) / t.var(correction=0).clamp(min=1e-12) for y, t in floating]).mean()
-    if not label_weight:
+    if not label_weight or labels is None:
         return value
-    if labels is None or not logits:
-        raise ConfigError("label_weight needs batches (inputs, integer labels) and one output of logits [N, classes]")
     return (1 - label_weight) * value + label_weight * F.cross_entropy(output.float(), labels)
 
 

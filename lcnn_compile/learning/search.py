@@ -117,7 +117,8 @@ def _errors(
         problems.append((problem, filters, selection))
     fitted = [rest / max(total, 1e-30) for rest in fitted]
     probes = sorted({_nearest(counts, taps * share) for share in (0.1, 0.35, 1.0)})
-    plain, weighted = [], []
+    plain: list[float] = []
+    weighted: list[float] = []
     for i in probes:
         errors = torch.cat([_held(*entry, counts[i]) for entry in problems], dim=1).double()
         weights = torch.cat([problem.weights for problem, *_ in problems]).double()
