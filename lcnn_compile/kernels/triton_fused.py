@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, dictionary_block, input_vector, source_pixels, store_shifted
-from lcnn_compile.kernels.triton_grouped import GroupedConfig, block_filters, grouped_block
+from lcnn_compile.kernels.triton_grouped import GroupedConfig, block_filters, channel_vector, grouped_block
 from lcnn_compile.kernels.triton_lookup import LookupConfig, lookup_block
 from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Epilogue, Geometry, Packed, vector
 from lcnn_compile.kernels.triton_tiles import output_pixels
@@ -107,6 +107,7 @@ def fused_kernel(
     LANES: tl.constexpr,
     VEC_X: tl.constexpr,
     VEC: tl.constexpr,
+    VEC_C: tl.constexpr,
     ROW_BITS: tl.constexpr,
     G: tl.constexpr,
     B_K: tl.constexpr,
@@ -156,7 +157,7 @@ def fused_kernel(
                 grouped_block(
                     p_s, p_codes, p_c, p_offsets, p_filters, p_bias, p_residual, p_y, i % blocks, size, ROWS * PITCH,
                     DILATION_H * PITCH, o_s, o_y + first_y, m_p, y_c, ORDERED, RESIDUAL_LAST, ACTIVATION, PRECISION, WIDE,
-                    LANES, VEC, ROW_BITS, G, B_F, B_T, STAGES,
+                    LANES, VEC, VEC_C, ROW_BITS, G, B_F, B_T, STAGES,
                 )  # fmt: skip
         tl.debug_barrier()
 
@@ -244,6 +245,7 @@ def launch_fused(
         WIDE=band.images * image >= INT32,
         LANES=vector(x.element_size()),
         VEC_X=lanes,
+        VEC_C=channel_vector(weight.group_size, y),
         ROW_BITS=ROW_BITS,
         G=padded,
         B_K=config.dictionary.block_vectors,

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed
+from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, vector
 from lcnn_compile.kernels.triton_tiles import output_arguments, output_pixels, store_tile, tap_offsets
 
 
@@ -84,6 +85,7 @@ def grouped_block(
     WIDE: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    VEC_C: tl.constexpr,
     ROW_BITS: tl.constexpr,
     G: tl.constexpr,
     B_G: tl.constexpr,
@@ -93,10 +95,14 @@ def grouped_block(
     """Block i_b of B_G filters of one filter group at the pixels o_s, up to the output."""
     i_f = i_b // (G // B_G)
     o_g = i_b % (G // B_G) * B_G + tl.arange(0, B_G)
+    first, m_c = i_f * size, o_g < size
+    if VEC_C > 1:
+        first = tl.multiple_of(first, VEC_C)
+        m_c = tl.max_constancy(m_c, VEC_C)
     start = tl.load(p_offsets + i_f)
     end = tl.load(p_offsets + i_f + 1)
     acc = grouped_tile(p_s, p_codes, p_c, start, end, o_g, o_s, plane, row_step, PRECISION, WIDE, LANES, ROW_BITS, G, B_T, STAGES)
-    channels, m_c = i_f * size + o_g, o_g < size
+    channels = first + o_g
     if not ORDERED:
         channels = tl.load(p_filters + i_f * G + o_g)
         m_c = channels >= 0
@@ -134,6 +140,7 @@ def grouped_kernel(
     WIDE: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    VEC_C: tl.constexpr,
     ROW_BITS: tl.constexpr,
     G: tl.constexpr,
     B_G: tl.constexpr,
@@ -150,7 +157,8 @@ def grouped_kernel(
     for i_b in range(pid % programs * SPAN, min((pid % programs + 1) * SPAN, blocks)):
         grouped_block(
             p_s, p_codes, p_c, p_offsets, p_filters, p_bias, p_residual, p_y, i_b, size, ROWS * PITCH, DILATION_H * PITCH,
-            o_s, o_y, m_p, y_c, ORDERED, RESIDUAL_LAST, ACTIVATION, PRECISION, WIDE, LANES, VEC, ROW_BITS, G, B_G, B_T, STAGES,
+            o_s, o_y, m_p, y_c, ORDERED, RESIDUAL_LAST, ACTIVATION, PRECISION, WIDE, LANES, VEC, VEC_C, ROW_BITS, G, B_G, B_T,
+            STAGES,
         )  # fmt: skip
 
 
@@ -158,6 +166,11 @@ def block_filters(padded: int, y: Tensor) -> int:
     """Filters of a program, of groups of ``padded``: Hopper's units take 64 rows and more of float32 only with taps innermost,
     which would cost S its wide loads."""
     return min(padded, 32 if y.element_size() == 4 else 128)
+
+
+def channel_vector(size: int, y: Tensor) -> int:
+    """Channels of a filter group of ``size`` that one store may write: 1 where channels are not innermost."""
+    return gcd(vector(y.element_size()), size) if y.stride(1) == 1 else 1
 
 
 def launch_grouped(
@@ -183,6 +196,7 @@ def launch_grouped(
         **output_arguments(y, where, image),
         ORDERED=weight.taps.ordered,
         **epilogue.flags(y),
+        VEC_C=channel_vector(weight.group_size, y),
         PRECISION=precision,
         G=padded,
         B_G=block,

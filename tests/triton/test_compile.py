@@ -1,5 +1,6 @@
 """Every kernel configuration, compiled for GPUs that are not there: registers, spills, and the width of global accesses."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -105,13 +106,15 @@ def test_lookups(capability, dtype, index):
     assert min(found["store"]) >= 8, found
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("group_size", [16, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_grouped(capability, dtype, group_size, index):
     configs = triton_tune.grouped_configs(group_size, dtype.itemsize)
-    config = configs[index % len(configs)]
+    if index >= len(configs):
+        pytest.skip("fewer configurations for this element size")
+    config = configs[index]
     layer = Layer(group_size, dtype, FORMATS[index % 2])
     args = (layer.s, layer.packed, layer.y, layer.epilogue(index == 0), layer.where, layer.digits, config)
     found = compiled(capability, launch_grouped, *args)
@@ -155,6 +158,91 @@ def test_gradient_of_coefficients(capability, dtype, group_size):
     assert found["STACK"] == found["spills"] == 0, found
     assert found["async"][16] >= 4, found
     assert set(found["matrix"]) & MATRIX[capability], found
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_small_groups_store_whole_vectors_of_channels(index):
+    """Groups of 8, half of a product's rows, in all configurations of both forms."""
+    layer = Layer(8, torch.float16, FORMATS[1])
+    config = triton_tune.grouped_configs(8, 2)[index]
+    args = (layer.s, layer.packed, layer.y, layer.epilogue(index == 0), layer.where, layer.digits, config)
+    found = compiled(90, launch_grouped, *args)
+    assert set(found["store"]) == {16}, found
+    assert found["async"][16] >= 4, found
+    dictionary = triton_tune.dictionary_configs(64, 2)[index % 3]
+    room, programs = triton_tune.ROOMS[index % 2]
+    fused = triton_tune.fused_config(dictionary, config, 2, room, programs)
+    band = band_of(layer.where, 2, 64, room // 2)
+    args = (layer.x, layer.y, layer.packed, 1, layer.epilogue(False), layer.where, layer.digits, band, fused)
+    assert max(compiled(90, launch_fused, *args)["store"]) == 16
+
+
+@pytest.mark.parametrize("precise", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("group_size", [1, 8, 64])
+def test_bfloat16_and_tf32(group_size, precise, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precise == "tf32")
+    dtype = torch.float32 if precise == "tf32" else torch.bfloat16
+    layer = Layer(group_size, dtype, FORMATS[1])
+    assert layer.digits == ("tf32" if precise == "tf32" else "ieee")
+    config = triton_tune.guess(layer.x, layer.packed, 1)
+    args = (layer.x, layer.packed.dictionary, layer.s, 1, layer.where, layer.digits, config.dictionary)
+    found = compiled(90, launch_dictionary, *args)
+    assert set(found["async"]) == {16}, found
+    assert found["matrix"], found
+    tail = (layer.packed, layer.y, layer.epilogue(True), layer.where)
+    if group_size == 1:
+        found = compiled(90, launch_lookup, layer.s, *tail, config.lookups)
+        assert found["load"][16] >= config.lookups.block_filters, found
+    else:
+        found = compiled(90, launch_grouped, layer.s, *tail, layer.digits, config.lookups)
+        assert found["async"][16] >= 4, found
+        assert found["matrix"], found
+    with compiling(90) as kernels:
+        triton_backward.coefficient_gradient(layer.y, layer.x, layer.packed, 1, layer.where, config.dictionary)
+    found = resources(kernels[-1])
+    assert found["STACK"] == found["spills"] == 0, found
+    assert found["matrix"], found
+
+
+@pytest.mark.parametrize("group_size", [1, 64])
+def test_offsets_in_s_take_64_bits_where_an_image_has_2_to_the_31_elements(group_size, monkeypatch):
+    """As numbers in the kernel, and as the tests of values pretend: S of one image alone is over the limit."""
+    layer = Layer(group_size, torch.float16, FORMATS[1])
+    config = triton_tune.guess(layer.x, layer.packed, 1).lookups
+    widths = []
+    for limit in (2**31, 1):
+        monkeypatch.setattr(sys.modules["lcnn_compile.kernels.triton_tiles"], "INT32", limit)
+        tail = (layer.packed, layer.y, layer.epilogue(False), layer.where)
+        with compiling(90) as kernels:
+            if group_size == 1:
+                launch_lookup(layer.s, *tail, config)
+            else:
+                launch_grouped(layer.s, *tail, layer.digits, config)
+        loads = re.findall(r"tt\.addptr %p_s\S*, \S+ : tensor<\S+, tensor<\S+x(i\d+)>", kernels[0].asm["ttir"])
+        loads += re.findall(r"tt\.addptr .* : tensor<\d+x\d+x!tt\.ptr<f16>>, tensor<\d+x\d+x(i\d+)>", kernels[0].asm["ttir"])
+        widths.append(loads[0])
+        assert resources(kernels[0])["spills"] == 0
+    assert widths == ["i32", "i64"]
+
+
+@pytest.mark.parametrize("group_size", [1, 64])
+def test_strides_over_32_bits_are_passed_as_64(group_size):
+    """Inputs and outputs of more than 2^31 elements: a stride itself may not fit 32 bits, and products of strides never wrap."""
+    layer = Layer(group_size, torch.float16, FORMATS[0])
+    layer.x = torch.empty(3, 128, 16, 16, dtype=torch.float16, device="meta").as_strided((3, 128, 16, 16), (2**31, 256, 16, 1))
+    layer.y = torch.empty(3, 128, 16, 16, dtype=torch.float16, device="meta").as_strided((3, 128, 16, 16), (2**31, 256, 16, 1))
+    config = triton_tune.guess(layer.x, layer.packed, 1)
+    s = torch.empty(3 * layer.where.image(64), dtype=torch.float16, device="meta")
+    with compiling(90) as kernels:
+        launch_dictionary(layer.x, layer.packed.dictionary, s, 1, layer.where, layer.digits, config.dictionary)
+        tail = (layer.packed, layer.y, layer.epilogue(False), layer.where)
+        if group_size == 1:
+            launch_lookup(s, *tail, config.lookups)
+        else:
+            launch_grouped(s, *tail, layer.digits, config.lookups)
+    for kernel, stride in zip(kernels, ("x_n", "y_n"), strict=True):
+        assert f"%{stride}: i64" in kernel.asm["ttir"]
+        assert not re.search(rf"arith\.trunci.*%{stride}", kernel.asm["ttir"])
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
