@@ -3,5 +3,18 @@
 from lcnn_compile.learning.distill import Epoch, History, distill
 from lcnn_compile.learning.model import FittedLayer, fit_model
 from lcnn_compile.learning.soft import harden, soft_taps, soften, sparsity_penalty
+from lcnn_compile.learning.sweep import SweepPoint, sweep
 
-__all__ = ["Epoch", "FittedLayer", "History", "distill", "fit_model", "harden", "soft_taps", "soften", "sparsity_penalty"]
+__all__ = [
+    "Epoch",
+    "FittedLayer",
+    "History",
+    "SweepPoint",
+    "distill",
+    "fit_model",
+    "harden",
+    "soft_taps",
+    "soften",
+    "sparsity_penalty",
+    "sweep",
+]

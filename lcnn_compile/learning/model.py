@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,28 @@ def fit_model(
     Raises:
         ConversionError: if calibration data holds no batch, or the target cannot be reached.
     """
+    options = {"other_macs": other_macs, "pixels": pixels, "seed": seed, "progress": progress}
+    targets = (target_speedup,)
+    return next(fit_budgets(model, layers, configs, calibration=calibration, call=call, target_speedups=targets, **options))  # type: ignore[arg-type]
+
+
+def fit_budgets(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    configs: Mapping[str, LayerConfig],
+    *,
+    calibration: Iterable[Any] | None,
+    call: Callable[[nn.Module, Any], Any],
+    target_speedups: Sequence[float | None],
+    other_macs: int = 0,
+    pixels: Mapping[str, tuple[int, int]] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, FittedLayer]]:
+    """As :func:`fit_model` for each budget in turn; statistics, dictionaries and error curves are made once.
+
+    Either all budgets are None, or none is.
+    """
     tell = progress or (lambda *_: None)
     network = Network(model, layers, call)
     found: Calibration | None = None
@@ -86,19 +108,20 @@ def fit_model(
         found = calibrate(network, calibration, seed, progress=lambda done: tell("calibrate", done, 0))
         if not found.batches:
             raise ConversionError("the calibration data holds no batch")
-    fitting = _Fitting(network, configs, found, pixels, seed, target_speedup is not None, tell)
+    fitting = _Fitting(network, configs, found, pixels, seed, target_speedups[0] is not None, tell)
     if found is None and not all(fitting.lossless(name) for name in layers):
         warnings.warn(
             "no calibration data: lookups are fitted to the weights alone, which is far less accurate than fitting them "
             "to a few batches of real inputs (calibration=...)",
             LcnnWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return fitting.run(target_speedup, other_macs)
+    for number, target in enumerate(target_speedups, 1):
+        yield fitting.run(target, other_macs, last=number == len(target_speedups))
 
 
 class _Fitting:
-    """The state of one call of :func:`fit_model`."""
+    """The state of one call of :func:`fit_budgets`."""
 
     def __init__(
         self,
@@ -117,6 +140,7 @@ class _Fitting:
         self.bases: dict[str, Basis] = {}
         self.points: dict[str, Point] = {}
         self.sensitivity: dict[str, Sensitivity] = {}
+        self.curves: dict[str, list[Point]] = {}
 
     def _pixels(self, name: str, given: Mapping[str, tuple[int, int]] | None) -> tuple[int, int]:
         if given is not None and name in given:
@@ -126,16 +150,15 @@ class _Fitting:
         moments = self.calibration.moments[name]
         return moments.out_pixels // moments.images, moments.in_pixels // moments.images
 
-    def run(self, target_speedup: float | None, other_macs: int) -> dict[str, FittedLayer]:
-        """Fit every layer."""
+    def run(self, target_speedup: float | None, other_macs: int, *, last: bool = True) -> dict[str, FittedLayer]:
+        """Fit every layer; unless this is the ``last`` run, what the next one can use is kept."""
         result = {name: self._dense(name, reason) for name in self.network.layers if (reason := self._hopeless(name))}
         order = [name for name in self._order() if name not in result]
+        self.network.fitted.clear()
+        self.points.clear()
         if target_speedup is not None:
-            self.sensitivity = self._sensitivity(order)
-            others = other_macs + sum(dense_point(self.network.geometry[n], self.pixels[n]).macs for n in result)
-            curves = self._curves(order)
-            weights = {name: found.layer for name, found in self.sensitivity.items()}
-            self.points = allocate(curves, target_speedup=target_speedup, other_macs=others, sensitivity=weights)
+            others = other_macs + sum(self._dense_point(name).macs for name in result)
+            self.points = self._allocate(order, target_speedup, others)
         if self.sampler is not None:
             self.sampler.remember({name: self._planes(name) for name in order if not self._stays_dense(name)})
         step = max(1, -(-len(order) // PASSES))
@@ -146,9 +169,17 @@ class _Fitting:
                 result[name] = self._fit(name, samples.pop(name, None))
                 if not result[name].reason:
                     self.network.fitted[name] = (result[name].weight.dense_weight(), result[name].bias)
-                self.bases.pop(name, None)
+                if last:
+                    self.bases.pop(name, None)
             self.tell("fit", start + len(names), len(order))
         return {name: result[name] for name in self.network.layers}
+
+    def _allocate(self, names: Sequence[str], target_speedup: float, other_macs: int) -> dict[str, Point]:
+        if not self.curves:
+            self.sensitivity = self._sensitivity(names)
+            self.curves = self._curves(names)
+        weights = {name: found.layer for name, found in self.sensitivity.items()}
+        return allocate(self.curves, target_speedup=target_speedup, other_macs=other_macs, sensitivity=weights)
 
     def _order(self) -> list[str]:
         return list(self.network.layers) if self.calibration is None else self.calibration.order
