@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from emulate import interpreting
+from triton.runtime.jit import JITFunction
 
 from lcnn_compile.kernels import (
     choose,
@@ -379,6 +381,41 @@ def test_lowering_is_chosen_by_measurement(tmp_path, monkeypatch):
     assert triton_choose.measured(problem)["dense"] == 2.0
     triton_choose._measured[replace(problem, device="cuda")] = triton_choose.measured(problem)
     assert choose.cheapest(replace(problem, device="cuda"), True) == "factored"
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators called, and the sizes of what they allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append((str(function), str(args[0]) if "empty" in str(function) else ""))
+        return function(*args, **(kwargs or {}))
+
+
+ALLOCATING, VIEWS = ("empty", "fill_"), ("flatten", "slice", "view", "alias", "detach", "as_strided")
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("group_size", [1, 3, 16])
+def test_second_call_neither_waits_for_the_device_nor_allocates_anything_else(group_size, inference, monkeypatch):
+    """What a CUDA graph may hold: no value read by the host, and the same allocations at every call."""
+    case = Case(group_size=group_size, shuffled=group_size == 3, format=FORMATS[1], in_channels=8, size=(4, 6))
+    weight, x = case.tensors()
+    tensors = weight.tensors()  # lives on, as a module's parameters do
+    found = []
+    for _ in range(3):
+        with torch.inference_mode(inference), Recorder() as record, monkeypatch.context() as context:
+            context.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
+            sizes = (case.kernel, case.stride, case.padding, case.dilation)
+            triton_ops.forward(x, tuple(tensors.values()), None, case.shape(), *sizes, "none", None, False, case.format)
+        found.append([call for call in record.calls if not any(view in call[0] for view in VIEWS)])
+    first, second, third = found
+    assert any("_local_scalar_dense" in name for name, _ in first)  # the weight is packed once
+    assert second == third
+    assert all(any(kind in name for kind in ALLOCATING) for name, _ in second), second
 
 
 def test_import_without_triton():
