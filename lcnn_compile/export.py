@@ -105,6 +105,22 @@ def export_pt2(
         torch.export.save(program, made)
 
 
+def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
+    """The program of a ``torch.export`` file as a module in evaluation mode that ``convert`` takes; shapes are not guarded.
+
+    Raises:
+        ExportError: if the file is none.
+    """
+    if not Path(path).is_file():
+        raise ExportError(f"{os.fspath(path)} is not a file")
+    try:
+        with _quiet("torch.export"):
+            return _unlift(torch.export.load(path))
+    except Exception as error:
+        # A damaged file fails in many ways inside zip files and JSON.
+        raise ExportError(f"{os.fspath(path)} is not a torch.export program: {_first_line(error)}") from error
+
+
 def export_aot(
     model: nn.Module,
     path: str | os.PathLike[str],

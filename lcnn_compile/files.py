@@ -21,14 +21,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         LcnnError: if the folder does not exist or cannot be written.
     """
     target = Path(path)
-    if target.is_dir():
-        raise LcnnError(f"{target} is a folder; name a file in it")
+    check_target(target)
     try:
         folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
-        raise LcnnError(f"{target} cannot be written: {error}; make its folder first, or name another one") from error
+        raise LcnnError(f"{target} cannot be written: {error}") from error
     with folder as name:
         made = Path(name) / target.name
         yield made
         for file in sorted(Path(name).iterdir(), key=lambda found: found == made):
             os.replace(file, target.parent / file.name)
+
+
+def check_target(path: Path) -> None:
+    """Whether a file can be put there, to be asked before long work.
+
+    Raises:
+        LcnnError: if it is a folder, or its own folder does not exist or cannot be written.
+    """
+    if path.is_dir():
+        raise LcnnError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise LcnnError(
+            f"{path} cannot be written: {path.parent} is no folder that can be written; make it first, or name another"
+        )

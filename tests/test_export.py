@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nets import Functional, SmallResNet, Untraceable, pictures, randomise
 from torch import fx, nn
 
-from lcnn_compile import LcnnError, LookupConfig, convert
+from lcnn_compile import LcnnError, LookupConfig, LookupConv2d, convert
 from lcnn_compile.export import (
     check_onnx,
     export_aot,
@@ -120,7 +120,8 @@ def test_a_program_computes_the_model_for_any_batch_size(resnet, odd, lowering):
         assert_equivalent(Calling(odd, list(batch)), Calling(other.module(), list(batch)), tuple(batch.values()), factor=32)
     ours = {name for name in operators(program) | operators(other) if name.startswith("lcnn")}
     assert ours <= {"lcnn.lookup_conv2d_inference.default"}
-    assert bool(ours) == (lowering in ("auto", "lookup"))
+    # What "auto" chooses is the machine's business.
+    assert lowering == "auto" or bool(ours) == (lowering == "lookup")
 
 
 def test_a_program_is_folded_and_holds_no_dead_tensors(resnet):
@@ -202,7 +203,8 @@ def test_onnx_is_as_exact_as_pytorch_for_any_batch_size(odd, tmp_path, lowering)
     onnx.checker.check_model(graph)
     kinds = [node.op_type for node in graph.graph.node]
     assert {node.domain for node in graph.graph.node} <= {""}
-    assert kinds.count("Conv") == (8 if lowering == "factored" else 4)
+    lookups = sum(isinstance(module, LookupConv2d) for module in odd.modules())
+    assert kinds.count("Conv") == 4 + (lookups if lowering == "factored" else 0)
     assert {i.name: i.type.tensor_type.shape.dim[0].dim_param for i in graph.graph.input} == {"x": "batch", "scale": "batch"}
     wide = copy.deepcopy(odd).double()
     for count in (1, 3):
@@ -289,7 +291,7 @@ def test_a_file_runs_in_another_process(tmp_path, kind, lowering):
         (lambda m, p: export_pt2(m, p / "m.onnx", pictures(2)), "m.onnx does not end in .pt2"),
         (lambda m, p: export_aot(m, p / "m.so", pictures(2)), "m.so does not end in .pt2"),
         (lambda m, p: export_onnx(m, p / "m.onnx", pictures(2), lowering="lookup"), "ONNX has no lookups"),
-        (lambda m, p: export_pt2(m, p / "none" / "m.pt2", pictures(2)), "cannot be written.*make its folder first"),
+        (lambda m, p: export_pt2(m, p / "none" / "m.pt2", pictures(2)), "cannot be written.*make it first"),
         (
             lambda m, p: largest_difference([torch.zeros(2)], [torch.zeros(3)]),
             r"shapes \[\(2,\)\]; the model's own have \[\(3,\)\]",

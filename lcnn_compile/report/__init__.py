@@ -2,6 +2,6 @@
 
 from lcnn_compile.report.layers import LayerReport, Report
 from lcnn_compile.report.plots import plot_dictionary, plot_pareto
-from lcnn_compile.report.times import time_layers
+from lcnn_compile.report.times import time_layers, time_planned
 
-__all__ = ["LayerReport", "Report", "plot_dictionary", "plot_pareto", "time_layers"]
+__all__ = ["LayerReport", "Report", "plot_dictionary", "plot_pareto", "time_layers", "time_planned"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import nn
 
@@ -100,6 +100,12 @@ class Report:
         """Plain JSON-able values."""
         return {"title": self.title, "layers": [asdict(layer) for layer in self.layers]}
 
+    def totals(self) -> dict[str, Any]:
+        """Sums before and after as plain values: layers, multiply-adds, bytes, seconds (0 where not known)."""
+        names = ("macs_before", "macs_after", "bytes_before", "bytes_after", "seconds_before", "seconds_after")
+        values = dict(zip(names, (*self.macs(), *self.nbytes(), *self.seconds()), strict=True))
+        return {"totals": {"layers": len(self.layers), "replaced": len(self.replaced), **values}}
+
     def to_json(self) -> str:
         """The report as a JSON object."""
         return json.dumps(self.to_dict())
@@ -162,10 +168,12 @@ class Report:
 
         save_figure(layers_figure(self), path)
 
-    def __rich__(self) -> Group:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from lcnn_compile.report.table import report_table
 
-        return Group(report_table(self), *(Text(note, style="dim") for note in self.notes()), Text(self.summary()))
+        yield report_table(self, options.max_width)
+        yield from (Text(note, style="dim") for note in self.notes())
+        yield Text(self.summary())
 
     def __str__(self) -> str:
         out = io.StringIO()

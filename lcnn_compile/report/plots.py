@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.files import replacing
+from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules import LookupModule
 from lcnn_compile.report.layers import Report
 
@@ -55,7 +56,7 @@ def plot_pareto(points: Iterable[Any], path: str | os.PathLike[str]) -> None:
     save_figure(pareto_figure(list(points)), path)
 
 
-def plot_dictionary(layer: LookupModule, path: str | os.PathLike[str], title: str = "") -> None:
+def plot_dictionary(layer: LookupModule | LookupWeight, path: str | os.PathLike[str], title: str = "") -> None:
     """Write a picture (.png, .svg or .pdf) of a layer's dictionary and of the usage of its vectors.
 
     From left to right: the dictionary D, one row per vector, scaled to unit length; multiply-adds per output pixel that use each vector; how strongly
@@ -203,9 +204,9 @@ class Usage:
     positions: Tensor
 
 
-def usage_of(layer: LookupModule) -> Usage:
+def usage_of(layer: LookupModule | LookupWeight) -> Usage:
     """How the filters of ``layer`` use its dictionary."""
-    weight = layer.lookup_weight().detach()
+    weight = (layer.lookup_weight() if isinstance(layer, LookupModule) else layer).detach()
     lookups = weight.lookup_tensor().float().cpu()
     n, k = lookups.shape[:2]
     groups = weight.groups
@@ -231,7 +232,7 @@ def usage_of(layer: LookupModule) -> Usage:
     )
 
 
-def dictionary_figure(layer: LookupModule, title: str = "", theme: Theme = LIGHT) -> Figure:
+def dictionary_figure(layer: LookupModule | LookupWeight, title: str = "", theme: Theme = LIGHT) -> Figure:
     """The dictionary beside the usage of its vectors; see :func:`plot_dictionary`."""
     usage = usage_of(layer)
     rows = len(usage.uses)

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
 from lcnn_compile.report.layers import LayerReport, Report
 
 GOOD, FAIR = 0.01, 0.05
 """Relative output errors up to which a layer is shown as good, as fair."""
+EXPENDABLE = ("fewer", "faster", "kB", "g", "taps", "ms")
+"""What a narrow terminal does without first."""
 
 
-def report_table(report: Report) -> Table:
-    """One row per layer, sums below; columns that no layer fills are left out."""
+def report_table(report: Report, width: int | None = None) -> Table:
+    """One row per layer, sums below; columns that no layer fills are left out, and the least telling ones to keep to a width."""
+    names = [row.name or "(the model)" for row in report]
+    cells = {heading: [cell(row) for row in report] for heading, cell, _ in COLUMNS}
+    sums = {heading: total(report) for heading, _, total in COLUMNS}
+    shown = [heading for heading, column in cells.items() if any(column)]
+    widths = {heading: 1 + max(cell_len(_plain(text)) for text in (heading, sums[heading], *cells[heading])) for heading in shown}
+    for heading in EXPENDABLE:
+        needed = 2 + max(map(cell_len, [*names, "(the model)"])) + sum(widths[other] for other in shown)
+        if width is not None and needed > width and heading in shown:
+            shown.remove(heading)
     table = Table(title=report.title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), show_footer=True)
     table.add_column("layer", "sum", overflow="fold", min_width=8)
-    columns = [(heading, cell, total) for heading, cell, total in COLUMNS if any(cell(row) for row in report)]
-    for heading, _, total in columns:
-        table.add_column(heading, total(report), justify="left" if heading == "lowering" else "right", no_wrap=True)
-    for row in report:
-        cells = [cell(row) for _, cell, _ in columns]
-        table.add_row(row.name or "(the model)", *cells, style=None if row.replaced else "dim")
+    for heading in shown:
+        table.add_column(heading, sums[heading], justify="left" if heading == "lowering" else "right", no_wrap=True)
+    for number, row in enumerate(report):
+        style = None if row.replaced else "dim"
+        table.add_row(names[number], *(cells[heading][number] for heading in shown), style=style)
+    return table
+
+
+def _plain(text: str) -> str:
+    return Text.from_markup(text).plain
+
+
+def pareto_table(points: Sequence[Any]) -> Table:
+    """One row per point of a sweep."""
+    table = Table(title="Pareto curve", box=box.SIMPLE_HEAD, title_justify="left")
+    measured = any(getattr(point, "metric", None) is not None for point in points)
+    for heading in ("asked", "fewer multiply-adds", "error", *(["metric"] if measured else []), "layers replaced", "MB"):
+        table.add_column(heading, justify="right")
+    for point in points:
+        before, after = point.report.macs()
+        metric = [f"{point.metric:.4g}"] if measured else []
+        replaced = f"{len(point.report.replaced)} of {len(point.report)}"
+        size = f"{point.report.nbytes()[1] / 1e6:.2f}"
+        table.add_row(f"{point.speedup:g}x", f"{before / max(after, 1):.2f}x", percent(point.error), *metric, replaced, size)
     return table
 
 

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lcnn_compile.batches import call_model
+from lcnn_compile.config import LayerConfig
+from lcnn_compile.geometry import geometry_of
+from lcnn_compile.modules import lookup_layer, random_weight, replace_module
 from lcnn_compile.report.layers import Report
 
 WARM_UP, BURSTS, RUNS = 1, 5, 3
@@ -52,6 +55,34 @@ def time_layers(report: Report, dense: nn.Module, lookup: nn.Module, example_inp
         else row
         for row in report
     ]
+    return Report(tuple(rows), title=report.title)
+
+
+def time_planned(report: Report, model: nn.Module, example_inputs: Any) -> Report:
+    """The report of a dry run with times: lookup layers of the planned sizes with random values against the model's own layers.
+
+    Args:
+        report: of ``explain``.
+        model: the dense model.
+        example_inputs: one batch.
+    """
+    lookup = copy.deepcopy(model)
+    modules = dict(lookup.named_modules())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for row in report.replaced:
+            layer = modules.get(row.name)
+            geometry = None if layer is None else geometry_of(layer)
+            if layer is None or geometry is None or row.dictionary_size is None or row.taps is None:
+                continue
+            sparsity, group_size = row.taps / geometry.area, row.group_size or 1
+            config = LayerConfig(dictionary_size=row.dictionary_size, sparsity=sparsity, group_size=group_size)
+            weight = random_weight(geometry.groups, geometry.in_channels, geometry.out_channels, geometry.kernel_size, config)
+            new = lookup_layer(weight.to(layer.weight.device, layer.weight.dtype), layer, layer.bias, row.lowering)
+            lookup = replace_module(lookup, layer, new)
+    found = time_layers(report, model, lookup, example_inputs)
+    sized = {row.name for row in report.replaced if row.dictionary_size is not None}
+    rows = [row if row.name in sized or not row.replaced else replace(row, seconds_after=None) for row in found]
     return Report(tuple(rows), title=report.title)
 
 

@@ -1,0 +1,5 @@
+"""``python -m lcnn_compile.cli``."""
+
+from lcnn_compile.cli import app
+
+app()

@@ -1,0 +1,191 @@
+"""``lcnn-compile explain`` and ``lcnn-compile convert``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lcnn_compile.checkpoint import save
+from lcnn_compile.cli import options as given
+from lcnn_compile.cli.output import Output, output
+from lcnn_compile.config import LookupConfig
+from lcnn_compile.convert import convert, explain
+from lcnn_compile.errors import ConversionError, LcnnError
+from lcnn_compile.files import check_target
+from lcnn_compile.progress import progress_bars
+from lcnn_compile.report import Report, plot_pareto, time_layers, time_planned
+from lcnn_compile.report.table import pareto_table
+from lcnn_compile.sources import load_calibration, load_factory, load_inputs, load_model
+
+NOTHING = 3
+"""Exit code where no layer was replaced."""
+
+
+def explain_command(
+    model: given.Model,
+    weights: given.Weights = None,
+    input: given.Input = None,
+    config: given.Config = None,
+    dictionary_size: given.DictionarySize = None,
+    sparsity: given.Sparsity = None,
+    group_size: given.GroupSize = None,
+    max_error: given.MaxError = None,
+    target_speedup: given.TargetSpeedup = None,
+    include: given.Include = None,
+    exclude: given.Exclude = None,
+    lowering: given.Lowering = None,
+    seed: given.Seed = None,
+    time: given.Timed = False,
+    html: given.Html = None,
+    plot: given.Plot = None,
+    as_json: given.AsJson = False,
+) -> None:
+    """Show what would be replaced, with which sizes, what not and why. Nothing is changed or fitted.
+
+    With --time, layers of the planned sizes with random values are timed against the model's own.
+    """
+    changes = given.sizes(dictionary_size, sparsity, group_size, max_error, target_speedup, include, exclude, lowering, seed)
+    with output(as_json) as out:
+        _check_targets(html, plot)
+        settings = given.configuration(config, changes)
+        network, inputs = load_model(model, weights), load_inputs(input) if input else None
+        report = explain(network, settings, example_inputs=inputs)
+        if time:
+            if inputs is None:
+                raise LcnnError("--time needs inputs: give --input, a shape like 1x3x224x224")
+            report = time_planned(report, network, inputs)
+        _show(out, report, html, plot)
+
+
+def convert_command(
+    model: given.Model,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[OUTPUT]", help="Checkpoint to write (.safetensors); not needed with --sweep.")
+    ] = None,
+    weights: given.Weights = None,
+    calibration: given.Calibration = None,
+    batch: given.Batch = 16,
+    input: given.Input = None,
+    config: given.Config = None,
+    dictionary_size: given.DictionarySize = None,
+    sparsity: given.Sparsity = None,
+    group_size: given.GroupSize = None,
+    max_error: given.MaxError = None,
+    target_speedup: given.TargetSpeedup = None,
+    include: given.Include = None,
+    exclude: given.Exclude = None,
+    lowering: given.Lowering = None,
+    seed: given.Seed = None,
+    image_size: given.ImageSize = None,
+    image_resize: given.ImageResize = None,
+    image_mean: given.ImageMean = given.MEAN,
+    image_std: given.ImageStd = given.STD,
+    image_limit: given.ImageLimit = 512,
+    sweep: Annotated[
+        str | None, typer.Option(help="Reductions to try, like 2,4,8,16: the Pareto curve instead of a checkpoint.")
+    ] = None,
+    evaluate: Annotated[str | None, typer.Option(help="With --sweep: module:function of a model that returns a metric.")] = None,
+    time: given.Timed = True,
+    html: given.Html = None,
+    plot: given.Plot = None,
+    as_json: given.AsJson = False,
+) -> None:
+    """Convert a model and save it; lcnn_compile.load(model, OUTPUT) loads it again."""
+    changes = given.sizes(dictionary_size, sparsity, group_size, max_error, target_speedup, include, exclude, lowering, seed)
+    if (checkpoint is None) == (sweep is None):
+        raise LcnnError("name the checkpoint to write (OUTPUT), or the reductions of a --sweep, one of the two")
+    with output(as_json) as out:
+        _check_targets(checkpoint, html, plot)
+        settings = given.configuration(config, changes)
+        network, inputs = load_model(model, weights), load_inputs(input) if input else None
+        batches: Iterable[Any] | None = None
+        if calibration is not None:
+            pictures = given.images(image_size, image_resize, image_mean, image_std, image_limit, inputs)
+            batches = load_calibration(calibration, batch, pictures)
+        if sweep is not None:
+            _sweep(out, network, given.numbers("--sweep", sweep), settings, batches, inputs, evaluate, html, plot)
+            return
+        assert checkpoint is not None
+        example, batches = (inputs, batches) if inputs is not None or batches is None else _first(batches)
+        with progress_bars(out.errors) as tell:
+            made = convert(network, settings, calibration=batches, example_inputs=example, progress=tell)
+        report: Report = made.lcnn_report  # type: ignore[assignment]
+        if time and example is not None and report.replaced:
+            report = time_layers(report, network, made, example)
+            made.lcnn_report = report  # type: ignore[assignment]
+        if report.replaced:
+            save(made, checkpoint)
+        _show(out, report, html, plot, made, checkpoint)
+        if not report.replaced:
+            out.note(f"nothing was replaced, so {checkpoint} is not written")
+            raise typer.Exit(NOTHING)
+
+
+def _check_targets(*paths: Path | None) -> None:
+    """Complain before the work, not after it, about files that could not be written."""
+    for path in paths:
+        if path is not None:
+            check_target(path)
+
+
+def _first(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """One sample of the first batch, and all batches; an iterator is not shortened by the look."""
+    iterator: Iterator[Any] = iter(batches)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise ConversionError("the calibration data holds no batch") from None
+    sample = tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, first)
+    return sample, chain([first], iterator) if iterator is batches else batches
+
+
+def _show(
+    out: Output,
+    report: Report,
+    html: Path | None,
+    plot: Path | None,
+    model: nn.Module | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Write and print a report."""
+    if html is not None:
+        report.to_html(html, model if report.replaced else None)
+    if plot is not None:
+        report.plot(plot)
+    written = [str(path) for path in (checkpoint if report.replaced else None, html, plot) if path is not None]
+    end = [Text(f"written: {', '.join(written)}", style="dim")] if written else []
+    out.result(Group(report, *end), {**report.to_dict(), **report.totals(), "written": written})
+
+
+def _sweep(
+    out: Output,
+    network: nn.Module,
+    speedups: tuple[float, ...],
+    config: LookupConfig,
+    batches: Iterable[Any] | None,
+    inputs: Any,
+    evaluate: str | None,
+    html: Path | None,
+    plot: Path | None,
+) -> None:
+    """The Pareto curve as a table, JSON, HTML and picture."""
+    from lcnn_compile.learning import sweep
+
+    metric = None if evaluate is None else load_factory(evaluate)
+    points = list(sweep(network, speedups, calibration=batches, example_inputs=inputs, config=config, evaluate=metric))
+    if html is not None:
+        points[-1].report.to_html(html, points=points)
+    if plot is not None:
+        plot_pareto(points, plot)
+    data = [
+        {"speedup": p.speedup, "error": p.error, "metric": p.metric, **p.report.to_dict(), **p.report.totals()} for p in points
+    ]
+    out.result(pareto_table(points), {"points": data, "written": [str(path) for path in (html, plot) if path is not None]})

@@ -1,0 +1,120 @@
+"""``lcnn-compile export``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from lcnn_compile import export
+from lcnn_compile.batches import inputs_of
+from lcnn_compile.checkpoint import load
+from lcnn_compile.cli import options as given
+from lcnn_compile.cli.output import output
+from lcnn_compile.errors import ExportError, LcnnError
+from lcnn_compile.files import check_target, replacing
+from lcnn_compile.sources import load_inputs, load_model
+
+ALLOWED = 1e-3
+"""Largest difference from the model, relative to its largest output, that rounding explains."""
+
+
+def export_command(
+    model: given.Model,
+    checkpoint: given.Checkpoint = None,
+    weights: given.Weights = None,
+    input: given.Input = None,
+    onnx: Annotated[Path | None, typer.Option(help="ONNX of standard operators (.onnx); extra onnx.")] = None,
+    pt2: Annotated[Path | None, typer.Option(help="torch.export program (.pt2).")] = None,
+    aot: Annotated[Path | None, typer.Option(help="AOTInductor package for this kind of processor (.pt2).")] = None,
+    dense: Annotated[Path | None, typer.Option(help="State dict of the plain dense network (.safetensors).")] = None,
+    lowering: Annotated[
+        str | None,
+        typer.Option(
+            help="auto or lookup call our operator: import lcnn_compile where the file is loaded. factored or dense need nothing of ours. "
+            "By default auto, for ONNX factored."
+        ),
+    ] = None,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only the batch size of --input.")] = False,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    as_json: given.AsJson = False,
+) -> None:
+    """Write a converted model for other runtimes, and compare each file's outputs with the model's own."""
+    chosen = {"onnx": onnx, "pt2": pt2, "aot": aot, "dense": dense}
+    wanted = {name: path for name, path in chosen.items() if path is not None}
+    if not wanted:
+        raise LcnnError("nothing to write: give at least one of --onnx, --pt2, --aot and --dense with a file name")
+    with output(as_json) as out:
+        for path in wanted.values():
+            check_target(path)
+        network = load_model(model, weights)
+        if checkpoint is not None:
+            network = load(network, checkpoint).eval()
+        if input is None and set(wanted) != {"dense"}:
+            raise LcnnError("--input is needed to trace the model: give a shape like 1x3x224x224 for each input")
+        inputs = load_inputs(input) if input else None
+        how: dict[str, Any] = {"dynamic_batch": not fixed_batch} | ({"lowering": lowering} if lowering else {})
+        writers: dict[str, Callable[[Path], float | None]] = {
+            "onnx": partial(_onnx, network, inputs, {**how, "opset_version": opset}),
+            "pt2": partial(_pt2, network, inputs, how),
+            "aot": partial(_aot, network, inputs, how),
+            "dense": partial(_dense, network, inputs),
+        }
+        files = []
+        for name, path in wanted.items():
+            with out.errors.status(f"writing {path}"):
+                difference = writers[name](path)
+            if difference is not None and difference > ALLOWED:
+                raise ExportError(
+                    f"{path} gives other outputs than the model: they differ by {difference:.2g} of the largest one"
+                )
+            files.append({"format": name, "path": str(path), "bytes": path.stat().st_size, "difference": difference})
+        out.result(_table(files), {"files": files})
+
+
+def _table(files: list[dict[str, Any]]) -> Table:
+    table = Table("format", "file", box=box.SIMPLE_HEAD)
+    table.add_column("MB", justify="right")
+    table.add_column("largest difference", justify="right")
+    for row in files:
+        difference = "not compared" if row["difference"] is None else f"{row['difference']:.1g}"
+        table.add_row(row["format"], row["path"], f"{row['bytes'] / 1e6:.2f}", difference)
+    return table
+
+
+def _own(model: nn.Module, inputs: Any) -> Any:
+    args, kwargs = inputs_of(model, inputs)
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def _onnx(model: nn.Module, inputs: Any, how: dict[str, Any], path: Path) -> float | None:
+    export.export_onnx(model, path, inputs, **how)
+    return export.check_onnx(path, model, inputs)
+
+
+def _pt2(model: nn.Module, inputs: Any, how: dict[str, Any], path: Path) -> float | None:
+    export.export_pt2(model, path, inputs, **how)
+    return export.largest_difference(_own(torch.export.load(path).module(), inputs), _own(model, inputs))
+
+
+def _aot(model: nn.Module, inputs: Any, how: dict[str, Any], path: Path) -> float | None:
+    export.export_aot(model, path, inputs, **how)
+    args, kwargs = inputs_of(model, inputs)
+    found = torch._inductor.aoti_load_package(str(path))(*args, **kwargs)
+    return export.largest_difference(found, _own(model, inputs))
+
+
+def _dense(model: nn.Module, inputs: Any, path: Path) -> float | None:
+    plain = export.to_dense(model).eval()
+    with replacing(path) as made:
+        save_file({key: value.detach().contiguous().clone() for key, value in plain.state_dict().items()}, made)
+    return None if inputs is None else export.largest_difference(_own(plain, inputs), _own(model, inputs))
