@@ -71,6 +71,13 @@ def has_lookup_kernel(device: str, dtype: torch.dtype) -> bool:
     return cpu.usable(device, dtype) or triton_ops.usable(device, dtype)
 
 
+def _check_present(*tensors: Tensor | None) -> None:
+    # The dispatcher lets None pass for a tensor.
+    for tensor in tensors:
+        if tensor is None:
+            raise WeightError("lookup_conv2d: input, dictionary, coefficients, indices, positions, offsets or filters are None")
+
+
 def _forward(
     input: Tensor,
     dictionary: Tensor,
@@ -90,11 +97,7 @@ def _forward(
     residual: Tensor | None = None,
     residual_last: bool = False,
 ) -> Tensor:
-    # The dispatcher lets None pass for a tensor.
-    if input is None or dictionary is None or coefficients is None or indices is None or positions is None:
-        raise WeightError("lookup_conv2d: input, dictionary, coefficients, indices or positions are None; tensors are required")
-    if offsets is None or filters is None:
-        raise WeightError("lookup_conv2d: offsets or filters are None; tensors are required")
+    _check_present(input, dictionary, coefficients, indices, positions, offsets, filters)
     call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     weight = (dictionary, coefficients, indices, positions, offsets, filters)
     if lowering == "auto":
@@ -155,6 +158,7 @@ def _fake(
     residual: Tensor | None = None,
     residual_last: bool = False,
 ) -> Tensor:
+    _check_present(input, dictionary, coefficients, indices, positions, offsets, filters)
     shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     # This also runs where one argument is on the meta device; the others are real then, and so would be the empty output.
     for tensor in (coefficients, indices, positions, offsets, filters):

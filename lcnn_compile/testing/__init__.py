@@ -1,4 +1,4 @@
-"""Hypothesis strategies and assertions of numerical equivalence, for our kernels and for users' own models.
+"""Hypothesis strategies and assertions of numerical equivalence, for our kernels and for users' own models::
 
     from hypothesis import given
     from lcnn_compile import LookupConfig, LookupConv2d
