@@ -1,7 +1,10 @@
 """Sphinx configuration: MyST Markdown, API from docstrings, everything offline."""
 
+import re
+
 from docutils import nodes
 from docutils.utils.math import latex2mathml
+from sphinx.util.nodes import make_refnode
 
 import lcnn_compile
 
@@ -41,6 +44,32 @@ def _mathml(as_block):
     return visit
 
 
+def _plain_marks(app, what, name, obj, options, lines):
+    """Docstrings are plain text: a shape [*, m] or a norm |x| starts no emphasis and no substitution."""
+    for i, line in enumerate(lines):
+        bullet = re.match(r"\s*[*|] ", line)
+        start = bullet.end() if bullet else 0
+        parts = re.split(r"(``.+?``)", line[start:])
+        parts[::2] = [re.sub(r"([*|])", r"\\\1", part) for part in parts[::2]]
+        lines[i] = line[:start] + "".join(parts)
+
+
+def _by_last_name(app, env, node, contnode):
+    """A reference by the module in which something is defined, where the API lists it under its package."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith("lcnn_compile."):
+        return None
+    domain = env.get_domain("py")
+    last = target.rpartition(".")[2]
+    places = {(e.docname, e.node_id) for name, e in domain.objects.items() if name.rpartition(".")[2] == last}
+    if len(places) != 1:
+        return None
+    docname, anchor = places.pop()
+    return make_refnode(app.builder, node["refdoc"], docname, anchor, contnode, target)
+
+
 def setup(app):
+    app.connect("autodoc-process-docstring", _plain_marks, priority=100)
+    app.connect("missing-reference", _by_last_name)
     # Browsers render MathML by themselves; MathJax would be fetched from a network.
     app.add_html_math_renderer("mathml", (_mathml(False), None), (_mathml(True), None))

@@ -1,0 +1,50 @@
+"""What the distributions hold and what versions the project is built with."""
+
+import fnmatch
+import re
+import tomllib
+from pathlib import Path
+
+import lcnn_compile
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def pins():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_everything_that_is_not_python_is_package_data():
+    package = ROOT / "lcnn_compile"
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["lcnn_compile"]
+    files = [str(f.relative_to(package)) for f in package.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")]
+    assert {"py.typed", "kernels/cpu.cpp"} <= set(files)
+    assert [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in patterns)] == []
+
+
+def test_what_the_project_needs_is_pinned():
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = {
+        canonical(NAME.match(need)[0]) for group in (PROJECT["project"]["dependencies"], *extras.values()) for need in group
+    }
+    pinned = {canonical(name) for name in pins()}
+    assert wanted - {"lcnn-compile"} <= pinned
+
+
+def test_commits_are_checked_by_the_pinned_versions():
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    found = re.findall(r"([\w-]+)==([\w.]+)", text)
+    assert found
+    assert {name: pins()[name] for name, _ in found} == dict(found)
+
+
+def test_the_version_is_in_the_changelog():
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert first == lcnn_compile.__version__
