@@ -20,6 +20,7 @@ from lcnn_compile.config import LookupConfig
 from lcnn_compile.convert import convert, explain
 from lcnn_compile.errors import ConversionError, LcnnError
 from lcnn_compile.files import check_target
+from lcnn_compile.learning import sweep
 from lcnn_compile.progress import progress_bars
 from lcnn_compile.report import Report, plot_pareto, time_layers, time_planned
 from lcnn_compile.report.table import pareto_table
@@ -67,9 +68,7 @@ def explain_command(
 
 def convert_command(
     model: given.Model,
-    checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="[OUTPUT]", help="Checkpoint to write (.safetensors); not needed with --sweep.")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Argument(metavar="[OUTPUT]", help="Checkpoint to write (.safetensors).")] = None,
     weights: given.Weights = None,
     calibration: given.Calibration = None,
     batch: given.Batch = 16,
@@ -89,8 +88,9 @@ def convert_command(
     image_mean: given.ImageMean = given.MEAN,
     image_std: given.ImageStd = given.STD,
     image_limit: given.ImageLimit = 512,
-    sweep: Annotated[
-        str | None, typer.Option(help="Reductions to try, like 2,4,8,16: the Pareto curve instead of a checkpoint.")
+    reductions: Annotated[
+        str | None,
+        typer.Option("--sweep", help="Reductions to try, like 2,4,8,16: the Pareto curve, and with OUTPUT a checkpoint each."),
     ] = None,
     evaluate: Annotated[str | None, typer.Option(help="With --sweep: module:function of a model that returns a metric.")] = None,
     time: given.Timed = True,
@@ -100,8 +100,8 @@ def convert_command(
 ) -> None:
     """Convert a model and save it; lcnn_compile.load(model, OUTPUT) loads it again."""
     changes = given.sizes(dictionary_size, sparsity, group_size, max_error, target_speedup, include, exclude, lowering, seed)
-    if (checkpoint is None) == (sweep is None):
-        raise LcnnError("name the checkpoint to write (OUTPUT), or the reductions of a --sweep, one of the two")
+    if checkpoint is None and reductions is None:
+        raise LcnnError("name the checkpoint to write (OUTPUT), or the reductions of a --sweep")
     with output(as_json) as out:
         _check_targets(checkpoint, html, plot)
         settings = given.configuration(config, changes)
@@ -110,8 +110,10 @@ def convert_command(
         if calibration is not None:
             pictures = given.images(image_size, image_resize, image_mean, image_std, image_limit, inputs)
             batches = load_calibration(calibration, batch, pictures)
-        if sweep is not None:
-            _sweep(out, network, given.numbers("--sweep", sweep), settings, batches, inputs, evaluate, html, plot)
+        if reductions is not None:
+            _sweep(
+                out, network, given.numbers("--sweep", reductions), settings, batches, inputs, evaluate, checkpoint, html, plot
+            )
             return
         assert checkpoint is not None
         example, batches = (inputs, batches) if inputs is not None or batches is None else _first(batches)
@@ -161,8 +163,7 @@ def _show(
     if plot is not None:
         report.plot(plot)
     written = [str(path) for path in (checkpoint if report.replaced else None, html, plot) if path is not None]
-    end = [Text(f"written: {', '.join(written)}", style="dim")] if written else []
-    out.result(Group(report, *end), {**report.to_dict(), **report.totals(), "written": written})
+    out.result(Group(report, *_end(written)), {**report.to_dict(), **report.totals(), "written": written})
 
 
 def _sweep(
@@ -173,19 +174,42 @@ def _sweep(
     batches: Iterable[Any] | None,
     inputs: Any,
     evaluate: str | None,
+    checkpoint: Path | None,
     html: Path | None,
     plot: Path | None,
 ) -> None:
-    """The Pareto curve as a table, JSON, HTML and picture."""
-    from lcnn_compile.learning import sweep
-
+    """The Pareto curve as a table, JSON, HTML and picture; a checkpoint for each point where one is named."""
     metric = None if evaluate is None else load_factory(evaluate)
-    points = list(sweep(network, speedups, calibration=batches, example_inputs=inputs, config=config, evaluate=metric))
+    with progress_bars(out.errors) as tell:
+        points = sweep(
+            network, speedups, calibration=batches, example_inputs=inputs, config=config, evaluate=metric, progress=tell
+        )
+    written = []
+    for point in points:
+        if checkpoint is not None and point.report.replaced:
+            path = checkpoint.with_stem(f"{checkpoint.stem}-{point.target:g}x")
+            save(point.model, path)
+            written.append(path)
     if html is not None:
-        points[-1].report.to_html(html, points=points)
+        points[-1].report.to_html(html, points[-1].model, points=points)
+        written.append(html)
     if plot is not None:
         plot_pareto(points, plot)
+        written.append(plot)
     data = [
-        {"speedup": p.speedup, "error": p.error, "metric": p.metric, **p.report.to_dict(), **p.report.totals()} for p in points
+        {
+            "target": p.target,
+            "speedup": p.speedup,
+            "error": p.error,
+            "metric": p.metric,
+            **p.report.to_dict(),
+            **p.report.totals(),
+        }
+        for p in points
     ]
-    out.result(pareto_table(points), {"points": data, "written": [str(path) for path in (html, plot) if path is not None]})
+    names = [str(path) for path in written]
+    out.result(Group(pareto_table(points), *_end(names)), {"points": data, "written": names})
+
+
+def _end(written: list[str]) -> list[Text]:
+    return [Text(f"written: {', '.join(written)}", style="dim")] if written else []

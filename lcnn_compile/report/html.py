@@ -55,7 +55,6 @@ def render(report: Report, model: nn.Module | None, layers: Sequence[str] | None
     return environment.get_template("template.html").render(
         report=report,
         points=points,
-        reduction=plots.reduction,
         curve=_picture(partial(plots.pareto_figure, points)) if drawn and points else None,
         pictures=pictures,
         drawn=drawn,

@@ -162,7 +162,7 @@ def pareto_figure(points: Sequence[Any], theme: Theme = LIGHT) -> Figure:
     measured = all(getattr(point, "metric", None) is not None for point in points)
     figure = _figure(10 if measured else 6, 3.6, theme)
     panels: Sequence[Axes] = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
-    reached = [reduction(point) for point in points]
+    reached = [point.speedup for point in points]
     curves = [("relative output error, %", [100 * point.error for point in points], theme.error)]
     if measured:
         curves.append(("metric", [point.metric for point in points], theme.after))
@@ -178,12 +178,6 @@ def pareto_figure(points: Sequence[Any], theme: Theme = LIGHT) -> Figure:
         axes.minorticks_off()
         axes.set_xlabel("fewer multiply-adds", fontsize=8, color=theme.ink)
     return figure
-
-
-def reduction(point: Any) -> float:
-    """The reduction of multiply-adds that a point of a sweep reached; what was asked where no sizes are known."""
-    before, after = point.report.macs()
-    return before / after if before and after else float(point.speedup)
 
 
 @dataclass(frozen=True)

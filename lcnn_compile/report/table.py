@@ -50,11 +50,10 @@ def pareto_table(points: Sequence[Any]) -> Table:
     for heading in ("asked", "fewer multiply-adds", "error", *(["metric"] if measured else []), "layers replaced", "MB"):
         table.add_column(heading, justify="right")
     for point in points:
-        before, after = point.report.macs()
         metric = [f"{point.metric:.4g}"] if measured else []
         replaced = f"{len(point.report.replaced)} of {len(point.report)}"
         size = f"{point.report.nbytes()[1] / 1e6:.2f}"
-        table.add_row(f"{point.speedup:g}x", f"{before / max(after, 1):.2f}x", percent(point.error), *metric, replaced, size)
+        table.add_row(f"{point.target:g}x", f"{point.speedup:.2f}x", percent(point.error), *metric, replaced, size)
     return table
 
 
