@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from lcnn_compile.config import LookupConfig
-from lcnn_compile.errors import ConfigError, LcnnWarning
+from lcnn_compile.errors import ConfigError, LcnnError, LcnnWarning
 from lcnn_compile.graphs import bind_weights, weight_placeholders
 from lcnn_compile.passes import find_convolutions
 from lcnn_compile.runtime import Calibrating, Lowered
-from lcnn_compile.torch_private import compile_with_inductor, inductor_modes
+from lcnn_compile.torch_private import DYNAMO_SIGNALS, compile_with_inductor, inductor_modes
 
 MAX_ERROR = 0.05
 _warned: set[str] = set()
@@ -74,7 +74,17 @@ def lcnn(
     patches = _mode_options(mode)
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled: Any = compile_with_inductor(graph, list(inputs), config_patches=patches)
+        try:
+            compiled: Any = compile_with_inductor(graph, list(inputs), config_patches=patches)
+        except (*DYNAMO_SIGNALS, LcnnError):
+            raise
+        except Exception as error:
+            # Inductor, or the compiler behind it, may fail in any way; the graph itself computes the same.
+            reason = str(error).strip().split("\n")[0][:200]
+            _once(
+                "inductor", f"Inductor cannot compile a graph of lcnn's, which runs uncompiled: {type(error).__name__}: {reason}"
+            )
+            return graph
         return compiled
 
     places = weight_placeholders(gm, example_inputs)

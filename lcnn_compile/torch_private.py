@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._inductor import list_mode_options as inductor_modes
 from torch._inductor.compile_fx import compile_fx as compile_with_inductor
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
+    "DYNAMO_SIGNALS",
     "FakeTensor",
     "FakeTensorMode",
     "children_of",
@@ -43,6 +45,9 @@ __all__ = [
     "without_modes",
     "without_sources",
 ]
+
+DYNAMO_SIGNALS = (RestartAnalysis, SkipFrame)
+"""Exceptions by which a compiler tells Dynamo to begin again, or to leave a frame alone: no failures."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _OWNED = re.compile(r"_(parameters|buffers)_")

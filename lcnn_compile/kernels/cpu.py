@@ -13,6 +13,7 @@ from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu_build
 from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.prepared import Prepared
+from lcnn_compile.kernels.threads import thread_count
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(("none", "relu", "relu6", "silu", "hardswish"))}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -126,7 +127,7 @@ class PackedWeight:
         x = input if input.dtype == torch.float32 else input.to(torch.float32)
         if x.stride(3) != 1:
             x = x.contiguous()
-        threads = torch.get_num_threads()
+        threads = thread_count()
         key = (
             *(input.dtype, x.shape, x.stride(), out_channels, *kernel_size, *stride, *padding, *dilation),
             *(activation, residual_last, threads),

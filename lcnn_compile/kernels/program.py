@@ -21,6 +21,7 @@ from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu, cpu_build
 from lcnn_compile.kernels.ops import library
 from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Shape, Step, View
+from lcnn_compile.kernels.threads import thread_count
 
 LINE = 16
 """Floats in a cache line."""
@@ -95,7 +96,7 @@ class Program:
         return [(step, shapes[i], total / calls) for (i, step), total in zip(steps, seconds, strict=True)]
 
     def _run(self, inputs: tuple[Tensor, ...], seconds: Any) -> list[Tensor]:
-        threads = torch.get_num_threads()
+        threads = thread_count()
         key = (threads, *[(x.shape, x.stride(), x.dtype, x.device) for x in inputs])
         instance = self._instances.get(key)
         if instance is None:
