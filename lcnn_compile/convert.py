@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,6 +32,7 @@ def convert(
     calibration: Iterable[Any] | None = None,
     example_inputs: Any = None,
     progress: Progress | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` whose convolutions are lookup convolutions (LCNN, section 3), fitted without labels.
 
@@ -43,6 +46,7 @@ def convert(
             like those of deployment. It is read once, front to back. Without any the fit sees the weights alone.
         example_inputs: one batch, to count multiply-adds; the first calibration batch by default.
         progress: called with (what, done, total).
+        resume: a folder that keeps every layer once it is fitted; after an interruption the same call goes on from there.
 
     Raises:
         ConfigError: for a rule that matches nothing.
@@ -52,7 +56,13 @@ def convert(
     modes = {name: module.training for name, module in private.named_modules()}
     title = f"lcnn: {type(model).__name__}"
     result, report = convert_in_place(
-        private.eval(), config or LookupConfig(), calibration, example_inputs=example_inputs, title=title, progress=progress
+        private.eval(),
+        config or LookupConfig(),
+        calibration,
+        example_inputs=example_inputs,
+        title=title,
+        progress=progress,
+        resume=resume,
     )
     for name, module in result.named_modules():
         module.training = modes.get(name, model.training)
@@ -72,6 +82,7 @@ def convert_in_place(
     example_inputs: Any = None,
     title: str = "lcnn",
     progress: Progress | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, Report]:
     """Put fitted lookup layers into ``model`` itself, which must be in evaluation mode; see :func:`convert`.
 
@@ -99,6 +110,7 @@ def convert_in_place(
         pixels={name: (use.out_pixels, use.in_pixels) for name, use in plan.survey.usage.items()},
         seed=config.seed,
         progress=progress,
+        resume=None if resume is None else Path(resume),
     )
     report = Report(tuple(plan.row(name, fitted.get(name)) for name in plan.names()), title=title)
     result = plan.model

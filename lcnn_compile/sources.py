@@ -26,7 +26,7 @@ _SHAPE = re.compile(r"(?P<size>[1-9]\d*(?:x[1-9]\d*)*)(?::(?P<dtype>\w+))?")
 _NAMED = 8
 
 
-def load_factory(text: str) -> Callable[[], Any]:
+def load_factory(text: str) -> Callable[..., Any]:
     """The callable that "package.module:name" or "file.py:name" names.
 
     Raises:

@@ -93,6 +93,10 @@ def convert_command(
         typer.Option("--sweep", help="Reductions to try, like 2,4,8,16: the Pareto curve, and with OUTPUT a checkpoint each."),
     ] = None,
     evaluate: Annotated[str | None, typer.Option(help="With --sweep: module:function of a model that returns a metric.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps fitted layers; the same command goes on from there after an interruption."),
+    ] = None,
     time: given.Timed = True,
     html: given.Html = None,
     plot: given.Plot = None,
@@ -102,6 +106,8 @@ def convert_command(
     changes = given.sizes(dictionary_size, sparsity, group_size, max_error, target_speedup, include, exclude, lowering, seed)
     if checkpoint is None and reductions is None:
         raise LcnnError("name the checkpoint to write (OUTPUT), or the reductions of a --sweep")
+    if resume is not None and reductions is not None:
+        raise LcnnError("--resume keeps one conversion; it does not go with --sweep")
     with output(as_json) as out:
         _check_targets(checkpoint, html, plot)
         settings = given.configuration(config, changes)
@@ -118,7 +124,7 @@ def convert_command(
         assert checkpoint is not None
         example, batches = (inputs, batches) if inputs is not None or batches is None else _first(batches)
         with progress_bars(out.errors) as tell:
-            made = convert(network, settings, calibration=batches, example_inputs=example, progress=tell)
+            made = convert(network, settings, calibration=batches, example_inputs=example, progress=tell, resume=resume)
         report: Report = made.lcnn_report  # type: ignore[assignment]
         if time and example is not None and report.replaced:
             report = time_layers(report, network, made, example)

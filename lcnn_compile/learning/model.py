@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lcnn_compile.learning.dictionary import Basis, fit_dictionary, most_vectors
 from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler, calibrate
+from lcnn_compile.learning.saved_fits import SavedFits, fingerprint
 from lcnn_compile.learning.search import Point, dense_point, error_curve, ladder
 from lcnn_compile.learning.sensitivity import Sensitivity, output_sensitivity
 from lcnn_compile.lookup import LookupWeight, filter_table
@@ -61,6 +63,7 @@ def fit_model(
     pixels: Mapping[str, tuple[int, int]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    resume: Path | None = None,
 ) -> dict[str, FittedLayer]:
     """Fit lookup weights for convolutions and fully connected layers of a network.
 
@@ -75,11 +78,12 @@ def fit_model(
         pixels: (output, input) pixels per sample of each layer; measured on the calibration data by default.
         seed: for the choice of pixels.
         progress: told (stage, done, of how many).
+        resume: a folder that keeps what is fitted, and from which an interrupted call with the same arguments goes on.
 
     Raises:
-        ConversionError: if calibration data holds no batch, or the target cannot be reached.
+        ConversionError: if calibration data holds no batch, the target cannot be reached, or ``resume`` is of another call.
     """
-    options = {"other_macs": other_macs, "pixels": pixels, "seed": seed, "progress": progress}
+    options = {"other_macs": other_macs, "pixels": pixels, "seed": seed, "progress": progress, "resume": resume}
     targets = (target_speedup,)
     return next(fit_budgets(model, layers, configs, calibration=calibration, call=call, target_speedups=targets, **options))  # type: ignore[arg-type]
 
@@ -96,6 +100,7 @@ def fit_budgets(
     pixels: Mapping[str, tuple[int, int]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    resume: Path | None = None,
 ) -> Iterator[dict[str, FittedLayer]]:
     """As :func:`fit_model` for each budget in turn; statistics, dictionaries and error curves are made once.
 
@@ -117,6 +122,9 @@ def fit_budgets(
             stacklevel=4,
         )
     for number, target in enumerate(target_speedups, 1):
+        if resume is not None:
+            batches = [] if found is None else found.batches
+            fitting.saved = SavedFits(resume, fingerprint(network, configs, batches, target, seed))
         yield fitting.run(target, other_macs, last=number == len(target_speedups))
 
 
@@ -135,6 +143,7 @@ class _Fitting:
     ) -> None:
         self.network, self.configs, self.calibration, self.free, self.tell = network, configs, calibration, free, tell
         self.seed = seed
+        self.saved: SavedFits | None = None
         self.sampler = None if calibration is None else Sampler(network, calibration, seed)
         self.pixels = {name: self._pixels(name, pixels) for name in network.layers}
         self.bases: dict[str, Basis] = {}
@@ -164,15 +173,31 @@ class _Fitting:
         step = max(1, -(-len(order) // PASSES))
         for start in range(0, len(order), step):
             names = order[start : start + step]
-            samples = self._samples([name for name in names if not self._stays_dense(name)], compressed=True)
+            known = self._known(names)
+            wanted = [name for name in names if name not in known and not self._stays_dense(name)]
+            samples = self._samples(wanted, compressed=True)
             for name in names:
-                result[name] = self._fit(name, samples.pop(name, None))
+                result[name] = known.get(name) or self._fit(name, samples.pop(name, None))
+                if self.saved is not None and name not in known:
+                    self.saved.put(name, result[name])
                 if not result[name].reason:
                     self.network.fitted[name] = (result[name].weight.dense_weight(), result[name].bias)
                 if last:
                     self.bases.pop(name, None)
             self.tell("fit", start + len(names), len(order))
         return {name: result[name] for name in self.network.layers}
+
+    def _known(self, names: Sequence[str]) -> dict[str, FittedLayer]:
+        """The layers that an earlier call has fitted."""
+        found = {} if self.saved is None else {name: self.saved.get(name) for name in names}
+        like = {name: self.network.weight(name) for name in found}
+        return {
+            name: replace(
+                fit, weight=fit.weight.to(like[name].device), bias=None if fit.bias is None else fit.bias.to(like[name])
+            )
+            for name, fit in found.items()
+            if fit is not None
+        }
 
     def _allocate(self, names: Sequence[str], target_speedup: float, other_macs: int) -> dict[str, Point]:
         if not self.curves:
@@ -240,9 +265,12 @@ class _Fitting:
         step = max(1, CURVE_ELEMENTS // PATCH_ELEMENTS)
         for start in range(0, len(names), step):
             part = names[start : start + step]
-            samples = self._samples(part, compressed=False)
+            known = {} if self.saved is None else {name: curve for name in part if (curve := self.saved.curve(name))}
+            samples = self._samples([name for name in part if name not in known], compressed=False)
             for name in part:
-                curves[name] = [*self._curve(name, samples.pop(name, None)), self._dense_point(name)]
+                curves[name] = known.get(name) or [*self._curve(name, samples.pop(name, None)), self._dense_point(name)]
+                if self.saved is not None and name not in known:
+                    self.saved.put_curve(name, curves[name])
             self.tell("search", start + len(part), len(names))
         return curves
 
