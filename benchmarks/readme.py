@@ -27,6 +27,17 @@ SETTINGS = {
     "paper-fast": "the paper's fast sizes",
     "paper-accurate": "the paper's accurate sizes",
 }
+METHODS = {
+    "dense": ("dense", "black", "P"),
+    "lookups": ("lookups", "#2b6cb0", "o"),
+    "uniform lookups": ("lookups, uniform sizes", "#63b3ed", "o"),
+    "scratch": ("lookups from scratch", "#2c7a7b", "D"),
+    "low rank": ("low rank", "#dd6b20", "s"),
+    "pruned": ("pruned", "#718096", "^"),
+    "int8": ("OpenVINO int8", "#805ad5", "*"),
+    "bfloat16": ("OpenVINO bfloat16", "#d53f8c", "*"),
+}
+LOW_PRECISION = ("int8", "bfloat16")
 
 Rows = list[dict[str, Any]]
 
@@ -108,26 +119,98 @@ def machine() -> str:
     )
 
 
+def accuracy_rows() -> Rows:
+    """Every case of the accuracy benchmark, as measured last; none before it has run."""
+    found = documents("accuracy*.json")
+    return found[-1]["rows"] if found else []
+
+
+def accuracy(rows: Rows) -> str:
+    """Top-1, multiply-adds and time of every network of the accuracy benchmark."""
+    dense = next((row for row in rows if row["case"] == "dense"), None)
+    if dense is None:
+        return ""
+    lines = []
+    for row in rows:
+        spent, base = row.get("time"), dense.get("time")
+        fewer = "–" if row["method"] in LOW_PRECISION else times(row["reduction"])
+        milliseconds = f"{1e3 * spent['seconds']:.2f} ms" if spent else "–"
+        faster = times(base["seconds"] / spent["seconds"]) if spent and base else "–"
+        lines.append([name_of(row), f"{row['top1']:.1f} %", fewer, milliseconds, faster])
+    return markdown(["network", "top-1", "fewer multiply-adds", "time", "faster"], lines)
+
+
+def accuracy_short() -> str:
+    """The README's table: dense, int8 and lookups of eight filters per group."""
+    rows = [row for row in accuracy_rows() if row["method"] in ("dense", "lookups", "int8") and row["group_size"] == 8]
+    return accuracy([row for row in rows if row["method"] != "dense" or not row["epochs"]])
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A case of the accuracy benchmark in words."""
+    parts = [METHODS.get(row["method"], (row["method"],))[0]]
+    if row["method"] not in ("dense", *LOW_PRECISION):
+        parts.append(f"budget {row['case'].split('x')[0].rpartition('-')[2]}x")
+    if "lookups" in row["method"] and row["group_size"] != 8:
+        parts.append(f"g = {row['group_size']}")
+    if row["epochs"]:
+        parts.append(f"{row['epochs']} epochs")
+    return ", ".join(parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "networks": networks_short,
     "networks-full": networks_full,
     "layers": layers,
+    "accuracy": accuracy_short,
+    "accuracy-full": lambda: accuracy(accuracy_rows()),
     "machine": machine,
 }
 
 
 def written(text: str) -> str:
-    """``text`` with every measured table as the results say."""
-    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}{found[3]}", text)
+    """``text`` with every measured table as the results say; a table without results stays as it is."""
+
+    def block(found: re.Match[str]) -> str:
+        table = TABLES[found["name"]]()
+        return f"{found[1]}{table}{found[3]}" if table else found[0]
+
+    return BLOCK.sub(block, text)
 
 
 def draw(path: Path) -> None:
-    """The README's picture."""
+    """The README's picture: speed of whole networks, and where it was measured, accuracy against time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    draw_speed(figure.subplots())
+    timed = [row for row in accuracy_rows() if row.get("time")]
+    figure = Figure(figsize=(11 if timed else 9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
+    draw_speed(axes[0])
+    if timed:
+        draw_accuracy(axes[1], timed)
     figure.savefig(path, dpi=150)
+
+
+def draw_accuracy(axes: Any, rows: Rows) -> None:
+    """Top-1 against time of one network on CIFAR-10; lines join budgets of the same kind."""
+    for method, (label, colour, marker) in METHODS.items():
+        for tuned in (False, True):
+            mine = [r for r in rows if r["method"] == method and bool(r["epochs"]) == tuned and r["group_size"] == 8]
+            points = sorted((1e3 * r["time"]["seconds"], r["top1"]) for r in mine)
+            if points and not (tuned and method == "dense"):
+                text = f"{label}, fine-tuned" if tuned and method != "scratch" else label
+                full = tuned or method in ("dense", *LOW_PRECISION)
+                style = {"color": colour, "marker": marker, "markerfacecolor": colour if full else "white"}
+                axes.plot(*zip(*points, strict=True), label=text, linestyle="-" if full else ":", markersize=7, **style)
+    axes.set_xscale("log")
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:g}")
+    axes.set_xlabel("milliseconds per image, CIFAR-10 (1 thread, batch 1)")
+    axes.set_ylabel("top-1, %")
+    axes.set_ylim(bottom=max(min(row["top1"] for row in rows) - 1, max(row["top1"] for row in rows) - 15))
+    axes.grid(True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def draw_speed(axes: Any) -> None:
