@@ -24,8 +24,9 @@ void* lcnn_weight_new(const int64_t* sizes, const float* dictionary, const float
 
 void lcnn_weight_free(void* weight) { delete static_cast<lcnn::Weight*>(weight); }
 
-void* lcnn_plan_new(const void* weight, const lcnn::Geometry* geometry) try {
-  return new lcnn::Plan(*static_cast<const lcnn::Weight*>(weight), *geometry);
+// `pool`: null, or what is done with the output before it is written.
+void* lcnn_plan_new(const void* weight, const lcnn::Geometry* geometry, const lcnn::Pool* pool) try {
+  return new lcnn::Plan(*static_cast<const lcnn::Weight*>(weight), *geometry, pool);
 } catch (const std::exception&) {
   return nullptr;
 }

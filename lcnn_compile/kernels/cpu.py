@@ -50,6 +50,16 @@ class Handle:
             self._free(self.address)
 
 
+class Pooling(ctypes.Structure):
+    """lcnn::Pool: what is pooled of [planes, height, width]."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("planes", "height", "width", "out_height", "out_width")),
+        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride")),
+        *((name, ctypes.c_int64) for name in ("top", "left", "mean")),
+    )
+
+
 class _Plan(NamedTuple):
     """What is worked out once for all calls of the same geometry."""
 
@@ -99,11 +109,16 @@ class PackedWeight:
         activation: str,
         residual_last: bool,
         threads: int,
+        pool: Pooling | None = None,
     ) -> Handle:
-        """What the kernels work out once for all calls of the same geometry; the input's rows have stride 1."""
+        """What the kernels work out once for all calls of the same geometry; the input's rows have stride 1.
+
+        ``out_shape`` is the convolution's; ``pool`` is done with it before it is written.
+        """
         numbers = [*stride, *dilation, padding[0], padding[2], ACTIVATION_CODES[activation], int(residual_last), threads]
         geometry = [shape[0], *shape[2:], *strides, *out_shape[2:], *numbers]
-        made = self._library.lcnn_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry))
+        pooling = None if pool is None else ctypes.byref(pool)
+        made = self._library.lcnn_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry), pooling)
         return Handle(made, self._library.lcnn_plan_free)
 
     def __call__(

@@ -110,7 +110,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, result, arguments in (
         ("lcnn_weight_new", pointer, [pointer] * 7),
         ("lcnn_weight_free", None, [pointer]),
-        ("lcnn_plan_new", pointer, [pointer] * 2),
+        ("lcnn_plan_new", pointer, [pointer] * 3),
         ("lcnn_plan_free", None, [pointer]),
         ("lcnn_run", ctypes.c_int, [pointer] * 5),
         ("lcnn_program_new", pointer, [pointer, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]),

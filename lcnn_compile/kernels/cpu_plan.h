@@ -3,6 +3,7 @@
 
 #include <new>
 
+#include "cpu_pool.h"
 #include "cpu_weight.h"
 
 namespace lcnn {
@@ -31,8 +32,8 @@ struct Shift {
 
 constexpr int64_t EVEN = 8;  // rows of aligned copies start at multiples of so many floats
 
-// A plane's size in whole lines, an odd number of them, lest planes fall into the same cache sets.
-inline int64_t odd_lines(int64_t floats) { return (floats / LANES | 1) * LANES; }
+// Room for so many floats in whole lines, an odd number of them, lest planes fall into the same cache sets.
+inline int64_t odd_lines(int64_t floats) { return (ceil_div(floats, LANES) | 1) * LANES; }
 
 // S of a band: for each dictionary vector, `phases` grids of formed rows x `pitch`.
 //
@@ -50,7 +51,12 @@ struct Plan {
   int64_t read_reach_h, read_reach_w;  // of S as it is read
   int64_t pitch, phase_plane, plane;            // of S as it is formed
   int64_t read_pitch, shift_plane, read_plane;  // of S as it is read: the same, or a copy for each shift
-  int64_t band, bands;                          // output rows per band, and bands per image
+  Pool pooling;                                 // of the output before it is written, where `pool` points to it
+  const Pool* pool;
+  int64_t rows;                                 // of the output as it is written: pooled where it is
+  int64_t band_rows, bands;                     // of those per band, and bands per image
+  int64_t band;                                 // output rows of the convolution per band, at most
+  int64_t pool_plane;                           // of the output of a band that is to be pooled
   int64_t tile;                                 // vectors of pixels in a tile of the dictionary stage, at most
   int64_t extent;                               // floats from the address of x to the end of its memory
   bool connected;  // a fully connected layer: images become the pixels of one row, and lie next to their filters in y
@@ -62,10 +68,16 @@ struct Plan {
   bool stream;     // output goes past the caches
   bool cooperate;  // all threads share one band, rather than each having its own
 
-  Plan(const Weight& weight, const Geometry& geometry);
+  Plan(const Weight& weight, const Geometry& geometry, const Pool* after = nullptr);
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
   int64_t formed() const { return round_up(w.k * plane, LANES); }
   int64_t formed_rows(int64_t rows) const { return (rows - 1) * skip[0] + 1 + reach_h; }
-  int64_t scratch() const { return formed() + (copied ? w.k * read_plane : 0); }
+  int64_t scratch() const { return formed() + (copied ? w.k * read_plane : 0) + pooled(); }
+  int64_t pooled() const { return pool ? round_up(w.n * pool_plane, LANES) : 0; }
+  // Rows of the convolution that these rows of the output need.
+  int64_t first_row(int64_t row) const { return pool ? pool->first_row(row) : row; }
+  int64_t end_row(int64_t end) const { return pool ? pool->end_row(end - 1) : end; }
   int64_t packed() const { return w.m * tile * LANES; }
   int64_t vectors(int64_t rows, int64_t row_pitch) const { return ceil_div((rows - 1) * row_pitch + g.out_width, LANES); }
 
@@ -73,18 +85,20 @@ struct Plan {
   void find_phases();
   Shift shift_of(int64_t position) const;
   void find_shifts();
-  void layout(int64_t rows);
+  void layout(int64_t written);
   void find_offsets();
 };
 
 constexpr int64_t DIRECT_BLOCKS = 4;  // up to so many blocks of D, x is read where it lies rather than packed
 constexpr int64_t LINES_AHEAD = 8;    // of each channel, wanted for the next tile
 constexpr int64_t L2_BYTES = 1 << 20;
-constexpr int64_t S_BYTES = L2_BYTES / 2;  // of a band
+constexpr int64_t S_BYTES = L2_BYTES / 2;  // of a band, with the output that is to be pooled
 constexpr int64_t STREAM_ABOVE = 8 << 20;  // bytes of an output that would push everything else out of the caches
 constexpr int64_t ALIGN_ABOVE = 24;        // lookups per element of the copies that repay making them
 
-inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g(geometry) {
+inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* after)
+    : w(weight), g(geometry), pooling(after ? *after : Pool{}), pool(after ? &pooling : nullptr),
+      rows(after ? after->out_height : geometry.out_height) {
   connected = g.batch > 0 && w.kh * w.kw == 1 && g.height * g.width == 1 && g.out_height * g.out_width == 1 && g.top + g.left == 0;
   if (connected) {
     g.width = g.out_width = g.batch;
@@ -104,19 +118,20 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry) : w(weight), g
   find_shifts();
   copied = aligned || skip[0] * skip[1] > 1;
   layout(1);
-  const int64_t one = scratch();
-  layout(2);
-  const int64_t rows = std::clamp<int64_t>(1 + (S_BYTES / 4 - one) / std::max<int64_t>(1, scratch() - one), 1, g.out_height);
-  int64_t count = ceil_div(g.out_height, rows);
+  const int64_t one = scratch(), budget = S_BYTES / 4;
+  layout(std::min<int64_t>(2, rows));
+  int64_t most = 1 + (budget - one) / std::max<int64_t>(1, scratch() - one);
+  most = std::clamp<int64_t>(most, 1, rows);
+  int64_t count = ceil_div(rows, most);
   cooperate = g.batch * count < g.threads;
   if (!cooperate && g.batch * count < 8 * g.threads)
-    while (g.batch * count % g.threads && count < g.out_height) ++count;
-  layout(ceil_div(g.out_height, count));
-  bands = ceil_div(g.out_height, band);
+    while (g.batch * count % g.threads && count < rows) ++count;
+  layout(ceil_div(rows, count));
+  bands = ceil_div(rows, band_rows);
   by_rows = ceil_div(g.out_width, LANES) * band <= vectors(band, read_pitch);
   const int64_t out_bytes = 4 * w.n * g.out_height * g.out_width;
-  fetch = out_bytes > L2_BYTES / 2;
-  stream = by_rows && g.out_width % LANES == 0 && out_bytes > STREAM_ABOVE;
+  fetch = !pool && out_bytes > L2_BYTES / 2;
+  stream = !pool && by_rows && g.out_width % LANES == 0 && out_bytes > STREAM_ABOVE;
   find_offsets();
 }
 
@@ -171,8 +186,11 @@ inline void Plan::find_shifts() {
   }
 }
 
-inline void Plan::layout(int64_t rows) {
+inline void Plan::layout(int64_t written) {
+  band_rows = written;
+  const int64_t rows = pool ? std::min(g.out_height, (written - 1) * pool->stride[0] + pool->kernel[0]) : written;
   band = rows;
+  pool_plane = odd_lines(rows * g.out_width);
   // Vectors may start at the last valid pixel, so that a vector's worth of slack lies behind it, twice for the shift.
   const int64_t slack = (1 + skip[1]) * LANES;
   phase_plane = round_up(formed_rows(rows) * pitch + reach_w + slack, LANES);

@@ -13,6 +13,9 @@ struct Pool {
   int64_t planes, height, width, out_height, out_width;
   int64_t kernel[2], stride[2];
   int64_t top, left;
+  int64_t mean;  // or the maximum
+  int64_t first_row(int64_t h) const { return std::max<int64_t>(0, h * stride[0] - top); }
+  int64_t end_row(int64_t h) const { return std::min(height, h * stride[0] - top + kernel[0]); }
   // Of a row of maxima or sums with margins on both sides, read up to two vectors past the last window.
   int64_t row_floats() const { return left + std::max(width, out_width * stride[1]) + kernel[1] + 3 * LANES; }
 };
@@ -55,29 +58,28 @@ static void pool_columns(const Pool& p, const float* row, float scale, float* y)
   }
 }
 
-// One plane; `row` is a buffer of `row_floats()`.
+// Pooled rows [first, end) of one plane, of which x holds the rows from `above` on; `row` is a buffer of `row_floats()`.
 template <class Join>
-static void pool_plane(const Pool& p, const float* x, float scale, float* row, float* y) {
+static void pool_rows(const Pool& p, int64_t first, int64_t end, const float* x, int64_t above, float scale, float* row, float* y) {
   std::fill_n(row, p.row_floats(), Join::START);
   float* const inside = row + p.left;
-  for (int64_t h = 0; h < p.out_height; ++h, y += p.out_width) {
-    const int64_t first = std::max<int64_t>(0, h * p.stride[0] - p.top);
-    const int64_t end = std::min(p.height, h * p.stride[0] - p.top + p.kernel[0]);
+  for (int64_t h = first; h < end; ++h, y += p.out_width) {
+    const int64_t top = p.first_row(h), bottom = p.end_row(h);
     for (int64_t c = 0; c < p.width; c += LANES) {
       const int count = int(std::min<int64_t>(LANES, p.width - c));
       Vec found = splat(Join::START);
-      for (int64_t r = first; r < end; ++r) found = Join::join(found, load_first(x + r * p.width + c, count));
+      for (int64_t r = top; r < bottom; ++r) found = Join::join(found, load_first(x + (r - above) * p.width + c, count));
       store_first(inside + c, found, count);
     }
     pool_columns<Join>(p, row, scale, y);
   }
 }
 
-inline void pool_plane(const Pool& p, bool mean, const float* x, float* row, float* y) {
-  if (mean)
-    pool_plane<Sum>(p, x, 1.0f / float(p.kernel[0] * p.kernel[1]), row, y);
+inline void pool_rows(const Pool& p, int64_t first, int64_t end, const float* x, int64_t above, float* row, float* y) {
+  if (p.mean)
+    pool_rows<Sum>(p, first, end, x, above, 1.0f / float(p.kernel[0] * p.kernel[1]), row, y);
   else
-    pool_plane<Larger>(p, x, 1.0f, row, y);
+    pool_rows<Larger>(p, first, end, x, above, 1.0f, row, y);
 }
 
 }  // namespace lcnn

@@ -8,7 +8,7 @@
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL_MAX, POOL_MEAN };
+enum Kind : int64_t { LOOK_UP, POOL };
 
 // Values are numbered; no residual is -1.
 struct Step {
@@ -57,7 +57,7 @@ struct Program {
 #pragma omp parallel for num_threads(int(team)) schedule(static)
     for (int64_t part = 0; part < team; ++part)
       for (int64_t i = p.planes * part / team; i < p.planes * (part + 1) / team; ++i)
-        pool_plane(p, step.kind == POOL_MEAN, x + i * area, rows + part * row, y + i * out_area);
+        pool_rows(p, 0, p.out_height, x + i * area, 0, rows + part * row, y + i * out_area);
   }
 };
 

@@ -61,7 +61,8 @@ inline float* run_scratch(int64_t floats) {
 inline void run(const Call& call, int threads) {
   const Plan& p = call.p;
   const int64_t items = p.g.batch * p.bands;
-  const int64_t s_size = round_up(p.scratch(), 1024), packed_size = round_up(p.packed(), 1024) + 64;
+  const int64_t s_size = round_up(p.scratch(), 1024), row = p.pool ? p.pool->row_floats() : 0;
+  const int64_t packed_size = round_up(std::max(p.packed(), row), 1024) + 64;
   float* const shared = run_scratch(threads * (s_size + packed_size));
 #pragma omp parallel num_threads(threads)
   {

@@ -41,7 +41,8 @@ struct Call {
   void band(int64_t image, int64_t index, float* s, float* packed, Team team) const;
   void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed, Team team) const;
   void copy_shifts(int64_t rows, const float* s, float* copies, Team team) const;
-  void lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const;
+  void lookup_stage(int64_t group, int64_t rows, const float* s, float* to_y, const float* to_residual, int64_t plane, Team team) const;
+  void pool_band(int64_t image, int64_t first, int64_t end, const float* from, float* row, Team team) const;
 };
 
 // Where the dictionary stage stands in the grid of a phase.
@@ -305,16 +306,15 @@ inline Pixels Call::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
   return found;
 }
 
-inline void Call::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const float* s, Team team) const {
+inline void Call::lookup_stage(int64_t group, int64_t rows, const float* s, float* to_y, const float* to_residual, int64_t plane,
+                               Team team) const {
   const Weight& w = p.w;
   const Geometry& g = p.g;
-  const int64_t area = g.out_height * g.out_width;
   const int64_t per_row = ceil_div(g.out_width, LANES);
   const int64_t vectors = p.by_rows ? per_row * rows : p.vectors(rows, p.read_pitch);
   const int64_t tiles = tiles_of(vectors, TILE, team);
   const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
-  const int64_t start = image * w.n * area + first_row * g.out_width;
-  const Lookup to{s, bias, residual ? residual + start : nullptr, y + start, area,
+  const Lookup to{s, bias, to_residual, to_y, plane,
                   Epilogue(int(g.activation), g.residual_last != 0), p.fetch, p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
   if (p.few) return look_up_few(to, group, rows, team);
   Pixels pixels[TILE];
@@ -357,8 +357,19 @@ inline void Call::copy_shifts(int64_t rows, const float* s, float* copies, Team 
     }
 }
 
+// The output of a band in `from`, pooled into rows [first, end).
+inline void Call::pool_band(int64_t image, int64_t first, int64_t end, const float* from, float* row, Team team) const {
+  const Pool& pool = *p.pool;
+  for (int64_t f = p.w.n * team.rank / team.size; f < p.w.n * (team.rank + 1) / team.size; ++f)
+    pool_rows(pool, first, end, from + f * p.pool_plane, p.first_row(first), row,
+              y + ((image * p.w.n + f) * pool.out_height + first) * pool.out_width);
+}
+
 inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Team team) const {
-  const int64_t first_row = index * p.band, rows = std::min(p.band, p.g.out_height - first_row);
+  const int64_t first = index * p.band_rows, end = std::min(first + p.band_rows, p.rows);
+  const int64_t first_row = p.first_row(first), rows = p.end_row(end) - first_row, area = p.g.out_height * p.g.out_width;
+  float* const unpooled = s + p.scratch() - p.pooled();
+  const int64_t start = image * p.w.n * area + first_row * p.g.out_width;
   for (int64_t group = 0; group < p.w.groups; ++group) {
     if (group > 0) team.wait();
     dictionary_stage(image, group, first_row, rows, s, packed, team);
@@ -369,8 +380,15 @@ inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Te
       copy_shifts(rows, s, read, team);
       team.wait();
     }
-    lookup_stage(image, group, first_row, rows, read, team);
+    if (p.pool)
+      lookup_stage(group, rows, read, unpooled, nullptr, p.pool_plane, team);
+    else
+      lookup_stage(group, rows, read, y + start, residual ? residual + start : nullptr, area, team);
     if (p.stream) fence();
+  }
+  if (p.pool) {
+    team.wait();
+    pool_band(image, first, end, unpooled, packed, team);
   }
 }
 

@@ -20,13 +20,16 @@ from torch import Tensor
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu, cpu_build
 from lcnn_compile.kernels.ops import library
-from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Shape, Step, View
+from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Shape, Step, View, Window, pooled
 from lcnn_compile.kernels.threads import thread_count
 
 LINE = 16
 """Floats in a cache line."""
 INSTANCES = 32
-KINDS = {"look_up": 0, "max": 1, "mean": 2}
+POOL_FROM = 2 << 20
+"""Elements of an output that would push everything else out of the caches before it is pooled."""
+LOOK_UP, POOL = 0, 1
+"""lcnn::Kind."""
 
 
 class _Step(ctypes.Structure):
@@ -37,9 +40,7 @@ class _Step(ctypes.Structure):
         ("plan", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("x", "residual", "y")),
-        *((name, ctypes.c_int64) for name in ("planes", "height", "width", "out_height", "out_width")),
-        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride")),
-        *((name, ctypes.c_int64) for name in ("top", "left")),
+        ("pool", cpu.Pooling),
     )
 
 
@@ -88,11 +89,13 @@ class Program:
     def profile(self, *inputs: Tensor, calls: int = 10) -> list[tuple[Step, Shape, float]]:
         """Every step but views, with the shape of its result and its mean seconds over some calls, after one that is not counted."""
         self._run(inputs, None)
-        steps = [(i, step) for i, step in enumerate(self.recipe.steps) if not isinstance(step, View)]
+        given = [x.shape for x in inputs]
+        recipe = pooled(self.recipe, self.recipe.shapes(given), POOL_FROM)
+        steps = [(i, step) for i, step in enumerate(recipe.steps) if not isinstance(step, View)]
         seconds = (ctypes.c_double * len(steps))()
         for _ in range(calls):
             self._run(inputs, seconds)
-        shapes = self.recipe.shapes([x.shape for x in inputs])[self.recipe.inputs :]
+        shapes = recipe.shapes(given)[recipe.inputs :]
         return [(step, shapes[i], total / calls) for (i, step), total in zip(steps, seconds, strict=True)]
 
     def _run(self, inputs: tuple[Tensor, ...], seconds: Any) -> list[Tensor]:
@@ -116,8 +119,9 @@ class Program:
         for x in inputs:
             if x.dtype != torch.float32 or not x.is_cpu or x.layout != torch.strided:
                 raise KernelError(f"a program got an input of {x.dtype} on {x.device}; float32 on the CPU is required")
-        recipe = self.recipe
-        shapes = recipe.shapes([x.shape for x in inputs])
+        given = [x.shape for x in inputs]
+        recipe = pooled(self.recipe, self.recipe.shapes(given), POOL_FROM)
+        shapes = recipe.shapes(given)
         # Lookups read any strides but that of a row, everything else reads contiguous tensors.
         strided = {s.x for s in recipe.steps if isinstance(s, LookUp)} - {
             value for s in recipe.steps for value in ([s.residual] if isinstance(s, LookUp) else [s.x]) if value is not None
@@ -125,35 +129,41 @@ class Program:
         copied = [i for i, x in enumerate(inputs) if not (x.is_contiguous() or (i in strided and x.stride(3) == 1))]
         strides = {i: inputs[i].stride() if i not in copied else None for i in strided if i < len(inputs)}
         places, arena = allocate(recipe, shapes)
-        steps, owned = self._steps(shapes, strides, threads)
+        steps, owned = self._steps(recipe, shapes, strides, threads)
         array, numbers = (_Step * len(steps))(*steps), (ctypes.c_int64 * len(places))(*places)
         address = self._library.lcnn_program_new(array, len(steps), numbers, len(places), arena, threads)
         handle = cpu.Handle(address, self._library.lcnn_program_free)
         return _Instance(handle, copied, [shapes[v] for v in recipe.outputs], owned)
 
-    def _steps(self, shapes: list[Shape], strides: dict[int, Any], threads: int) -> tuple[list[_Step], list[Any]]:
+    def _steps(self, recipe: Recipe, shapes: list[Shape], strides: dict[int, Any], threads: int) -> tuple[list[_Step], list[Any]]:
         """The library's steps and the objects that must outlive them; views take none."""
         steps, owned = [], []
         weights = iter(self._weights)
-        for number, step in enumerate(self.recipe.steps):
-            y = self.recipe.inputs + number
+        for number, step in enumerate(recipe.steps):
+            y = recipe.inputs + number
             if isinstance(step, LookUp):
                 packed, bias = next(weights)
                 x, strides_of_x = shapes[step.x], strides.get(step.x) or contiguous_strides(shapes[step.x])
                 epilogue = (step.activation, step.residual_last)
-                plan = packed.plan(x, strides_of_x, shapes[y], step.stride, step.dilation, step.padding, *epilogue, threads)
+                convolved = step.convolved(shapes)
+                pool = None if step.pool is None else _pooling(step.pool, convolved)
+                geometry = (step.stride, step.dilation, step.padding)
+                plan = packed.plan(x, strides_of_x, convolved, *geometry, *epilogue, threads, pool)
                 owned.append(plan)
                 bias_address = None if bias is None else bias.data_ptr()
                 residual = -1 if step.residual is None else step.residual
-                steps.append(_Step(KINDS["look_up"], plan.address, bias_address, step.x, residual, y))
+                steps.append(_Step(LOOK_UP, plan.address, bias_address, step.x, residual, y))
             elif isinstance(step, Pool):
-                batch, channels, height, width = shapes[step.x]
-                sizes = (batch * channels, height, width, *shapes[y][2:])
-                kernel = step.kernel_size or (height, width)
-                pair = ctypes.c_int64 * 2
-                kind = KINDS["mean" if step.mean else "max"]
-                steps.append(_Step(kind, None, None, step.x, -1, y, *sizes, pair(*kernel), pair(*step.stride), *step.padding))
+                steps.append(_Step(POOL, None, None, step.x, -1, y, _pooling(step.window, shapes[step.x])))
         return steps, owned
+
+
+def _pooling(window: Window, shape: Shape) -> cpu.Pooling:
+    batch, channels, height, width = shape
+    pair = ctypes.c_int64 * 2
+    kernel = pair(*(window.kernel_size or (height, width)))
+    sizes = (batch * channels, height, width, *window.shape(shape)[2:])
+    return cpu.Pooling(*sizes, kernel, pair(*window.stride), *window.padding, int(window.mean))
 
 
 def contiguous_strides(shape: Shape) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ outputs for any inputs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels.reference import output_size
@@ -19,8 +20,28 @@ Shape = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
+class Window:
+    """What is pooled: the maximum or mean over windows, of whole planes without a kernel size."""
+
+    mean: bool
+    kernel_size: tuple[int, int] | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def shape(self, x: Shape) -> Shape:
+        """[N, C, H', W'] from [N, C, H, W]."""
+        if self.kernel_size is None:
+            return (*x[:2], 1, 1)
+        top, left = self.padding
+        return (*x[:2], *output_size(x[2:], self.kernel_size, self.stride, (top, top, left, left), (1, 1)))
+
+
+@dataclass(frozen=True)
 class LookUp:
-    """A lookup convolution of value ``x`` [N, C, H, W] with the epilogue of the operator; ``residual`` is a value or None."""
+    """A lookup convolution of value ``x`` [N, C, H, W] with the epilogue of the operator; ``residual`` is a value or None.
+
+    ``pool`` is done with the output before it is written; then there is no residual.
+    """
 
     x: int
     residual: int | None
@@ -32,9 +53,15 @@ class LookUp:
     dilation: tuple[int, int]
     activation: str = "none"
     residual_last: bool = False
+    pool: Window | None = None
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """[N, n, H', W']."""
+        shape = self.convolved(shapes)
+        return shape if self.pool is None else self.pool.shape(shape)
+
+    def convolved(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, n, H', W'] before pooling."""
         x = shapes[self.x]
         if len(x) != 4 or x[1] != self.in_channels:
             raise KernelError(f"a program's lookup convolution got an input of shape {tuple(x)}; [N, {self.in_channels}, H, W]")
@@ -49,21 +76,14 @@ class LookUp:
 
 @dataclass(frozen=True)
 class Pool:
-    """The maximum or mean over windows of ``x`` [N, C, H, W]; without a kernel size over each whole plane."""
+    """The maximum or mean over windows of ``x`` [N, C, H, W]."""
 
     x: int
-    mean: bool
-    kernel_size: tuple[int, int] | None = None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
+    window: Window
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """[N, C, H', W']."""
-        x = shapes[self.x]
-        if self.kernel_size is None:
-            return (*x[:2], 1, 1)
-        top, left = self.padding
-        return (*x[:2], *output_size(x[2:], self.kernel_size, self.stride, (top, top, left, left), (1, 1)))
+        return self.window.shape(shapes[self.x])
 
 
 @dataclass(frozen=True)
@@ -112,9 +132,38 @@ class Recipe:
     def from_json(text: str) -> Recipe:
         """The recipe of a text made by ``to_json``."""
         inputs, steps, outputs = json.loads(text)
-        made = [_KINDS[kind](**{key: _tuple(value) for key, value in fields.items()}) for kind, fields in steps]
+        made = [_KINDS[kind](**{key: _value(value) for key, value in fields.items()}) for kind, fields in steps]
         return Recipe(inputs, tuple(made), tuple(outputs))
 
 
-def _tuple(value: Any) -> Any:
+def _value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Window(**{key: _value(entry) for key, entry in value.items()})
     return tuple(value) if isinstance(value, list) else value
+
+
+def pooled(recipe: Recipe, shapes: Sequence[Shape], least: int) -> Recipe:
+    """The same with poolings done by the lookup convolutions before them, where nothing else reads these.
+
+    Only outputs of ``least`` elements are worth it: smaller ones wait in a cache, and bands of a few rows form S twice.
+    """
+    uses: dict[int, int] = dict.fromkeys(recipe.outputs, 1)
+    for step in recipe.steps:
+        residual = step.residual if isinstance(step, LookUp) else None
+        for value in (step.x, *([] if residual is None else [residual])):
+            uses[value] = uses.get(value, 0) + 1
+    place = {value: value for value in range(recipe.inputs)}
+    steps: list[Step] = []
+    for number, step in enumerate(recipe.steps):
+        before = steps[place[step.x] - recipe.inputs] if place[step.x] >= recipe.inputs else None
+        large = isinstance(step, Pool) and uses[step.x] == 1 and math.prod(shapes[step.x]) >= least
+        if large and isinstance(before, LookUp) and before.pool is None and before.residual is None:
+            steps[place[step.x] - recipe.inputs] = replace(before, pool=cast(Pool, step).window)
+            place[recipe.inputs + number] = place[step.x]
+            continue
+        step = replace(step, x=place[step.x])
+        if isinstance(step, LookUp) and step.residual is not None:
+            step = replace(step, residual=place[step.residual])
+        steps.append(step)
+        place[recipe.inputs + number] = recipe.inputs + len(steps) - 1
+    return Recipe(recipe.inputs, tuple(steps), tuple(place[value] for value in recipe.outputs))

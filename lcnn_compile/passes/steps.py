@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lcnn_compile.kernels.steps import LookUp, Pool, Step, View
+from lcnn_compile.kernels.steps import LookUp, Pool, Step, View, Window
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import example, shape_of
 from lcnn_compile.passes.targets import RESHAPES, aten, attribute, bound, is_get_attr
@@ -53,13 +52,13 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
         if not isinstance(dims, list | tuple) or sorted(d % 4 for d in dims) != [2, 3] or node.kwargs.get("dtype") is not None:
             return None
         view = _view(out)
-        pool: Callable[[int], Step] = lambda x: Pool(x, REDUCTIONS[node.target])  # noqa: E731
+        pool: Callable[[int], Step] = lambda x: Pool(x, Window(REDUCTIONS[node.target]))  # noqa: E731
         return None if view is None else [pool] if len(out) == 4 else [pool, *view]
     window = _window(node, shape, out)
     if window is None:
         return None
-    known = window.shape([shape])
-    return [lambda x: replace(window, x=x)] if all(_same(a, b) for a, b in zip(known, out, strict=True)) else None
+    known = window.shape(shape)
+    return [lambda x: Pool(x, window)] if all(_same(a, b) for a, b in zip(known, out, strict=True)) else None
 
 
 def residual_of(node: fx.Node) -> fx.Node | None:
@@ -96,27 +95,27 @@ def _lookup(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
     return [lambda x: LookUp(x, residual, *sizes, *epilogue)]  # type: ignore[arg-type]
 
 
-def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Pool | None:
+def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Window | None:
     if node.target in MAX_POOL:
         names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         _, kernel, stride, padding, dilation, _, indices = bound(node, names, (None, None, None, 0, 1, False, False))
         if indices or _pair(dilation) != (1, 1):
             return None
-        return Pool(0, False, _pair(kernel), _pair(stride or kernel), _pair(padding))
+        return Window(False, _pair(kernel), _pair(stride or kernel), _pair(padding))
     if node.target in MEAN_POOL:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         _, kernel, stride, padding, ceil, counted, divisor = bound(node, names, (None, None, None, 0, False, True, None))
         if ceil or divisor is not None or not (counted or _pair(padding) == (0, 0)):
             return None
-        return Pool(0, True, _pair(kernel), _pair(stride or kernel), _pair(padding))
+        return Window(True, _pair(kernel), _pair(stride or kernel), _pair(padding))
     if node.target in ADAPTIVE:
         if tuple(out[2:]) == (1, 1):
-            return Pool(0, True)
+            return Window(True)
         sizes = (*shape[2:], *out[2:])
         if not all(isinstance(v, int) for v in sizes) or sizes[0] % sizes[2] or sizes[1] % sizes[3]:
             return None
         kernel = (sizes[0] // sizes[2], sizes[1] // sizes[3])
-        return Pool(0, True, kernel, kernel)
+        return Window(True, kernel, kernel)
     return None
 
 
