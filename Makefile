@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test lint docs readme fuzz bench-cpu bench-gpu clean
+.PHONY: demo test lint docs readme fuzz sanitize bench-cpu bench-gpu clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +31,17 @@ docs: $(VENV)/ready
 readme: $(VENV)/ready
 	$(BIN)/python benchmarks/readme.py
 
+# Every property test with 20,000 examples, for hours; HYPOTHESIS_EXAMPLES says how many instead.
 fuzz: $(VENV)/ready
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n 2 -k "not triton"
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n 2 -m hypothesis -k "not triton"
+
+# The tests of the C++ kernels under AddressSanitizer and UBSan; compiling for it takes a minute per instruction set.
+sanitize: $(VENV)/ready
+	LCNN_CPU_SANITIZE=1 CXX=$${CXX:-g++} \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_program*.py tests/test_operator_safety.py \
+		-k "not without_kernels and not damaged and not concurrent"
 
 bench-cpu: $(VENV)/bench-ready
 	$(BIN)/lcnn-compile bench all

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,20 @@ from lcnn_compile.report import LayerReport, Report
 from lcnn_compile.torch_private import module_of
 
 FORMAT = 1
+MAX_HEADER = 1 << 25
+"""Bytes of a file's header; a thousand layers need a hundredth of it."""
+DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
 FACTORS = ("dictionary", "coefficients", "indices", "positions", "offsets", "filters")
 
 
@@ -124,11 +138,22 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     try:
+        with open(path, "rb") as start:
+            size = int.from_bytes(start.read(8), "little")
+        if size > MAX_HEADER:
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file: its header has {size} bytes; {MAX_HEADER} are allowed"
+            )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {type(error).__name__}: {error}") from error
+    for key, value in tensors.items():
+        if value.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {key} has dtype {value.dtype}; allowed are {DTYPES}")
     body = metadata.get("lcnn")
     if body is None or "digest" not in metadata:
         raise CheckpointError(f"{path} is not a lookup checkpoint: its header has no lcnn entry")
@@ -160,9 +185,14 @@ def _layer_ok(value: object) -> bool:
 
 
 def _row(row: Any) -> LayerReport:
+    """A row of the report, every value of the type that its field has."""
+    kinds = get_type_hints(LayerReport)
     try:
+        wrong = [key for key, value in row.items() if not isinstance(value, kinds[key])]
+        if wrong:
+            raise TypeError(f"{wrong} have values of another type")
         return LayerReport(**row)
-    except TypeError as error:
+    except (TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"the report in the header has a row that is not one: {error}") from error
 
 

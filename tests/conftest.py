@@ -11,7 +11,8 @@ os.environ.setdefault("LCNN_TUNE", "0")
 # Tests run side by side and on tiny tensors, where a second thread only waits.
 torch.set_num_threads(1)
 settings.register_profile("fast", max_examples=25, deadline=None, suppress_health_check=slow, derandomize=True)
-settings.register_profile("fuzz", max_examples=20_000, deadline=None, suppress_health_check=slow, print_blob=True)
+many = int(os.environ.get("HYPOTHESIS_EXAMPLES", "20000"))
+settings.register_profile("fuzz", max_examples=many, deadline=None, suppress_health_check=slow, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 

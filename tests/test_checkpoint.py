@@ -6,8 +6,6 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from nets import Functional, SmallResNet, Untraceable, pictures, randomise
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -158,34 +156,6 @@ def test_wrong_checksum_and_foreign_files(saved, tmp_path):
     for path in (tmp_path / "missing", tmp_path, huge):
         with pytest.raises(LcnnError, match="not a readable"):
             load(SmallResNet(8), path)
-
-
-@settings(max_examples=150)
-@given(st.data())
-def test_corrupted_files_are_refused_or_equal(saved, tmp_path_factory, data):
-    model, path = saved
-    raw = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        how = data.draw(st.sampled_from(["flip", "header", "cut", "insert", "zero"]))
-        at = data.draw(st.integers(0, min(len(raw), 3000) - 1 if how == "header" else len(raw) - 1))
-        if how in ("flip", "header"):
-            raw[at] ^= 1 << data.draw(st.integers(0, 7))
-        elif how == "cut":
-            del raw[at:]
-        elif how == "insert":
-            raw[at:at] = data.draw(st.binary(min_size=1, max_size=9))
-        else:
-            raw[at : at + 16] = bytes(len(raw[at : at + 16]))
-        if not raw:
-            break
-    target = tmp_path_factory.getbasetemp() / "corrupt"
-    target.write_bytes(bytes(raw))
-    try:
-        loaded = load(SmallResNet(8), target)
-    except LcnnError:
-        return
-    state = model.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
 
 
 def test_header(saved):
