@@ -253,6 +253,8 @@ def test_ceilings_and_description_of_a_gpu(gpu, monkeypatch):
     assert found["l1"] == 128 * 132 * 1e9
     assert found["tf32"] == pytest.approx(2 * 4096**3 / (6e-3))
     assert gpu.machine.usable()
+    monkeypatch.setattr(gpu_machine.triton_ops, "_unusable", {"cuda:0": "no compiler"})
+    assert not gpu.machine.usable()
     assert json.dumps(gpu.machine.describe())
 
 
@@ -329,6 +331,8 @@ def test_kernels_are_compiled_once_and_before(monkeypatch, tmp_path, capsys):
 
     jobs = [layer_job(Layer(32, 64, 8), (Sizes(8, 20, 16),), "float16", format, 2, False) for format in gpu_cases.FORMATS]
     assert len(list(gpu_compile.calls(jobs))) == 2
+    check = Job("check", "", 1, {"layer": Layer(32, 64, 8), "sizes": Sizes(8, 20, 16), "mode": "float16"})
+    assert len(gpu_compile.distinct([check], 90)) == 4  # a launch of each direction in each format
     tasks = gpu_compile.distinct(jobs, 90)
     assert 8 <= len(tasks) <= 40
     assert gpu_compile.distinct(jobs + jobs, 90) == tasks

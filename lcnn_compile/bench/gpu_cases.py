@@ -74,6 +74,7 @@ CHECKED = (
     (Layer(33, 40, 13), Sizes(7, 20, 8)),
     (Layer(32, 48, 9), Sizes(9, 20, 2)),
 )
+CHECKED_BATCH = 5
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lcnn_compile.bench.gpu_cases import FORMATS, Job, Layer, Sizes
+from lcnn_compile.bench.gpu_cases import CHECKED_BATCH, FORMATS, Job, Layer, Sizes
 from lcnn_compile.bench.gpu_machine import set_mode
 from lcnn_compile.bench.gpu_networks import wide
 from lcnn_compile.bench.networks import build, example_input
@@ -30,13 +30,17 @@ class Call(NamedTuple):
     mode: str
     format: str
     batch: int
+    checked: bool = False
 
 
 def calls(jobs: Iterable[Job]) -> Iterator[Call]:
-    """The calls of these jobs that are tuned."""
+    """The calls of these jobs: those that are tuned, and those that are checked, which are not, but backward too."""
     for job in jobs:
         given = job.arguments
-        if job.kind == "layer":
+        if job.kind == "check":
+            for format in FORMATS:
+                yield Call(given["layer"], given["sizes"], given["mode"], format, CHECKED_BATCH, True)
+        elif job.kind == "layer":
             for sizes in given["settings"]:
                 yield Call(given["layer"], sizes, given["mode"], given["format"], given["batch"])
         elif job.kind == "network":
@@ -64,7 +68,7 @@ def wide_layers(network: str) -> list[Layer]:
 
 @lru_cache(maxsize=64)
 def _launches(call: Call) -> list[Callable[[], object]]:
-    from lcnn_compile.kernels import triton_tune
+    from lcnn_compile.kernels import triton_backward, triton_tune
     from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
 
     dtype = set_mode(call.mode)
@@ -78,7 +82,11 @@ def _launches(call: Call) -> list[Callable[[], object]]:
     stride = (call.layer.stride, call.layer.stride)
     where = geometry(x.shape[2:], (3, 3), stride, (1, 1, 1, 1), (1, 1), dtype.itemsize)
     epilogue = Epilogue(module.bias, None, "none", False)
-    return list(triton_tune.candidates(x, y, form, 1, epilogue, where))
+    launches = triton_tune.candidates(x, y, form, 1, epilogue, where)
+    if not call.checked:
+        return launches
+    dictionary = triton_tune.dictionary_configs(module.dictionary_size, dtype.itemsize)[0]
+    return [launches[0], partial(triton_backward.coefficient_gradient, y, x, form, 1, where, dictionary)]
 
 
 def compile_one(call: Call, number: int, capability: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.bench.gpu_cases import MODES
+from lcnn_compile.kernels import triton_ops
 
 REPLAYS = 9
 MOST_INPUTS = 256
@@ -59,6 +60,14 @@ def set_mode(mode: str) -> torch.dtype:
 def step(mode: str) -> float:
     """The rounding step of a mode, relative."""
     return 2.0**-11 if mode == "tf32" else torch.finfo(MODES[mode]).eps
+
+
+def allowed(mode: str, own: float) -> float:
+    """The relative distance to float64 that is right in this mode, where a dense layer's own is ``own``.
+
+    Float32 on matrix units is three products of TF32, 22 bits of each factor instead of 24.
+    """
+    return (8 if mode == "float32" else 4) * max(own, step(mode))
 
 
 class Gpu:
@@ -132,7 +141,9 @@ class Gpu:
         return {**found, "l1": 128 * self.properties.multi_processor_count * clock}
 
     def usable(self) -> bool:
-        """False after an illegal access, say, which leaves a process without its GPU."""
+        """False after an illegal access, say, which leaves a process without its GPU, or where kernels of ours were given up."""
+        if triton_ops.failed():
+            return False
         try:
             torch.cuda.synchronize()
             return bool((torch.ones(8, device=self.device).sum() == 8).item())

@@ -13,7 +13,7 @@ from lcnn_compile.backend import lcnn
 from lcnn_compile.bench.gpu_budget import Budget, at_most
 from lcnn_compile.bench.gpu_cases import Sizes
 from lcnn_compile.bench.gpu_layers import distance, plain_cudnn
-from lcnn_compile.bench.gpu_machine import Machine, set_mode, step
+from lcnn_compile.bench.gpu_machine import Machine, allowed, set_mode
 from lcnn_compile.bench.networks import NETWORKS, RESOLUTION, build, example_input
 from lcnn_compile.bench.settings import dense_twin, random_lookup
 from lcnn_compile.kernels.ops import LOWERINGS
@@ -120,7 +120,7 @@ def network(
     torch.compiler.reset()
     compiled = torch.compile(lookups, backend=lcnn)
     found = distance(compiled(images[0])[:4], truth)
-    if not found <= 4 * max(own, step(mode)):
+    if not found <= allowed(mode, own):
         raise ArithmeticError(f"wrong values, so no times: {label}: error {found:.2g}, dense {own:.2g}")
     times = {"lookup": machine.milliseconds(compiled, images)}
     print(f"{label}: lookup {times['lookup']:.3f} ms; {taken}", flush=True)

@@ -27,6 +27,11 @@ def usable(device: str, dtype: torch.dtype) -> bool:
     return device == "cuda" and dtype in DTYPES and not _unusable and _installed()
 
 
+def failed() -> bool:
+    """Whether they were given up on some device, and said so."""
+    return bool(_unusable)
+
+
 @cache
 def _installed() -> bool:
     return find_spec("triton") is not None
