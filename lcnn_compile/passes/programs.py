@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -72,7 +74,9 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
     _split_views(gm)
     partitioner = CapabilityBasedPartitioner(gm, _Runnable(gm), allows_single_node_partition=True)
     chosen = []
-    for partition in partitioner.propose_partitions():
+    with _hidden_items(gm):
+        partitions = partitioner.propose_partitions()
+    for partition in partitions:
         _drop_views(gm, partition.nodes)
         if any(is_lookup(node) for node in partition.nodes):
             chosen.append(partition)
@@ -83,6 +87,24 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _index(value: Any, index: Any) -> Any:
+    """``value[index]``, under a name that the partitioner does not know."""
+    return value[index]
+
+
+@contextmanager
+def _hidden_items(gm: fx.GraphModule) -> Iterator[None]:
+    """Without calls of ``getitem``: the partitioner takes them for parts of tuples, and never ends where a slice's bounds are computed."""
+    items = gm.graph.find_nodes(op="call_function", target=operator.getitem)
+    for node in items:
+        node.target = _index
+    try:
+        yield
+    finally:
+        for node in items:
+            node.target = operator.getitem
 
 
 def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
