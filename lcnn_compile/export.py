@@ -23,6 +23,7 @@ from lcnn_compile.modules import dense_layer, lookup_modules, replace_module
 from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fuse_epilogues, narrow_convolutions
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.torch_private import FakeTensorMode, module_of, pytree
 
 Lowering = Literal["auto", "lookup", "factored", "dense"]
@@ -106,7 +107,7 @@ def export_pt2(
 
 
 def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
-    """The program of a ``torch.export`` file as a module in evaluation mode that ``convert`` takes; shapes are not guarded.
+    """The program of a ``torch.export`` file as a module in evaluation mode that ``convert`` and ``load`` take; shapes are not guarded.
 
     Raises:
         ExportError: if the file is none.
@@ -115,7 +116,7 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
         raise ExportError(f"{os.fspath(path)} is not a file")
     try:
         with _quiet("torch.export"):
-            return _unlift(torch.export.load(path))
+            return lift_functional_convolutions(_unlift(torch.export.load(path)))
     except Exception as error:
         # A damaged file fails in many ways inside zip files and JSON.
         raise ExportError(f"{os.fspath(path)} is not a torch.export program: {_first_line(error)}") from error

@@ -72,7 +72,7 @@ MEAN, STD = (",".join(f"{v:g}" for v in values) for values in (IMAGENET_MEAN, IM
 
 
 def configuration(path: Path | None, changes: dict[str, Any]) -> LookupConfig:
-    """The configuration of the file, with the options that were given."""
+    """The configuration of the file, with the fields that were given as options."""
     config = LookupConfig()
     if path is not None:
         try:
@@ -81,7 +81,7 @@ def configuration(path: Path | None, changes: dict[str, Any]) -> LookupConfig:
             raise LcnnError(f"{path} cannot be read: {error}") from error
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-    return config.replace(**{key: value for key, value in changes.items() if value is not None})
+    return config.replace(**changes)
 
 
 def sizes(
