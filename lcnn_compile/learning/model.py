@@ -19,6 +19,7 @@ from lcnn_compile.learning.allocate import allocate
 from lcnn_compile.learning.dictionary import Basis, fit_dictionary, most_vectors
 from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless
 from lcnn_compile.learning.network import Network
+from lcnn_compile.learning.processes import Processes
 from lcnn_compile.learning.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler, calibrate
 from lcnn_compile.learning.saved_fits import SavedFits, fingerprint
 from lcnn_compile.learning.search import Point, dense_point, error_curve, ladder
@@ -64,6 +65,7 @@ def fit_model(
     seed: int = 0,
     progress: Progress | None = None,
     resume: Path | None = None,
+    distributed: bool = False,
 ) -> dict[str, FittedLayer]:
     """Fit lookup weights for convolutions and fully connected layers of a network.
 
@@ -79,13 +81,27 @@ def fit_model(
         seed: for the choice of pixels.
         progress: told (stage, done, of how many).
         resume: a folder that keeps what is fitted, and from which an interrupted call with the same arguments goes on.
+        distributed: every process of the default torch.distributed group calls this, each with batches of its own (and a
+            ``resume`` folder of its own); the fit is to the data of all, and all get the same.
 
     Raises:
-        ConversionError: if calibration data holds no batch, the target cannot be reached, or ``resume`` is of another call.
+        ConversionError: if calibration data holds no batch, there is no process group to work with, the target cannot be reached, or ``resume`` is of another call.
     """
-    options = {"other_macs": other_macs, "pixels": pixels, "seed": seed, "progress": progress, "resume": resume}
-    targets = (target_speedup,)
-    return next(fit_budgets(model, layers, configs, calibration=calibration, call=call, target_speedups=targets, **options))  # type: ignore[arg-type]
+    budgets = fit_budgets(
+        model,
+        layers,
+        configs,
+        calibration=calibration,
+        call=call,
+        target_speedups=(target_speedup,),
+        other_macs=other_macs,
+        pixels=pixels,
+        seed=seed,
+        progress=progress,
+        resume=resume,
+        distributed=distributed,
+    )
+    return next(budgets)
 
 
 def fit_budgets(
@@ -101,19 +117,21 @@ def fit_budgets(
     seed: int = 0,
     progress: Progress | None = None,
     resume: Path | None = None,
+    distributed: bool = False,
 ) -> Iterator[dict[str, FittedLayer]]:
     """As :func:`fit_model` for each budget in turn; statistics, dictionaries and error curves are made once.
 
     Either all budgets are None, or none is.
     """
     tell = progress or (lambda *_: None)
-    network = Network(model, layers, call)
+    network, processes = Network(model, layers, call), Processes(distributed)
     found: Calibration | None = None
     if calibration is not None:
         found = calibrate(network, calibration, seed, progress=lambda done: tell("calibrate", done, 0))
         if not found.batches:
             raise ConversionError("the calibration data holds no batch")
-    fitting = _Fitting(network, configs, found, pixels, seed, target_speedups[0] is not None, tell)
+        found.combine(processes)
+    fitting = _Fitting(network, configs, found, pixels, seed, target_speedups[0] is not None, tell, processes)
     if found is None and not all(fitting.lossless(name) for name in layers):
         warnings.warn(
             "no calibration data: lookups are fitted to the weights alone, which is far less accurate than fitting them "
@@ -140,11 +158,12 @@ class _Fitting:
         seed: int,
         free: bool,
         tell: Progress,
+        processes: Processes,
     ) -> None:
         self.network, self.configs, self.calibration, self.free, self.tell = network, configs, calibration, free, tell
-        self.seed = seed
+        self.seed, self.processes = seed, processes
         self.saved: SavedFits | None = None
-        self.sampler = None if calibration is None else Sampler(network, calibration, seed)
+        self.sampler = None if calibration is None else Sampler(network, calibration, seed, processes)
         self.pixels = {name: self._pixels(name, pixels) for name in network.layers}
         self.bases: dict[str, Basis] = {}
         self.points: dict[str, Point] = {}
@@ -212,14 +231,14 @@ class _Fitting:
     def _sensitivity(self, names: Sequence[str]) -> dict[str, Sensitivity]:
         if self.calibration is None:
             return dict.fromkeys(names, Sensitivity(1.0, None))
-        return output_sensitivity(self.network, self.calibration.batches[0], names, self.seed)
+        return output_sensitivity(self.network, self.calibration.batches[0], names, self.seed, self.processes)
 
     def _hopeless(self, name: str) -> str:
         if not torch.isfinite(self.network.weight(name)).all():
             return "the weight is not finite"
         if self.calibration is None:
             return ""
-        if not self.calibration.total_images(name):
+        if not self.calibration.moments[name].images:
             return "never called during calibration"
         return self.calibration.moments[name].degenerate
 

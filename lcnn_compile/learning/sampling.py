@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.learning.network import Network
+from lcnn_compile.learning.processes import Processes
 from lcnn_compile.learning.statistics import InputMoments
 from lcnn_compile.torch_private import pytree
 
@@ -36,6 +37,12 @@ class Calibration:
     batches: list[Any] = field(default_factory=list)
     images: list[dict[str, list[int]]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
+
+    def combine(self, processes: Processes) -> None:
+        """Make moments and order those of all processes; batches stay with the process that read them."""
+        for name in self.moments:
+            self.moments[name].combine(processes)
+        self.order = processes.order(self.order)
 
     def total_images(self, name: str) -> int:
         """Images that the kept batches show to a layer."""
@@ -112,10 +119,11 @@ class Sample:
 class Sampler:
     """Draws samples of layers; the same pixels each time."""
 
-    def __init__(self, network: Network, calibration: Calibration, seed: int) -> None:
+    def __init__(self, network: Network, calibration: Calibration, seed: int, processes: Processes | None = None) -> None:
         self.network = network
         self.calibration = calibration
         self.seed = seed
+        self.processes = processes or Processes()
         self._number = {name: i for i, name in enumerate(network.layers)}
         self._remembered: dict[str, list[_Draw]] = {}
 
@@ -157,7 +165,21 @@ class Sampler:
             self._run(new.values(), "inputs", "outputs")
             self._run(old.values(), "inputs")
         parts = {name: [pair for draw in draws for pair in draw.pairs()] for name, draws in both.items()}
-        return {name: Sample(*(torch.cat(t) for t in zip(*part, strict=True))) for name, part in parts.items() if part}
+        return {name: sample for name, part in parts.items() if (sample := self._joined(name, dictionaries[name], part))}
+
+    def _joined(self, name: str, dictionary: Tensor | None, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Sample | None:
+        """The sample of all processes; None where it is empty."""
+        if self.processes.count == 1:
+            return Sample(*(torch.cat(t) for t in zip(*pairs, strict=True))) if pairs else None
+        geometry, weight = self.network.geometry[name], self.network.layers[name].weight
+        planes = geometry.channels if dictionary is None else dictionary.shape[1]
+        nothing = (
+            torch.zeros(0, geometry.groups, geometry.area, planes, device=weight.device),
+            torch.zeros(0, geometry.out_channels, device=weight.device),
+            torch.zeros(0, dtype=torch.bool, device=weight.device),
+        )
+        tensors = [self.processes.gather(torch.cat(t)) for t in zip(nothing, *pairs, strict=True)]
+        return Sample(*tensors) if len(tensors[0]) else None
 
     def _draws(self, name: str, planes: int) -> list[_Draw]:
         """One for each batch."""
@@ -176,8 +198,8 @@ class Sampler:
                 self.network.run(batch, {draw.name: draw.watch for draw in draws}, compressed=compressed, calls=calls)
 
     def _budget(self, name: str, planes: int) -> int:
-        """Pixels to sample of a layer whose S has so many planes."""
-        return min(PIXELS, PATCH_ELEMENTS // (planes * self.network.geometry[name].area))
+        """Pixels that this process samples of a layer whose S has so many planes."""
+        return min(PIXELS, PATCH_ELEMENTS // (planes * self.network.geometry[name].area)) // self.processes.count
 
     def choose(self, name: str, planes: int, shape: Sequence[int], number: int, call: int, first: int) -> _Choice:
         """Pixels of one call on inputs of this shape, whose first image is the ``first``-th that the layer sees."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning.network import Network
+from lcnn_compile.learning.processes import Processes
 from lcnn_compile.learning.sampling import leading
 from lcnn_compile.torch_private import pytree
 
@@ -34,7 +35,9 @@ class Sensitivity:
     channels: Tensor | None
 
 
-def output_sensitivity(network: Network, batch: Any, names: Collection[str], seed: int) -> dict[str, Sensitivity]:
+def output_sensitivity(
+    network: Network, batch: Any, names: Collection[str], seed: int, processes: Processes | None = None
+) -> dict[str, Sensitivity]:
     """Weights for the errors of each layer; 1 for all where the network cannot be differentiated.
 
     With gradients g of random ±1 combinations of the outputs, E[Σ g²·e²] is the squared error of the outputs that
@@ -46,6 +49,7 @@ def output_sensitivity(network: Network, batch: Any, names: Collection[str], see
         batch: of real inputs.
         names: the layers.
         seed: of the projections.
+        processes: that ask together, each with a batch of its own.
     """
     probes: dict[str, list[_Probe]] = {name: [] for name in names}
     hooks = [
@@ -62,6 +66,8 @@ def output_sensitivity(network: Network, batch: Any, names: Collection[str], see
     finally:
         for hook in hooks:
             hook.remove()
+    if processes is not None and processes.count > 1:
+        found = _shared(network, found, names, processes)
     totals = {name: float((gradient * variance).sum()) for name, (gradient, variance) in found.items()}
     mean = sum(totals.values()) / max(1, len(totals))
     if not 0 < mean < float("inf"):
@@ -73,6 +79,22 @@ def output_sensitivity(network: Network, batch: Any, names: Collection[str], see
         channels = None if gradient is None or not level > 0 else (gradient / level).clamp(min=CHANNEL_FLOOR)
         result[name] = Sensitivity(max(totals.get(name, 0.0) / mean, FLOOR) ** 0.5, channels)
     return result
+
+
+def _shared(
+    network: Network, found: dict[str, tuple[Tensor, Tensor]], names: Collection[str], processes: Processes
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Means over the processes that have found something."""
+    shared = {}
+    for name in names:
+        layer = network.layers[name].weight
+        mine = torch.zeros(3, network.geometry[name].out_channels, device=layer.device)
+        if name in found:
+            mine = torch.stack([*found[name], torch.ones_like(found[name][0])])
+        gradient, variance, count = processes.sum(mine)
+        if count[0]:
+            shared[name] = (gradient / count, variance / count)
+    return shared
 
 
 class _Probe(NamedTuple):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.geometry import Geometry
+from lcnn_compile.learning.processes import Processes
 
 GRAM_CHANNELS = 2048  # up to here a Gram matrix of the channels is kept, beyond it a bounded sample of rows
 ROW_ELEMENTS = 1 << 26  # size of that sample
@@ -74,6 +75,37 @@ class InputMoments:
             chosen = (place < limit).nonzero().flatten()
             kept[:, place[chosen].to(kept.device)] = rows[:, chosen.to(kept.device)]
         self._rows = kept
+
+    def combine(self, processes: Processes) -> None:
+        """Make these the moments over the inputs of all processes."""
+        if processes.count == 1:
+            return
+        numbers = torch.tensor([self.calls, self.images, self.in_pixels, self.out_pixels, self.count])
+        device = torch.device("cpu") if self._shift is None else self._shift.device
+        total = processes.sum(numbers.to(device)).tolist()
+        groups, channels = self.geometry.groups, self.geometry.channels
+        sums = torch.zeros(groups, channels, dtype=torch.float64, device=device)
+        if self._shift is not None:
+            sums += self.count * self.mean()
+        mean = processes.sum(sums) / max(1, total[4])
+        shift = mean.float()
+        if self.streams_gram:
+            gram = torch.zeros(groups, channels, channels, dtype=torch.float64, device=device)
+            if self._shift is not None:
+                away = self.mean() - shift.double()
+                gram += self.count * (self.covariance() + away[:, :, None] * away[:, None, :])
+            gram = processes.sum(gram)
+            self._gram = gram if total[4] else None
+        else:
+            rows = torch.zeros(0, groups, channels, device=device)
+            if self._rows is not None and self._shift is not None:
+                kept = self._rows[:, torch.randperm(self._rows.shape[1], generator=torch.Generator().manual_seed(self.seed))]
+                kept = kept[:, : max(64, ROW_ELEMENTS // self.geometry.in_channels) // processes.count]
+                rows = (kept + (self._shift[:, :, 0] - shift)[:, None]).transpose(0, 1)
+            self._rows = processes.gather(rows).transpose(0, 1) if total[4] else None
+        if total[4]:
+            self._shift, self._sum = shift[:, :, None], total[4] * (mean - shift.double())
+        self.calls, self.images, self.in_pixels, self.out_pixels, self.count = (int(n) for n in total)
 
     @property
     def degenerate(self) -> str:
