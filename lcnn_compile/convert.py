@@ -33,6 +33,7 @@ def convert(
     example_inputs: Any = None,
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
+    distributed: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` whose convolutions are lookup convolutions (LCNN, section 3), fitted without labels.
 
@@ -47,6 +48,8 @@ def convert(
         example_inputs: one batch, to count multiply-adds; the first calibration batch by default.
         progress: called with (what, done, total).
         resume: a folder that keeps every layer once it is fitted; after an interruption the same call goes on from there.
+        distributed: every process of the default torch.distributed group (as torchrun makes it) calls this, each with
+            calibration batches of its own, and all get the same network, fitted to the data of all.
 
     Raises:
         ConfigError: for a rule that matches nothing.
@@ -63,6 +66,7 @@ def convert(
         title=title,
         progress=progress,
         resume=resume,
+        distributed=distributed,
     )
     for name, module in result.named_modules():
         module.training = modes.get(name, model.training)
@@ -83,6 +87,7 @@ def convert_in_place(
     title: str = "lcnn",
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
+    distributed: bool = False,
 ) -> tuple[nn.Module, Report]:
     """Put fitted lookup layers into ``model`` itself, which must be in evaluation mode; see :func:`convert`.
 
@@ -111,6 +116,7 @@ def convert_in_place(
         seed=config.seed,
         progress=progress,
         resume=None if resume is None else Path(resume),
+        distributed=distributed,
     )
     report = Report(tuple(plan.row(name, fitted.get(name)) for name in plan.names()), title=title)
     result = plan.model
