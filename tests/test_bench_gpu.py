@@ -77,6 +77,16 @@ def test_layers_are_timed_against_the_best_dense_format(tmp_path):
     json.dumps(rows)
 
 
+def test_shuffled_filters_compute_the_dense_layer_of_their_order(tmp_path):
+    layer, sizes = gpu_cases.CHECKED[-1]
+    module = gpu_layers.lookup_of(layer, sizes, "cpu", torch.float32)
+    natural = torch.arange(module.filters.numel(), dtype=torch.int32).view_as(module.filters)
+    assert not torch.equal(module.filters, natural)
+    assert torch.equal(module.filters.flatten().sort().values, natural.flatten())
+    rows = worker(tmp_path).measure(Job("check", "", 9, {"layer": layer, "sizes": sizes, "mode": "float32"}))
+    assert [row["agrees"] for row in rows] == [True, True]
+
+
 def test_wrong_lookups_get_no_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_layers, "dense_times", lambda *_: {"eager": 1.0})
     monkeypatch.setattr(

@@ -41,16 +41,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a lookup layer: dictionary, as a number or a share of the channels, taps per filter, and group size."""
+    """Sizes of a lookup layer: dictionary, as a number or a share of the channels, taps per filter, and group size.
+
+    ``shuffled``: filters are grouped in another order than channels lie, as they are where groups are found by similarity.
+    """
 
     dictionary: float | int
     taps: int
     group: int
+    shuffled: bool = False
 
     @property
     def name(self) -> str:
         """As in tables."""
-        return f"g{self.group}/{self.taps}"
+        return f"g{self.group}/{self.taps}{'/shuffled' if self.shuffled else ''}"
 
     def config(self) -> LayerConfig:
         """For nine kernel positions."""
@@ -66,6 +70,7 @@ WIDE = (
 SIZES = (Sizes(0.25, 192, 64), Sizes(0.25, 144, 16), Sizes(0.25, 27, 1))
 CPU_SIZES = Sizes(0.25, 54, 8)
 """What ``convert`` gives without being asked."""
+SHUFFLED = Sizes(0.25, 192, 64, True)
 CHECKED = (
     (Layer(64, 64, 15), Sizes(0.25, 27, 1)),
     (Layer(64, 128, 28, 2), Sizes(0.25, 27, 1)),
@@ -73,6 +78,7 @@ CHECKED = (
     (Layer(96, 192, 30, 2), Sizes(0.5, 120, 64)),
     (Layer(33, 40, 13), Sizes(7, 20, 8)),
     (Layer(32, 48, 9), Sizes(9, 20, 2)),
+    (Layer(32, 48, 9), Sizes(9, 40, 16, True)),
 )
 CHECKED_BATCH = 5
 
@@ -122,8 +128,8 @@ def jobs() -> Iterator[Job]:
             yield Job("network", f"{network} b64 {mode}", 120, arguments)
     seen = {job.name for job in first}
     for layer in WIDE[:3]:
-        job = layer_job(layer, (CPU_SIZES,), "float16", "channels_last", 64, False)
-        yield replace(job, name=f"{job.name} {CPU_SIZES.name}")
+        job = layer_job(layer, (CPU_SIZES, SHUFFLED), "float16", "channels_last", 64, False)
+        yield replace(job, name=f"{job.name} as converted")
     for batch in BATCHES:
         for layer in WIDE[:3]:
             for mode in MODES:

@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from lcnn_compile.bench.gpu_cases import CHECKED_BATCH, FORMATS, Job, Layer, Sizes
+from lcnn_compile.bench.gpu_layers import lookup_of
 from lcnn_compile.bench.gpu_machine import set_mode
 from lcnn_compile.bench.gpu_networks import wide
 from lcnn_compile.bench.networks import build, example_input
-from lcnn_compile.bench.settings import random_lookup
 from lcnn_compile.kernels.ops import output_format
-from lcnn_compile.modules import LookupConv2d
 
 
 class Call(NamedTuple):
@@ -72,8 +71,7 @@ def _launches(call: Call) -> list[Callable[[], object]]:
     from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
 
     dtype = set_mode(call.mode)
-    module = random_lookup(call.layer.conv(), call.sizes.config()).to(dtype)
-    assert isinstance(module, LookupConv2d)
+    module = lookup_of(call.layer, call.sizes, "cpu", dtype)
     form = pack(tuple(module.lookup_weight().tensors().values()), 3)
     x = torch.empty(call.layer.shape(call.batch), dtype=dtype, device="meta").contiguous(memory_format=FORMATS[call.format])
     side = -(-call.layer.side // call.layer.stride)

@@ -30,9 +30,12 @@ def distance(y: Tensor, truth: Tensor) -> float:
 
 def lookup_of(layer: Layer, sizes: Sizes, device: str, dtype: torch.dtype) -> LookupConv2d:
     """A random lookup layer."""
-    module = random_lookup(layer.conv(), sizes.config()).to(device, dtype)
+    module = random_lookup(layer.conv(), sizes.config())
     assert isinstance(module, LookupConv2d)
-    return module
+    if sizes.shuffled:
+        filters, order = module.filters, torch.randperm(layer.filters, dtype=torch.int32)
+        module.filters = torch.where(filters >= 0, order[filters.clamp(min=0).long()], filters)
+    return module.to(device, dtype)
 
 
 @contextmanager
