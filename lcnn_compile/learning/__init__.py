@@ -4,14 +4,17 @@ from lcnn_compile.learning.distill import Epoch, History, distill
 from lcnn_compile.learning.model import FittedLayer, fit_model
 from lcnn_compile.learning.soft import harden, soft_taps, soften, sparsity_penalty
 from lcnn_compile.learning.sweep import SweepPoint, sweep
+from lcnn_compile.learning.transfer import carry_dictionaries, freeze_dictionaries
 
 __all__ = [
     "Epoch",
     "FittedLayer",
     "History",
     "SweepPoint",
+    "carry_dictionaries",
     "distill",
     "fit_model",
+    "freeze_dictionaries",
     "harden",
     "soft_taps",
     "soften",

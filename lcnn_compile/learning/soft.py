@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from torch.nn.utils import parametrize
 
 from lcnn_compile.errors import ConfigError, ConversionError
 from lcnn_compile.lookup import LookupWeight
-
-if TYPE_CHECKING:
-    from lcnn_compile.modules import LookupModule
+from lcnn_compile.modules import LookupModule, lookup_modules
 
 Rule = Literal["top", "threshold"]
 RULES = ("top", "threshold")
@@ -105,7 +103,7 @@ def soften(
         raise ConfigError(f"rule is {rule!r}; allowed are {RULES}")
     if (sparsity is not None and not sparsity > 0) or (epsilon is not None and not epsilon >= 0) or not penalty >= 0:
         raise ConfigError(f"sparsity is {sparsity}, epsilon {epsilon}, penalty {penalty}; positive numbers are required")
-    modules = _lookup_modules(model)
+    modules = dict(lookup_modules(model))
     if not modules:
         raise ConversionError(f"{type(model).__name__} has no lookup module to soften")
     for name, module in modules.items():
@@ -143,7 +141,7 @@ def harden(model: nn.Module) -> nn.Module:
         ConversionError: if no module is soft.
     """
     result = copy.deepcopy(model)
-    soft = [module for module in _lookup_modules(result).values() if parametrize.is_parametrized(module, "coefficients")]
+    soft = [module for _, module in lookup_modules(result) if parametrize.is_parametrized(module, "coefficients")]
     if not soft:
         raise ConversionError(f"{type(model).__name__} has no soft lookup module; soften() makes them")
     for module in soft:
@@ -163,12 +161,6 @@ def _set(module: LookupModule, weight: LookupWeight, learns: bool) -> None:
     module.coefficients = nn.Parameter(weight.coefficients.clone(), requires_grad=learns)
     for name in ("indices", "positions", "offsets"):
         setattr(module, name, getattr(weight, name))
-
-
-def _lookup_modules(model: nn.Module) -> dict[str, LookupModule]:
-    from lcnn_compile.modules import LookupModule  # modules fit themselves by way of learning
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, LookupModule)}
 
 
 def _with_every_tap(weight: LookupWeight) -> LookupWeight:
@@ -206,7 +198,7 @@ def _without_zero_taps(weight: LookupWeight) -> LookupWeight:
 
 def soft_taps(model: nn.Module) -> Iterator[tuple[str, float]]:
     """Name and taps per filter, as they are now, of each lookup module; to watch a support while it trains."""
-    for name, module in _lookup_modules(model).items():
+    for name, module in lookup_modules(model):
         weight = module.lookup_weight().detach()
         rows = (weight.coefficients != 0).any(1)
         owner = torch.repeat_interleave((weight.filters >= 0).sum(1), weight.offsets.diff().long())
