@@ -11,7 +11,6 @@ import typer
 from rich.console import Group
 from rich.text import Text
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lcnn_compile.checkpoint import save
 from lcnn_compile.cli import options as given
@@ -25,6 +24,7 @@ from lcnn_compile.progress import progress_bars
 from lcnn_compile.report import Report, plot_pareto, time_layers, time_planned
 from lcnn_compile.report.table import pareto_table
 from lcnn_compile.sources import load_calibration, load_factory, load_inputs, load_model
+from lcnn_compile.torch_private import pytree
 
 NOTHING = 3
 """Exit code where no layer was replaced."""
@@ -151,7 +151,7 @@ def _first(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
         first = next(iterator)
     except StopIteration:
         raise ConversionError("the calibration data holds no batch") from None
-    sample = tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, first)
+    sample = pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, first)
     return sample, chain([first], iterator) if iterator is batches else batches
 
 

@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnError
 from lcnn_compile.files import replacing
 from lcnn_compile.learning.search import Point
 from lcnn_compile.lookup import LookupWeight
+from lcnn_compile.torch_private import pytree
 
 if TYPE_CHECKING:
     from lcnn_compile.learning.model import FittedLayer
@@ -38,7 +38,7 @@ def fingerprint(
     asked = {name: asdict(config) for name, config in configs.items()}
     digest = hashlib.blake2b(json.dumps([FORMAT, asked, target_speedup, seed], sort_keys=True).encode(), digest_size=16)
     weights = [value for name in network.layers for value in (network.weight(name), network.bias(name))]
-    for leaf in (*weights, *tree_leaves(batches)):
+    for leaf in (*weights, *pytree.tree_leaves(batches)):
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -63,7 +63,8 @@ class SavedFits:
             known = json.loads((folder / KEY).read_text())["key"] if (folder / KEY).exists() else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConversionError(f"{folder} cannot be used to resume a conversion: {type(error).__name__}: {error}") from error
-        if known is None and any(folder.iterdir()):
+        # Another process of the same conversion may be writing: its temporary folders are hidden.
+        if known is None and any(not path.name.startswith(".") for path in folder.iterdir() if path.name != KEY):
             raise ConversionError(f"{folder} holds other files; name an empty or a new folder to resume a conversion from")
         if known not in (None, key):
             raise ConversionError(
