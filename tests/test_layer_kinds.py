@@ -221,7 +221,6 @@ def test_backend_on_converted_models(kind, backend_reset):
     converted = convert(model, LookupConfig(dictionary_size=0.5, sparsity=3), calibration=[smooth(kind, 4)])
     compiled = torch.compile(converted, backend="lcnn")
     with torch.no_grad():
-        assert_equivalent(converted, compiled, smooth(kind, 1, 1), factor=16)
         assert_equivalent(converted, compiled, smooth(kind, 2, 1), factor=16)
 
 
@@ -235,7 +234,7 @@ def test_backend_on_dense_models(kind, backend_reset):
         assert torch.equal(compiled(x), model(x))
         assert_equivalent(model, compiled, smooth(kind, 2, 1), factor=16)
     [fit] = _FITS.values()
-    assert len(fit.layers) == len(NETWORKS[kind]) + 1 or len(fit.layers) == 3
+    assert len(fit.layers) == 3
     _FITS.clear()
 
 
