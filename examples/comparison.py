@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from lcnn_compile.report import Report
 def call(model: Any, batch: Any) -> Any:
     """Run a model on a tensor or on keyword arguments."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def pictures(count: int, size: int) -> Tensor:
+    """[count, 3, size, size] of smooth noise: neighbouring pixels are alike, as in photographs."""
+    return F.interpolate(torch.randn(count, 3, size // 8, size // 8), size=(size, size), mode="bicubic")
 
 
 def output_error(model: nn.Module, other: nn.Module, batch: Any) -> float:

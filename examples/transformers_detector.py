@@ -6,7 +6,7 @@ Its backbone and its encoder are convolutions; the transformer's linear layers s
 from __future__ import annotations
 
 import torch
-from comparison import compare, output_error
+from comparison import compare, output_error, pictures
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
 from lcnn_compile import LookupConfig, convert
@@ -42,9 +42,9 @@ def build(width: int = 32) -> RTDetrForObjectDetection:
 def main(width: int = 32, size: int = 128, compiled: bool = True) -> float:
     """Convert, compare, and return the error of the feature maps that the decoder reads."""
     model = build(width)
-    images = [{"pixel_values": torch.randn(4, 3, size, size)} for _ in range(4)]
+    images = [{"pixel_values": pictures(4, size)} for _ in range(4)]
     lookup = convert(model, LookupConfig(dictionary_size=0.25, sparsity=6), calibration=images)
-    test = torch.randn(4, 3, size, size)
+    test = pictures(4, size)
     # Which queries the decoder keeps is a discrete choice, so the error is that of the features, not of the boxes.
     error = output_error(
         model.model.backbone, lookup.model.backbone, {"pixel_values": test, "pixel_mask": torch.ones(4, size, size)}

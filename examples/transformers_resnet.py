@@ -7,7 +7,7 @@ the errors are those of your task. Linear layers stay dense unless ``include`` n
 from __future__ import annotations
 
 import torch
-from comparison import compare, output_error
+from comparison import compare, output_error, pictures
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from lcnn_compile import LookupConfig, convert
@@ -24,10 +24,10 @@ def build(width: int = 32) -> ResNetForImageClassification:
 def main(width: int = 32, size: int = 128, compiled: bool = True) -> float:
     """Convert, compare, and return the error of the logits."""
     model = build(width)
-    images = [{"pixel_values": torch.randn(8, 3, size, size)} for _ in range(4)]
+    images = [{"pixel_values": pictures(8, size)} for _ in range(4)]
     config = LookupConfig(dictionary_size=0.25, sparsity=6, group_size=8)
     lookup = convert(model, config, calibration=images)
-    test = {"pixel_values": torch.randn(8, 3, size, size)}
+    test = {"pixel_values": pictures(8, size)}
     error = output_error(model, lookup, test)
     rows = {"dense": (model, ""), "lookup": (lookup, f"error of the outputs {error:.1%}")}
     compare("ResNet, one image", rows, lookup.lcnn_report, {"pixel_values": test["pixel_values"][:1]}, compiled)

@@ -19,14 +19,14 @@ def example(monkeypatch):
 
 
 def test_super_resolution(example, capsys):
-    dense, converted, distilled = example("super_resolution").main(width=16, steps=25, epochs=1, compiled=False)
-    assert dense > 12
+    dense, converted, distilled = example("super_resolution").main(width=12, steps=8, epochs=1, compiled=False)
+    assert dense > 10
     assert min(converted, distilled) > dense - 2
     assert "ConvTranspose2d" not in capsys.readouterr().out.split("million multiply-adds")[-1]
 
 
 def test_audio(example, capsys):
-    dense, lookup = example("audio").main(width=16, steps=20, compiled=False)
+    dense, lookup = example("audio").main(width=16, steps=12, compiled=False)
     assert dense > 0.3
     assert lookup > dense - 0.2
     assert "lookup" in capsys.readouterr().out
