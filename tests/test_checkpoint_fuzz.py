@@ -73,14 +73,14 @@ def refused_or_equal(skeleton, path, state):
     return False
 
 
-def test_two_thousand_corrupted_files(saved, tmp_path):
+def test_a_thousand_corrupted_files(saved, tmp_path):
     model, path, skeleton = saved
     raw, state, rng = path.read_bytes(), model.state_dict(), random.Random(0)
     refused = 0
-    for _ in range(2000):
+    for _ in range(1000):
         (tmp_path / "m").write_bytes(spoiled(raw, rng))
         refused += refused_or_equal(skeleton, tmp_path / "m", state)
-    assert refused > 1900
+    assert refused > 950
 
 
 @given(st.binary(max_size=200) | st.integers(0, 2**32).map(lambda seed: seed.to_bytes(8, "little")), st.randoms())
@@ -114,7 +114,7 @@ def other_tensor(value, rng):
 def other_value(value, rng):
     """Another JSON value than the one that belongs there."""
     choices = [None, True, -1, 0, 2**70, 1.5, float("nan"), "", "\x00", "lookup", [], {}, [1], [value], {"a": value}, 10**400]
-    return rng.choice(choices)
+    return copy.deepcopy(rng.choice(choices))
 
 
 def test_hostile_contents_behind_a_valid_checksum(saved, tmp_path):
@@ -124,7 +124,7 @@ def test_hostile_contents_behind_a_valid_checksum(saved, tmp_path):
         size = struct.unpack("<Q", file.read(8))[0]
         body = json.loads(json.loads(file.read(size))["__metadata__"]["lcnn"])
     x, rng, loaded = pictures(1), random.Random(1), 0
-    for _ in range(1500):
+    for _ in range(400):
         changed, text = dict(tensors), copy.deepcopy(body)
         for _ in range(rng.randint(1, 2)):
             key = rng.choice(list(changed))
@@ -160,7 +160,7 @@ def test_hostile_contents_behind_a_valid_checksum(saved, tmp_path):
         # What is let in must be a model that runs, and whose weights are sound.
         assert found(x).shape == model(x).shape
         assert all(v.isfinite().all() for v in found.state_dict().values() if v.is_floating_point())
-    assert 0 < loaded < 1000
+    assert 0 < loaded < 300
 
 
 WRITER = """
