@@ -173,7 +173,9 @@ def test_the_picture_of_a_report_has_the_right_bars(tmp_path):
 
 def points(metric=True):
     values = ((2.0, 0.01, 0.87), (8.0, 0.1, 0.8))
-    return [SimpleNamespace(target=s, speedup=1.1 * s, error=e, metric=m if metric else None, report=REPORT) for s, e, m in values]
+    return [
+        SimpleNamespace(target=s, speedup=1.1 * s, error=e, metric=m if metric else None, report=REPORT) for s, e, m in values
+    ]
 
 
 def test_the_pareto_curve_has_the_points(tmp_path):
