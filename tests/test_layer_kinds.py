@@ -215,7 +215,7 @@ def test_rules_by_type():
     assert [row.name for row in rows if row.replaced] == ["a.up", "b.down"]
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", [Video])
 def test_backend_on_converted_models(kind, backend_reset):
     model = network(kind)
     converted = convert(model, LookupConfig(dictionary_size=0.5, sparsity=3), calibration=[smooth(kind, 4)])
@@ -224,7 +224,7 @@ def test_backend_on_converted_models(kind, backend_reset):
         assert_equivalent(converted, compiled, smooth(kind, 2, 1), factor=16)
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", [Signal, Pictures])
 def test_backend_on_dense_models(kind, backend_reset):
     model = network(kind)
     options = {"dictionary_size": 1.0, "sparsity": None, "lowering": "lookup"}
