@@ -4,6 +4,7 @@ from lcnn_compile.checkpoint import load, save
 from lcnn_compile.config import LayerConfig, LookupConfig
 from lcnn_compile.convert import convert, explain
 from lcnn_compile.errors import LcnnError, LcnnWarning
+from lcnn_compile.frozen import Frozen, freeze
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules import (
     LookupConv1d,
@@ -17,6 +18,7 @@ from lcnn_compile.modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Frozen",
     "LayerConfig",
     "LcnnError",
     "LcnnWarning",
@@ -30,6 +32,7 @@ __all__ = [
     "LookupWeight",
     "convert",
     "explain",
+    "freeze",
     "load",
     "save",
 ]

@@ -75,7 +75,7 @@ def export_program(
         for _, module in lookup_modules(private):
             module.lowering = lowering
     args, kwargs = inputs_of(private, example_inputs)
-    gm = _unlift(_capture(private, args, kwargs, dynamic_batch))
+    gm = unlift(_capture(private, args, kwargs, dynamic_batch))
     _set_shapes(gm, args, kwargs)
     fold_batch_norm(gm)
     if lowering in PLAIN:
@@ -116,7 +116,7 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
         raise ExportError(f"{os.fspath(path)} is not a file")
     try:
         with _quiet("torch.export"):
-            return lift_functional_convolutions(_unlift(torch.export.load(path)))
+            return lift_functional_convolutions(unlift(torch.export.load(path)))
     except Exception as error:
         # A damaged file fails in many ways inside zip files and JSON.
         raise ExportError(f"{os.fspath(path)} is not a torch.export program: {_first_line(error)}") from error
@@ -271,7 +271,7 @@ def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     return args, kwargs, shapes
 
 
-def _unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
+def unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a plain GraphModule whose tensors are attributes, in evaluation mode."""
     module: Any = program.module(check_guards=False)
     return fx.GraphModule(module, module.graph).eval()

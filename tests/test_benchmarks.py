@@ -90,7 +90,8 @@ def test_lookup_networks_have_the_sizes_of_their_settings() -> None:
     assert set(SETTINGS_OF) == set(NETWORKS)
     model = lookup_network("resnet18", build("resnet18"), SETTINGS["ours"])
     layers = [module for module in model.modules() if isinstance(module, LookupModule)]
-    assert len(layers) == 20  # all but the first convolution
+    assert len(layers) == 21
+    assert (layers[0].dictionary_size, layers[0].lookup_weight().taps) == (3, 64 * 54)
     stage = next(m for m in layers if m.dictionary.shape[2] == 512 and m.kernel_size == (3, 3))
     assert (stage.dictionary_size, stage.group_size, stage.lookup_weight().taps) == (128, 8, 512 * 54)
     assert not any(isinstance(module, LookupModule) for module in dense_twin(model).modules())

@@ -20,7 +20,8 @@ from lcnn_compile.bench import macs
 from lcnn_compile.bench.engines import Engine, Runnable, run_torch
 from lcnn_compile.bench.settings import dense_twin
 from lcnn_compile.bench.timing import alternate
-from lcnn_compile.kernels import cpu, cpu_build
+from lcnn_compile.frozen import freeze
+from lcnn_compile.kernels import cpu, cpu_build, program
 
 FACTOR = 4.0
 DENSE_LIMIT = 1e-4
@@ -30,8 +31,13 @@ def _compiled(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     return run_torch(torch.compile(model, backend="lcnn"), example)
 
 
+def _frozen(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
+    return run_torch(freeze(model, example, dynamic_batch=False), example)
+
+
 LOOKUP_ENGINES = {
     "lcnn": Engine("lcnn", True, (), _compiled),
+    "lcnn frozen": Engine("lcnn frozen", True, (), _frozen),
     "lcnn eager": Engine("lcnn eager", True, (), run_torch),
 }
 
@@ -93,10 +99,12 @@ def distance(y: Tensor, truth: Tensor) -> float:
 
 
 def lookup_calls(call: Callable[[], object]) -> int:
-    """How often one call runs the lookup operator."""
+    """How many lookup convolutions one call runs on kernels of ours, in programs or one by one."""
+    before = program.lookups_run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         call()
-    return sum(event.count for event in profiler.key_averages() if event.key == "lcnn::lookup_conv2d")
+    single = sum(event.count for event in profiler.key_averages() if event.key.startswith("lcnn::lookup_conv2d"))
+    return single + program.lookups_run() - before
 
 
 def _prepare(engine: Engine, model: nn.Module, case: Case, folder: Path, row: Row, truth: Tensor) -> Runnable | None:

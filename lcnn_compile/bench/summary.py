@@ -20,6 +20,7 @@ class Comparison:
         best_dense: the fastest exact dense engine.
         engine: our faster engine.
         speedup: its time ratio to the best dense one; None where either has no time.
+        speedup_compiled: the same for the model under ``torch.compile``.
         speedup_int8: time ratio to OpenVINO's int8.
         mac_ratio: dense multiply-adds over ours.
         efficiency: speedup / mac_ratio.
@@ -35,6 +36,7 @@ class Comparison:
     engine: str
     seconds: float | None
     speedup: float | None
+    speedup_compiled: float | None
     speedup_inductor: float | None
     speedup_int8: float | None
     mac_ratio: float
@@ -70,6 +72,7 @@ def _compare(dense: Sequence[Row], ours: Sequence[Row]) -> Comparison:
         mine.engine if mine else "",
         mine.seconds if mine else None,
         speedup,
+        _ratio(best, _fastest(row for row in ours if row.engine == "lcnn")),
         _ratio(_fastest(row for row in dense if row.engine.startswith("inductor")), mine),
         _ratio(_fastest(row for row in dense if row.engine == INT8), mine),
         mac_ratio,

@@ -62,6 +62,7 @@ class Program:
 
     Attributes:
         handle: a number by which the operator finds it for as long as it lives.
+        runs: calls so far.
 
     Raises:
         KernelError: the C++ kernels are unavailable.
@@ -75,6 +76,7 @@ class Program:
         self._library = found
         self._weights = [(packed, None if bias is None else bias.detach().clone()) for packed, bias in weights]
         self._instances: dict[tuple[Any, ...], _Instance] = {}
+        self.runs = 0
         self.handle = next(_numbers)
         _alive[self.handle] = self
 
@@ -109,6 +111,7 @@ class Program:
             self._instances[key] = instance
         if instance.copied:
             inputs = tuple(x.contiguous() if i in instance.copied else x for i, x in enumerate(inputs))
+        self.runs += 1
         outputs = [torch.empty(shape, dtype=torch.float32) for shape in instance.shapes]
         addresses = (ctypes.c_void_p * (len(inputs) + len(outputs)))(*[t.data_ptr() for t in (*inputs, *outputs)])
         if self._library.lcnn_program_run(instance.handle.address, addresses, seconds):
@@ -214,6 +217,13 @@ def allocate(recipe: Recipe, shapes: Sequence[Shape]) -> tuple[list[int], int]:
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
+
+
+def lookups_run() -> int:
+    """Lookup convolutions that programs alive now have run."""
+    return sum(p.runs * sum(isinstance(step, LookUp) for step in p.recipe.steps) for p in list(_alive.values()))
+
+
 _recipe = lru_cache(maxsize=256)(Recipe.from_json)
 
 library.define("run_program(Tensor[] inputs, Tensor handle, str recipe) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))

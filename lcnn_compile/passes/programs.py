@@ -41,7 +41,7 @@ def programs(gm: fx.GraphModule) -> list[Program]:
 def single_program(gm: fx.GraphModule) -> tuple[list[int], list[int]] | None:
     """The inputs that the program of a graph takes and which of its outputs the graph returns, where it does nothing else."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    rest = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    rest = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     calls = [node for node in rest if node.target is run_program]
     returned = gm.graph.output_node().args[0]
     if len(calls) != 1 or not isinstance(returned, list | tuple):

@@ -24,6 +24,10 @@ REDUCTIONS = {
     **dict.fromkeys(("mean", torch.mean, aten.mean.dim), True),
     **dict.fromkeys(("amax", torch.amax, aten.amax.default), False),
 }
+WEIGHT_AND_GEOMETRY = (
+    *("input", "dictionary", "coefficients", "indices", "positions", "offsets", "filters", "bias"),
+    *("out_channels", "kernel_size", "stride", "padding", "dilation"),
+)
 Steps = list[Callable[[int], Step]]
 """Each makes a step from the value before it."""
 
@@ -63,8 +67,14 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
 
 def residual_of(node: fx.Node) -> fx.Node | None:
     """The residual of a lookup convolution's epilogue."""
-    found = node.kwargs.get("residual") if is_lookup(node) else None
+    found = _epilogue(node)[2] if is_lookup(node) else None
     return found if isinstance(found, fx.Node) else None
+
+
+def _epilogue(node: fx.Node) -> list[Any]:
+    """lowering, activation, residual, residual_last."""
+    names = ("lowering", "activation", "residual", "residual_last")
+    return bound(node, (*WEIGHT_AND_GEOMETRY, *names), (*[None] * len(WEIGHT_AND_GEOMETRY), "lookup", "none", None, False))[-4:]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -78,21 +88,20 @@ def _view(out: tuple[Any, ...]) -> Steps | None:
 
 def _lookup(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
     args = node.args
-    lowering = args[13] if len(args) > 13 else node.kwargs.get("lowering", "lookup")
-    bias = args[7] if len(args) > 7 else None
-    if lowering != "lookup" or len(args) < 13 or len(args) > 14 or set(node.kwargs) - {"activation", "residual", "residual_last"}:
+    lowering, activation, residual, residual_last = _epilogue(node)
+    if lowering != "lookup" or len(args) < len(WEIGHT_AND_GEOMETRY):
         return None
+    bias = args[7]
     if not all(is_get_attr(a) for a in args[1:7]) or not (bias is None or is_get_attr(bias)):
         return None
     out_channels, *geometry = cast("tuple[Any, ...]", args[8:13])
     if not isinstance(out_channels, int) or not all(isinstance(v, int) for values in geometry for v in values):
         return None
     groups, _, per_group = attribute(gm, args[1].target).shape  # type: ignore[union-attr]
-    residual = None if residual_of(node) is None else -1
     kernel_size, stride, padding, dilation = (tuple(values) for values in geometry)
     sizes = (groups * per_group, out_channels, kernel_size, stride, padding, dilation)
-    epilogue = (node.kwargs.get("activation", "none"), bool(node.kwargs.get("residual_last", False)))
-    return [lambda x: LookUp(x, residual, *sizes, *epilogue)]  # type: ignore[arg-type]
+    source = None if residual is None else -1
+    return [lambda x: LookUp(x, source, *sizes, activation, bool(residual_last))]
 
 
 def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Window | None:

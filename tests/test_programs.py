@@ -1,0 +1,251 @@
+"""Programs: regions of a graph in one native call, against PyTorch in float64."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import nn
+
+from lcnn_compile import LookupConfig, LookupConv2d, convert
+from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels import cpu, program
+from lcnn_compile.kernels.program import Program, allocate
+from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, View, Window, pooled
+from lcnn_compile.passes import fuse_epilogues, gather_programs
+from lcnn_compile.passes.programs import programs
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
+
+
+def alive(before: set[int]) -> list[Program]:
+    """Programs made since ``before``."""
+    return [p for handle, p in sorted(program._alive.items()) if handle not in before]
+
+
+def layer(channels: int, filters: int, kernel: int = 3, **arguments) -> LookupConv2d:
+    size, taps = max(1, channels // 2), min(max(1, channels // 2), 2)
+    made = LookupConv2d(channels, filters, kernel, dictionary_size=size, sparsity=taps, group_size=3, **arguments)
+    nn.init.normal_(made.dictionary)
+    made.lowering = "lookup"
+    return made.eval()
+
+
+def packed(made: LookupConv2d) -> tuple[cpu.PackedWeight, torch.Tensor | None]:
+    names = ("dictionary", "coefficients", "indices", "positions", "offsets", "filters")
+    return cpu.packed_weight(tuple(getattr(made, n).detach() for n in names), made.kernel_size), made.bias
+
+
+def assert_close(y: torch.Tensor, exact: torch.Tensor) -> None:
+    assert y.shape == exact.shape
+    assert float((y.double() - exact).norm()) <= 1e-5 * float(exact.norm()) + 1e-12
+
+
+@given(
+    size=st.tuples(st.integers(5, 40), st.integers(5, 40)),
+    channels=st.integers(1, 9),
+    filters=st.integers(1, 20),
+    stride=st.integers(1, 3),
+    kernel=st.sampled_from((1, 2, 3, 5)),
+    window=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 1)),
+    mean=st.booleans(),
+    batch=st.integers(1, 3),
+    threads=st.integers(1, 2),
+)
+def test_pooling_before_and_after_writing(size, channels, filters, stride, kernel, window, mean, batch, threads):
+    torch.manual_seed(0)
+    conv = layer(channels, filters, kernel, stride=stride, padding=kernel // 2)
+    width, step, margin = window
+    high, wide = ((v + 2 * (kernel // 2) - kernel) // stride + 1 for v in size)
+    if margin > width // 2 or min(high, wide) + 2 * margin < width:
+        return
+    x = torch.randn(batch, channels, *size)
+    exact = F.relu(F.conv2d(x.double(), conv.dense_weight().double(), conv.bias.double(), stride, kernel // 2))
+    exact = (F.avg_pool2d if mean else F.max_pool2d)(exact, width, step, margin)
+    geometry = ((kernel, kernel), (stride, stride), (kernel // 2,) * 4, (1, 1))
+    steps = (
+        LookUp(0, None, channels, filters, *geometry, "relu"),
+        Pool(1, Window(mean, (width, width), (step, step), (margin, margin))),
+    )
+    recipe = Recipe(1, steps, (2,))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        apart = Program(recipe, [packed(conv)])
+        apart(torch.full_like(x, math.nan))  # leaves its scratch poisoned
+        [y] = apart(x)
+        fused = pooled(recipe, recipe.shapes([x.shape]), 0)
+        assert len(fused.steps) == 1
+        together = Program(fused, [packed(conv)])
+        together(torch.full_like(x, math.nan))
+        [z] = together(x)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(y, exact.detach())
+    assert torch.equal(y, z)
+
+
+@given(st.data())
+def test_values_that_live_at_once_do_not_share_memory(data):
+    steps, count = [], data.draw(st.integers(1, 12))
+    for number in range(count):
+        x = data.draw(st.integers(0, number))
+        steps.append(Pool(x, Window(False, (1, 1))) if data.draw(st.booleans()) else View(x, (5 * (number + 1),)))
+    shapes = [(2, 5 * (number + 1)) for number in range(count + 1)]
+    roots = list(range(count + 1))
+    for number, step in enumerate(steps):
+        if isinstance(step, View):
+            roots[number + 1] = roots[step.x]
+            shapes[number + 1] = shapes[step.x]
+    made = [number + 1 for number, step in enumerate(steps) if isinstance(step, Pool)]
+    if not made:
+        return
+    recipe = Recipe(1, tuple(steps), (made[-1],))
+    places, arena = allocate(recipe, shapes)
+    # Each root's life: from the step that makes it to the last that reads it.
+    lives = {}
+    for value in made[:-1]:
+        reads = [number for number, step in enumerate(steps) if roots[step.x] == value]
+        lives[value] = (value - 1, max(reads, default=value - 1))
+    for a in lives:
+        assert 0 <= places[a] <= arena - math.prod(shapes[a])
+        for b in lives:
+            if a < b and lives[b][0] <= lives[a][1]:
+                first, second = sorted((a, b), key=lambda v: places[v])
+                assert places[first] + math.prod(shapes[first]) <= places[second]
+
+
+def test_recipes_survive_as_text():
+    window = Window(True, (3, 2), (2, 1), (1, 0))
+    step = LookUp(0, None, 3, 4, (3, 3), (1, 2), (1, 1, 0, 2), (1, 1), "silu", pool=window)
+    recipe = Recipe(2, (step, Pool(2, window), View(3, (8, 1)), LookUp(4, 1, 8, 2, (1, 1), (1, 1), (0,) * 4, (1, 1))), (5, 3))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+class Branches(nn.Module):
+    """Residuals, pooling, views, two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = layer(3, 12, 5, stride=2, padding=2)
+        self.left, self.right = layer(12, 12, padding=1), layer(12, 12, 1)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.last = layer(12, 7, 1)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.first(x)))
+        y = F.relu(self.left(x) + self.right(x))
+        z = self.last(y)
+        return z.mean((2, 3)), F.adaptive_avg_pool2d(y, 1).flatten(1)
+
+
+def compiled(model: nn.Module, **arguments):
+    torch._dynamo.reset()
+    return torch.compile(model.eval(), backend="lcnn", **arguments)
+
+
+@pytest.fixture
+def exact():
+    """The outputs of a model in float64, by PyTorch alone."""
+
+    def outputs(model, x):
+        with torch.no_grad():
+            return model.double()(x.double()), model.float()
+
+    return outputs
+
+
+def test_a_graph_of_one_program_needs_no_compiler(exact, monkeypatch):
+    torch.manual_seed(1)
+    model, x = Branches().eval(), torch.randn(2, 3, 37, 29)
+    expected, model = exact(model, x)
+    monkeypatch.setattr("lcnn_compile.backend.compile_fx", lambda *a, **k: pytest.fail("Inductor was called"), raising=False)
+    before = set(program._alive)
+    with torch.no_grad():
+        found = compiled(model)(x)
+    assert len(alive(before)) == 1
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+
+
+def test_what_a_program_cannot_do_goes_to_the_compiler(exact):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = layer(4, 9, padding=1), layer(9, 9, padding=1), layer(9, 5, 1)
+
+        def forward(self, x):
+            y = self.b(torch.sigmoid(self.a(x))).flatten(1).view(x.shape[0], 9, 11, 13)
+            return self.c(torch.cos(y)), y.transpose(2, 3)
+
+    torch.manual_seed(2)
+    model, x = Mixed().eval(), torch.randn(3, 4, 11, 13)
+    expected, model = exact(model, x)
+    before = set(program._alive)
+    with torch.no_grad():
+        found = compiled(model)(x)
+    assert len(alive(before)) == 3
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+
+
+def test_weights_batches_and_sizes_that_change(exact):
+    torch.manual_seed(3)
+    model = Branches().eval()
+    run = compiled(model, dynamic=True)
+    for shape in ((1, 3, 20, 20), (4, 3, 20, 20), (2, 3, 31, 17)):
+        with torch.no_grad():
+            model.left.dictionary.mul_(-1.5)
+            model.first.bias.add_(0.25)
+            x = torch.randn(shape)
+            found = run(x)
+            twin = Branches().eval()
+            twin.load_state_dict(model.state_dict())
+        expected, _ = exact(twin, x)
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b)
+
+
+def test_the_pass_alone_on_an_exported_model(exact):
+    torch.manual_seed(4)
+    model, x = Branches().eval(), torch.randn(2, 3, 21, 22)
+    expected, model = exact(model, x)
+    gm = torch.export.export(model, (x,)).module()
+    with torch.no_grad():
+        gm = gather_programs(fuse_epilogues(gm))
+        found = gm(x)
+    assert len(programs(gm)) == 1
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+
+
+def test_strided_inputs_and_outputs_of_their_own():
+    torch.manual_seed(5)
+    model = convert(nn.Sequential(nn.Conv2d(6, 8, 3)), LookupConfig(dictionary_size=1.0, sparsity=None)).eval()
+    x = torch.randn(2, 9, 12, 6).permute(0, 3, 1, 2)
+    wide = torch.randn(2, 12, 9, 24)[:, ::2, :, 3:15]
+    run = compiled(model, dynamic=False)
+    with torch.no_grad():
+        for value in (x, wide, wide.expand(2, -1, -1, -1)):
+            y = run(value)
+            assert_close(y, F.conv2d(value.double(), model[0].dense_weight().double(), model[0].bias.double()))
+            again = run(value)
+            assert again.data_ptr() != y.data_ptr()
+            assert torch.equal(again, y)
+
+
+def test_what_does_not_fit_is_refused():
+    conv = layer(4, 6, padding=1)
+    step = LookUp(0, None, 4, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    made = Program(Recipe(1, (step,), (1,)), [packed(conv)])
+    for wrong in (torch.randn(1, 5, 7, 7), torch.randn(4, 7, 7), torch.randn(1, 4, 7, 7).double()):
+        with pytest.raises(KernelError, match="input"):
+            made(wrong)
+    with pytest.raises(KernelError, match="takes 1"):
+        made()
+    with pytest.raises(KernelError, match="handle"):
+        torch.ops.lcnn.run_program([torch.randn(1, 4, 7, 7)], torch.tensor(-5), made.recipe.to_json())
+    with pytest.raises(KernelError, match="return an input"):
+        Program(Recipe(1, (View(0, (4,)),), (1,)), [])(torch.randn(1, 4, 1, 1))
