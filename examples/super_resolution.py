@@ -74,7 +74,7 @@ def main(width: int = 48, steps: int = 300, epochs: int = 3, compiled: bool = Tr
     lookup = convert(model, LookupConfig(dictionary_size=0.25, sparsity=4), calibration=batches)
     rows = {"dense": (model, f"{psnr(model, test):.2f} dB"), "lookup": (lookup, f"{psnr(lookup, test):.2f} dB")}
     qualities = [psnr(model, test), psnr(lookup, test)]
-    distill(lookup, model, batches, epochs=epochs, progress=False)
+    distill(lookup, model, batches, epochs=epochs, lr=0.005, progress=False)
     qualities.append(psnr(lookup.eval(), test))
     rows["lookup"] = (lookup, f"{qualities[1]:.2f} dB, after distillation {qualities[2]:.2f} dB")
     low = F.avg_pool2d(pictures(1, 512, 5), 2)

@@ -17,7 +17,7 @@ from lcnn_compile.errors import ConfigError, LcnnError, LcnnWarning
 from lcnn_compile.graphs import bind_weights, weight_placeholders
 from lcnn_compile.passes import find_convolutions
 from lcnn_compile.runtime import Calibrating, Lowered
-from lcnn_compile.torch_private import DYNAMO_SIGNALS, compile_with_inductor, inductor_modes
+from lcnn_compile.torch_private import compile_with_inductor, dynamo_signals, inductor_modes
 
 MAX_ERROR = 0.05
 _warned: set[str] = set()
@@ -75,8 +75,8 @@ def lcnn(
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            compiled: Any = compile_with_inductor(graph, list(inputs), config_patches=patches)
-        except (*DYNAMO_SIGNALS, LcnnError):
+            compiled = compile_with_inductor(graph, list(inputs), patches)
+        except (*dynamo_signals(), LcnnError):
             raise
         except Exception as error:
             # Inductor, or the compiler behind it, may fail in any way; the graph itself computes the same.

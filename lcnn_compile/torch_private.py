@@ -14,20 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import RestartAnalysis, SkipFrame
-from torch._inductor import list_mode_options as inductor_modes
-from torch._inductor.compile_fx import compile_fx as compile_with_inductor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import graph_module as _graph_module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
-    "DYNAMO_SIGNALS",
     "FakeTensor",
     "FakeTensorMode",
     "children_of",
     "compile_with_inductor",
+    "dynamo_signals",
     "example_of_size",
     "has_hooks",
     "inductor_modes",
@@ -46,9 +43,6 @@ __all__ = [
     "without_sources",
 ]
 
-DYNAMO_SIGNALS = (RestartAnalysis, SkipFrame)
-"""Exceptions by which a compiler tells Dynamo to begin again, or to leave a frame alone: no failures."""
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _OWNED = re.compile(r"_(parameters|buffers)_")
 _OWNER = re.compile(r"\._(parameters|buffers)\['")
@@ -56,6 +50,32 @@ _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """How often a tensor was written to in place; inference tensors have none and raise RuntimeError."""
+
+
+# Dynamo and Inductor take seconds to import, and are only wanted where something is compiled.
+
+
+def compile_with_inductor(graph: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor's callable for a graph, under changes of its configuration."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+    return compiled
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """The configuration changes that each ``mode`` of ``torch.compile`` stands for."""
+    from torch._inductor import list_mode_options
+
+    modes: Any = list_mode_options()
+    return modes
+
+
+def dynamo_signals() -> tuple[type[BaseException], ...]:
+    """Exceptions by which a compiler tells Dynamo to begin again, or to leave a frame alone: no failures."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return RestartAnalysis, SkipFrame
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:

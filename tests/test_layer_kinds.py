@@ -226,6 +226,7 @@ def test_backend_on_converted_models(kind, backend_reset):
 
 @pytest.mark.parametrize("kind", [Signal, Pictures])
 def test_backend_on_dense_models(kind, backend_reset):
+    _FITS.clear()
     model = network(kind)
     options = {"dictionary_size": 1.0, "sparsity": None, "lowering": "lookup"}
     compiled = torch.compile(copy.deepcopy(model), backend="lcnn", options=options)

@@ -6,7 +6,7 @@ from torch import nn
 
 from lcnn_compile import LookupConv2d
 from lcnn_compile.config import LayerConfig
-from lcnn_compile.errors import CheckpointError, ConfigError
+from lcnn_compile.errors import CheckpointError, ConfigError, LcnnWarning
 from lcnn_compile.learning import distill
 
 
@@ -206,3 +206,9 @@ def test_an_empty_loader_is_refused():
     student, teacher = pair()
     with pytest.raises(ConfigError, match="no batch"):
         distill(student, teacher, [], epochs=1, progress=False)
+
+
+def test_a_run_that_ends_worse_than_it_began_says_so():
+    student, teacher = pair()
+    with pytest.warns(LcnnWarning, match="take a lower lr"):
+        distill(student, teacher, batches(), epochs=1, lr=50.0, max_norm=None, progress=False)

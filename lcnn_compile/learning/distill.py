@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from lcnn_compile.errors import ConfigError
+from lcnn_compile.errors import ConfigError, LcnnWarning
 from lcnn_compile.learning.resume import read_state, write_state
 from lcnn_compile.learning.soft import sparsity_penalty
 from lcnn_compile.torch_private import pytree
@@ -105,6 +106,9 @@ def distill(
         checkpoint: a file that is written after each epoch and continued from if it exists.
         progress: show a bar.
 
+    Warns:
+        LcnnWarning: the loss ended higher than it began, and nothing else says which epoch is best.
+
     Raises:
         ConfigError: for arguments out of range, labels that are wanted and missing, or nothing to train.
         CheckpointError: if ``checkpoint`` holds something else.
@@ -135,6 +139,7 @@ def distill(
     teacher.eval()
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     leader = not spread or torch.distributed.get_rank() == 0
+    began: float | None = None
     try:
         with _bar(progress and leader, epochs * steps, len(history.epochs) * steps) as advance:
             while len(history.epochs) < epochs and not history.stopped_early:
@@ -159,6 +164,7 @@ def distill(
                     scaler.step(optimizer)
                     scaler.update()
                     total += value.item()
+                    began = total if began is None else began
                     advance(f"epoch {len(history.epochs) + 1}/{epochs}  loss {total / (step + 1):.4g}")
                 student.eval()
                 mean = _everywhere(total / steps, device, spread)
@@ -172,6 +178,13 @@ def distill(
     finally:
         for module, training in modes.items():
             module.training = training
+    if began is not None and leader and evaluate is None and not history.epochs[-1].loss <= began:
+        warnings.warn(
+            f"distillation ended with a loss of {history.epochs[-1].loss:.3g}, which was {began:.3g} before the first step: "
+            f"take a lower lr than {lr:g}, or pass evaluate= to keep the best epoch",
+            LcnnWarning,
+            stacklevel=2,
+        )
     if best.weights:
         core.load_state_dict(best.weights, strict=False)
     else:
