@@ -125,7 +125,6 @@ def coefficient_gradient(
     config: BackwardConfig | None = None,
 ) -> Tensor:
     """float32 [T, g] from the gradient of y [N, n, OH, OW] and x [N, m, H, W], both contiguous or channels_last."""
-    config = config or BackwardConfig(32, 32 if x.element_size() == 4 else 128, 1024, 4, 3)
     taps, channels = weight.taps, weight.taps.filters
     count, padded = channels.shape
     total = taps.codes.shape[0]
@@ -136,9 +135,12 @@ def coefficient_gradient(
     image = where.image(planes)
     chunk = max(1, min(x.shape[0], CHUNK // (image * x.element_size()), (INT32 - 1) // image))
     block = min(32 if x.element_size() == 4 else 64, max(16, padded))
+    aligned = gcd(vector(x.element_size()), where.out_width, *grad.stride()[:3]) if grad.stride(3) == 1 else 1
+    # A pointer per element of the gradient, where no vectors of it can be read, takes the registers of 8 warps.
+    warps = 8 if block == 64 and aligned == 1 else 4
+    config = config or BackwardConfig(32, 32 if x.element_size() == 4 else 128, 1024, warps, 3)
     tap_blocks = -(-max(1, taps.longest) // config.block_taps)
     programs = count * -(-padded // block) * tap_blocks
-    aligned = gcd(vector(x.element_size()), where.out_width, *grad.stride()[:3]) if grad.stride(3) == 1 else 1
     # Columns past the output's width are multiplied by a gradient of 0, so they must not hold garbage.
     room = torch.zeros(chunk * image, dtype=x.dtype, device=x.device)
     for first in range(0, x.shape[0], chunk):
