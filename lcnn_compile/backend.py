@@ -74,9 +74,10 @@ def lcnn(
     patches = _mode_options(mode)
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        signals: tuple[type[BaseException], ...] = (*dynamo_signals(), LcnnError)
         try:
             compiled = compile_with_inductor(graph, list(inputs), patches)
-        except (*dynamo_signals(), LcnnError):
+        except signals:
             raise
         except Exception as error:
             # Inductor, or the compiler behind it, may fail in any way; the graph itself computes the same.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ Out = Annotated[Path, typer.Option(help="Folder for JSON files and plots.")]
 Threads = Annotated[list[int], typer.Option(help="Thread counts; repeat the option for several.")]
 Batches = Annotated[list[int], typer.Option("--batch", help="Batch sizes; repeat the option for several.")]
 Engines = Annotated[list[str], typer.Option("--engine", help="Dense engines; repeat for several, all by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result files' content; tables go to standard error.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A few cases, a few minutes.")]
 RESULTS = Path("benchmarks/results")
 THREADS, ONE, BATCHES = [1, 2], [1], [1, 8]
@@ -54,13 +56,23 @@ def _rows(jobs: list[Job], console: Console) -> list[Row]:
     return rows
 
 
-def _finish(benchmark: str, command: str, jobs: list[Job], out: Path) -> None:
-    console = wide_console()
+def _console(as_json: bool) -> Console:
+    return Console(stderr=True) if as_json else wide_console()
+
+
+def _write(path: Path, content: dict[str, Any], as_json: bool) -> None:
+    write(path, content)
+    if as_json:
+        print(json.dumps(content, ensure_ascii=False))
+
+
+def _finish(benchmark: str, command: str, jobs: list[Job], out: Path, as_json: bool) -> None:
+    console = _console(as_json)
     rows = _rows(jobs, console)
     comparisons = compare(rows)
     show(rows, benchmark, console)
     content: dict[str, Any] = {"rows": [row.to_dict() for row in rows], "comparisons": [c.to_dict() for c in comparisons]}
-    write(out / f"{benchmark}.json", document(benchmark, command, **content))
+    _write(out / f"{benchmark}.json", document(benchmark, command, **content), as_json)
     plot_comparisons(comparisons, out / f"{benchmark}.png", benchmark)
     if not rows or any(row.failed for row in rows):
         raise typer.Exit(1)
@@ -82,10 +94,11 @@ def layers(
     batch: Batches = ONE,
     engine: Engines = EVERY,
     quick: Quick = False,
+    as_json: Json = False,
 ) -> None:
     """Single layers."""
     jobs = [Job("layers", "", t, b, quick, _engines(engine)) for t in threads for b in batch]
-    _finish("layers", _command("layers", threads, batch, quick), jobs, out)
+    _finish("layers", _command("layers", threads, batch, quick), jobs, out, as_json)
 
 
 @app.command()
@@ -96,8 +109,9 @@ def networks(
     batch: Batches = BATCHES,
     engine: Engines = EVERY,
     quick: Quick = False,
+    as_json: Json = False,
 ) -> None:
-    """Whole networks."""
+    """Whole networks; with --json one line for each batch size."""
     unknown = sorted(set(network) - set(SETTINGS_OF))
     if unknown:
         raise ConfigError(f"networks are {unknown}; allowed are {list(SETTINGS_OF)}")
@@ -105,43 +119,47 @@ def networks(
     chosen = _engines(engine)
     for b in batch:
         jobs = [Job("networks", name, t, b, quick, chosen) for name in names for t in threads]
-        _finish(f"networks-batch{b}", _command("networks", threads, [b], quick, network), jobs, out)
+        _finish(f"networks-batch{b}", _command("networks", threads, [b], quick, network), jobs, out, as_json)
 
 
 @app.command()
-def scaling(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False) -> None:
+def scaling(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False, as_json: Json = False) -> None:
     """One layer over batch, resolution, channels, taps and group size, beside the roofline."""
-    console = wide_console()
+    console = _console(as_json)
     results = [spawn(Job("scaling", "", t, 1, quick)) for t in threads]
     show_scaling(results, console)
-    write(out / "scaling.json", document("scaling", _command("scaling", threads, None, quick), results=results))
+    _write(out / "scaling.json", document("scaling", _command("scaling", threads, None, quick), results=results), as_json)
     plot_scaling(results, out / "scaling.png")
 
 
 @app.command()
-def resources(out: Out = RESULTS, threads: Threads = ONE, quick: Quick = False) -> None:
+def resources(out: Out = RESULTS, threads: Threads = ONE, quick: Quick = False, as_json: Json = False) -> None:
     """Start-up times, and peak memory of whole networks."""
     starts = [row for t in threads for row in measurements.starts(t)]
     peaks = measurements.peaks(("resnet18",) if quick else ("alexnet", "vgg16", "resnet18", "resnet50"), threads[0])
-    measurements.show_resources(starts, peaks, wide_console())
+    measurements.show_resources(starts, peaks, _console(as_json))
     content = {"starts": starts, "memory_mib": peaks}
-    write(out / "resources.json", document("resources", _command("resources", threads, None, quick), **content))
+    _write(out / "resources.json", document("resources", _command("resources", threads, None, quick), **content), as_json)
 
 
 @app.command()
-def profile(network: str, setting: str = "ours", threads: int = 1, batch: int = 1) -> None:
+def profile(network: str, setting: str = "ours", threads: int = 1, batch: int = 1, as_json: Json = False) -> None:
     """Where the time of one compiled lookup network goes."""
-    show_profile(spawn(Job("profile", f"{network} {setting}", threads, batch)), wide_console())
+    result = spawn(Job("profile", f"{network} {setting}", threads, batch))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show_profile(result, wide_console())
 
 
 @app.command(name="all")
-def everything(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False) -> None:
-    """Layers, networks, scaling and resources, one after the other."""
+def everything(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False, as_json: Json = False) -> None:
+    """Layers, networks, scaling and resources, one after the other; with --json a line for each file."""
     pieces = (
-        partial(layers, out, threads, ONE, EVERY, quick),
-        partial(networks, EVERY, out, threads, ONE if quick else BATCHES, EVERY, quick),
-        partial(scaling, out, threads, quick),
-        partial(resources, out, threads[:1], quick),
+        partial(layers, out, threads, ONE, EVERY, quick, as_json),
+        partial(networks, EVERY, out, threads, ONE if quick else BATCHES, EVERY, quick, as_json),
+        partial(scaling, out, threads, quick, as_json),
+        partial(resources, out, threads[:1], quick, as_json),
     )
     failed = False
     for piece in pieces:
