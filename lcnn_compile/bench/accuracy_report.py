@@ -23,7 +23,7 @@ DENSE_ENGINES = ("inductor", "openvino")
 
 @torch.no_grad()
 def measure_times(study: Study, threads: int, batch: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Seconds per call of every finished case, in turns: lookups on our backend, the others on their fastest engine.
+    """Seconds per call of every finished case, in turns, each on its fastest engine: lookups compiled or frozen by us.
 
     Pruned networks run as dense ones: no engine here gains from scattered zeros.
     """
@@ -37,7 +37,8 @@ def measure_times(study: Study, threads: int, batch: int, seconds: float) -> dic
         folder.mkdir(parents=True, exist_ok=True)
         torch._dynamo.reset()
         if case.method in LOOKUPS:
-            calls[f"{case.name}|lcnn"] = LOOKUP_ENGINES["lcnn"].prepare(study.load(case), example, folder)
+            for engine in (LOOKUP_ENGINES["lcnn"], LOOKUP_ENGINES["lcnn frozen"]):
+                calls[f"{case.name}|{engine.name}"] = engine.prepare(study.load(case), example, folder)
         elif case.method in ("int8", "bfloat16"):
             engine = ENGINES["openvino int8" if case.method == "int8" else "openvino bf16"]
             source = study.work / case.name if case.method == "int8" else folder
