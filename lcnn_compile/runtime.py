@@ -18,6 +18,7 @@ from lcnn_compile.convert import convert_in_place
 from lcnn_compile.errors import LcnnWarning
 from lcnn_compile.geometry import kind_of
 from lcnn_compile.graphs import bind_weights, fingerprint, is_weight, unbind_weights
+from lcnn_compile.kernels.program import Program
 from lcnn_compile.modules import lookup_modules, replace_module
 from lcnn_compile.passes import (
     choose_lowerings,
@@ -53,7 +54,14 @@ class _State(NamedTuple):
 
     marks: list[Mark] | None  # None: of no real weights yet
     structure: tuple[Any, ...]
+    programs: list[Program]  # that the compiled graph finds by number only
+    compiled: Callable[..., Any] | None  # what the compiler made; None where the graph is one program
     run: Callable[..., Any]  # takes the graph's original inputs
+
+
+def _real(inputs: Sequence[Any]) -> bool:
+    """Whether the inputs have values; the fake tensors of DDP with several buckets have none."""
+    return not any(isinstance(value, FakeTensor) for value in inputs)
 
 
 class Lowered:
@@ -75,18 +83,15 @@ class Lowered:
         self._gm, self._places, self._compile = gm, list(places), compile
         self._transform = transform or (lambda bound: bound)
         self._lock = threading.Lock()
-        # Fake tensors (of DDP with several buckets) have no values to pack.
-        self._real = not any(isinstance(value, FakeTensor) for value in inputs)
-        self._compiled: Callable[..., Any] | None = None
+        self._gather = _real(inputs)  # programs are packed values
         self._state = self._lower(inputs, None)
 
     def _lower(self, inputs: Sequence[Any], before: _State | None) -> _State:
-        real = not any(isinstance(value, FakeTensor) for value in inputs)
-        marks = self._marks(inputs) if real else None  # before the values are read: a later change is then noticed
+        marks = self._marks(inputs) if _real(inputs) else None  # before the values are read: a later change is then noticed
         with _plain_tensors(), without_sources():
             bound = self._transform(bind_weights(self._gm, inputs, self._places))
             bound = fuse_epilogues(choose_lowerings(narrow_convolutions(fold_batch_norm(bound))))
-            if self._real:
+            if self._gather:
                 bound = gather_programs(bound)
             unbound = unbind_weights(bound, inputs, self._places)
             derived = [attribute(bound, name).detach() for name in unbound.derived]
@@ -101,16 +106,14 @@ class Lowered:
                 outputs = program(*[inputs[i] for i in places])
                 return [outputs[i] for i in returned]
 
-            return _State(marks, structure, run_alone)
-        if before is None or before.structure != structure:
-            self._compiled = self._compile(unbound.gm, [inputs[i] for i in kept] + derived)
-        compiled = self._compiled
-        assert compiled is not None
+            return _State(marks, structure, held, None, run_alone)
+        known = before.compiled if before is not None and before.structure == structure else None
+        compiled = known or self._compile(unbound.gm, [inputs[i] for i in kept] + derived)
 
-        def run(*inputs: Any, held: Any = held) -> Any:
+        def run(*inputs: Any) -> Any:
             return compiled(*[inputs[i] for i in kept], *derived)
 
-        return _State(marks, structure, run)
+        return _State(marks, structure, held, compiled, run)
 
     def _marks(self, inputs: Sequence[Any]) -> list[Mark]:
         return [(i, weakref.ref(inputs[i]), *fingerprint(inputs[i])) for i in self._places]
@@ -194,7 +197,7 @@ class Calibrating:
         self._key = (self._config.to_json(), tuple(modules))
         # A graph with symbolic sizes can only be compiled while Dynamo is at work, or by a compiler of its own.
         self._dynamic = False
-        if not any(isinstance(value, FakeTensor) for value in inputs):
+        if _real(inputs):
             known = _FITS.get(self._key)
             if known is not None and known.current(self._weights(inputs)):
                 self._switch(inputs, known)
