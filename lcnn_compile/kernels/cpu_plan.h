@@ -28,6 +28,9 @@ struct Phase {
 // What a tap reads of S as it is formed, from this row and column on.
 struct Shift {
   int64_t phase, row, column;
+  bool operator==(const Shift& other) const {
+    return phase == other.phase && row == other.row && column == other.column;
+  }
 };
 
 constexpr int64_t EVEN = 8;  // rows of aligned copies start at multiples of so many floats
@@ -181,8 +184,7 @@ inline void Plan::find_shifts() {
   shifts.clear();
   for (int64_t position = 0; position < w.kh * w.kw; ++position) {
     const Shift shift = shift_of(position);
-    const auto equal = [&](const Shift& q) { return q.phase == shift.phase && q.row == shift.row && q.column == shift.column; };
-    if (std::none_of(shifts.begin(), shifts.end(), equal)) shifts.push_back(shift);
+    if (std::find(shifts.begin(), shifts.end(), shift) == shifts.end()) shifts.push_back(shift);
   }
 }
 
@@ -205,8 +207,7 @@ inline void Plan::find_offsets() {
   offsets.resize(w.indices.size());
   for (size_t t = 0; t < offsets.size(); ++t) {
     const Shift shift = shift_of(w.positions[t]);
-    const auto equal = [&](const Shift& q) { return q.phase == shift.phase && q.row == shift.row && q.column == shift.column; };
-    const int64_t at = copied ? std::find_if(shifts.begin(), shifts.end(), equal) - shifts.begin() : shift.phase;
+    const int64_t at = copied ? std::find(shifts.begin(), shifts.end(), shift) - shifts.begin() : shift.phase;
     const int64_t down = w.positions[t] / w.kw * g.dilation[0] / g.stride[0];
     const int64_t right = aligned ? 0 : w.positions[t] % w.kw * g.dilation[1] / g.stride[1];
     offsets[t] = int32_t(w.indices[t] * read_plane + at * shift_plane + down * read_pitch + right);

@@ -48,6 +48,7 @@ class _Instance(NamedTuple):
     """A program for inputs of certain shapes and strides."""
 
     handle: cpu.Handle
+    recipe: Recipe  # as it is run
     copied: list[int]  # the inputs that must be made contiguous
     shapes: list[Shape]  # of the outputs
     owned: list[Any]  # what the library's program points to
@@ -91,16 +92,15 @@ class Program:
     def profile(self, *inputs: Tensor, calls: int = 10) -> list[tuple[Step, Shape, float]]:
         """Every step but views, with the shape of its result and its mean seconds over some calls, after one that is not counted."""
         self._run(inputs, None)
-        given = [x.shape for x in inputs]
-        recipe = pooled(self.recipe, self.recipe.shapes(given), POOL_FROM)
+        recipe = self._instance(inputs).recipe
         steps = [(i, step) for i, step in enumerate(recipe.steps) if not isinstance(step, View)]
         seconds = (ctypes.c_double * len(steps))()
         for _ in range(calls):
             self._run(inputs, seconds)
-        shapes = recipe.shapes(given)[recipe.inputs :]
+        shapes = recipe.shapes([x.shape for x in inputs])[recipe.inputs :]
         return [(step, shapes[i], total / calls) for (i, step), total in zip(steps, seconds, strict=True)]
 
-    def _run(self, inputs: tuple[Tensor, ...], seconds: Any) -> list[Tensor]:
+    def _instance(self, inputs: tuple[Tensor, ...]) -> _Instance:
         threads = thread_count()
         key = (threads, *[(x.shape, x.stride(), x.dtype, x.device) for x in inputs])
         instance = self._instances.get(key)
@@ -109,6 +109,10 @@ class Program:
             if len(self._instances) >= INSTANCES:
                 self._instances = {}
             self._instances[key] = instance
+        return instance
+
+    def _run(self, inputs: tuple[Tensor, ...], seconds: Any) -> list[Tensor]:
+        instance = self._instance(inputs)
         if instance.copied:
             inputs = tuple(x.contiguous() if i in instance.copied else x for i, x in enumerate(inputs))
         self.runs += 1
@@ -136,7 +140,7 @@ class Program:
         array, numbers = (_Step * len(steps))(*steps), (ctypes.c_int64 * len(places))(*places)
         address = self._library.lcnn_program_new(array, len(steps), numbers, len(places), arena, threads)
         handle = cpu.Handle(address, self._library.lcnn_program_free)
-        return _Instance(handle, copied, [shapes[v] for v in recipe.outputs], owned)
+        return _Instance(handle, recipe, copied, [shapes[v] for v in recipe.outputs], owned)
 
     def _steps(self, recipe: Recipe, shapes: list[Shape], strides: dict[int, Any], threads: int) -> tuple[list[_Step], list[Any]]:
         """The library's steps and the objects that must outlive them; views take none."""
