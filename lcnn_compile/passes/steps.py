@@ -16,7 +16,7 @@ from lcnn_compile.passes.functional import example, shape_of
 from lcnn_compile.passes.targets import RESHAPES, aten, attribute, bound, is_get_attr
 
 VIEWS = (*RESHAPES, "contiguous", aten.contiguous.default)
-DROPOUT = (F.dropout, F.dropout2d, F.feature_dropout if hasattr(F, "feature_dropout") else F.dropout, aten.dropout.default)
+DROPOUT = (F.dropout, F.dropout2d, aten.dropout.default)
 MAX_POOL = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default)
 MEAN_POOL = (F.avg_pool2d, aten.avg_pool2d.default)
 ADAPTIVE = (F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default)
