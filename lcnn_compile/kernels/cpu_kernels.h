@@ -40,6 +40,7 @@ struct Pixels {
   int64_t source, target;
   uint32_t mask;
   int count;
+  bool spills;  // a whole vector may be read and written in y: what lies behind the valid lanes is written later
 };
 
 // Tap t of the dictionary stage is channel t.
@@ -136,7 +137,7 @@ static inline __attribute__((always_inline)) void look_up(const Lookup& to, cons
         UNROLL for (int f = 0; f < F; ++f) acc[f][v] += load(from + filters[f] * to.plane);
       } else {
         UNROLL for (int f = 0; f < F; ++f)
-          acc[f][v] += expand(load_first(from + filters[f] * to.plane, pixels[v].count), pixels[v].mask);
+          acc[f][v] += expand(load_first(from + filters[f] * to.plane, pixels[v].spills ? LANES : pixels[v].count), pixels[v].mask);
       }
     }
   if (to.fetch && !to.stream)
@@ -161,7 +162,7 @@ static inline __attribute__((always_inline)) void look_up(const Lookup& to, cons
         else if (regular || pixels[v].mask == FULL)
           store(y + pixels[v].target, value);
         else
-          store_first(y + pixels[v].target, compress(value, pixels[v].mask), pixels[v].count);
+          store_first(y + pixels[v].target, compress(value, pixels[v].mask), pixels[v].spills ? LANES : pixels[v].count);
       }
     }
     return;
@@ -179,7 +180,7 @@ static inline __attribute__((always_inline)) void look_up(const Lookup& to, cons
       if (to.stream)
         store_past_caches(to.y + target, y);
       else
-        store_first(to.y + target, y, p.count);
+        store_first(to.y + target, y, p.spills ? LANES : p.count);
     }
 }
 

@@ -67,7 +67,7 @@ inline Grid Call::grid(const Phase& at, int64_t first_row, int64_t rows) const {
 
 // The vector of grid pixels from `first` on.
 inline Pixels Call::pixels_in(const Grid& grid, const Phase& at, int64_t first) const {
-  Pixels found{0, first, 0, 0};
+  Pixels found{0, first, 0, 0, false};
   for (int64_t lane = 0, row = first / p.pitch; lane < LANES && first + lane < grid.stop; ++row) {
     const int64_t from = std::max(first + lane, row * p.pitch + at.first_valid);
     const int64_t end = std::min({first + LANES, row * p.pitch + at.end_valid, grid.stop});
@@ -295,7 +295,7 @@ inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t rows, Tea
 inline Pixels Call::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
   const int64_t wide = p.g.out_width, source = p.by_rows ? v / per_row * p.read_pitch + v % per_row * LANES : v * LANES;
   int64_t row = source / p.read_pitch, column = source % p.read_pitch;
-  Pixels found{source, row * wide + std::min(column, wide), 0, 0};
+  Pixels found{source, row * wide + std::min(column, wide), 0, 0, false};
   for (int64_t lane = 0; lane < LANES && row < rows; ++row, column = 0) {
     const int64_t valid = std::clamp<int64_t>(wide - column, 0, LANES - lane);
     found.mask |= ((1u << valid) - 1) << lane;
@@ -326,6 +326,8 @@ inline void Call::lookup_stage(int64_t group, int64_t rows, const float* s, floa
       count = vectors * (share.tile + 1) / tiles - first;
       for (int64_t i = 0; i < count; ++i) pixels[i] = out_pixels(first + i, per_row, rows);
       regular = std::all_of(pixels, pixels + count, [](const Pixels& v) { return v.mask == FULL; });
+      const int64_t end = pixels[count - 1].target + pixels[count - 1].count;
+      for (int64_t i = 0; i < count; ++i) pixels[i].spills = pixels[i].target + LANES <= end;
     }
     const Block& block = w.blocks[first_block + share.block];
     units = 1;

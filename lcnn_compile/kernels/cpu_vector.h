@@ -56,10 +56,38 @@ static inline void fence() {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each mask, the lane that every lane of the result comes from, a byte each; negative for none.
+struct LaneTables {
+  int8_t packed[256][8] = {}, spread[256][8] = {};
+
+  constexpr LaneTables() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int next = 0;
+      for (int lane = 0; lane < 8; ++lane) packed[mask][lane] = -1;
+      for (int lane = 0; lane < 8; ++lane) {
+        const bool valid = mask >> lane & 1;
+        spread[mask][lane] = valid ? int8_t(next) : int8_t(-1);
+        if (valid) packed[mask][next++] = int8_t(lane);
+      }
+    }
+  }
+};
+inline constexpr LaneTables lane_tables;
+
+static inline Vec permute(Vec v, const int8_t (&lanes)[8]) {
+  const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes)));
+  return (Vec)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)v, from), _mm256_setzero_ps(), (__m256)from);
+}
+#endif
+
 // The first `count` lanes from memory, zeros behind them; never reads past them.
 static inline Vec load_first(const float* from, int count) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return (Vec)_mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
 #else
   if (count == LANES) return load(from);
   Vec v{};
@@ -71,6 +99,21 @@ static inline Vec load_first(const float* from, int count) {
 static inline void store_first(float* to, Vec v, int count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)v);
+#elif defined(__AVX2__)
+  // Masked stores are microcode on some processors.
+  if (count == LANES) return store(to, v);
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (count & 4) {
+    _mm_storeu_ps(to, part);
+    part = _mm256_extractf128_ps((__m256)v, 1);
+    to += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(to), part);
+    part = _mm_movehl_ps(part, part);
+    to += 2;
+  }
+  if (count & 1) _mm_store_ss(to, part);
 #else
   if (count == LANES) return store(to, v);
   std::memcpy(to, &v, sizeof(float) * count);
@@ -81,6 +124,8 @@ static inline void store_first(float* to, Vec v, int count) {
 static inline Vec compress(Vec v, uint32_t mask) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_compress_ps(mask, (__m512)v);
+#elif defined(__AVX2__)
+  return permute(v, lane_tables.packed[mask]);
 #else
   Vec packed{};
   for (int lane = 0, next = 0; lane < LANES; ++lane)
@@ -93,6 +138,8 @@ static inline Vec compress(Vec v, uint32_t mask) {
 static inline Vec expand(Vec v, uint32_t mask) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_expand_ps(mask, (__m512)v);
+#elif defined(__AVX2__)
+  return permute(v, lane_tables.spread[mask]);
 #else
   Vec spread{};
   for (int lane = 0, next = 0; lane < LANES; ++lane)
