@@ -12,7 +12,9 @@ from lcnn_compile.errors import ConfigError
 
 Rule = str | type
 Lowering = Literal["auto", "lookup", "factored", "dense"]
+Budget = Literal["macs", "time"]
 LOWERING_CHOICES = ("auto", "lookup", "factored", "dense")
+BUDGETS = ("macs", "time")
 LAYER_FIELDS = ("dictionary_size", "sparsity", "group_size", "max_error", "lowering")
 
 
@@ -38,14 +40,14 @@ class LayerConfig:
             group reads; or "auto", found by a search within ``max_error`` or ``target_speedup``.
         sparsity: taps per (filter, r, c) on average over a filter's positions, may be fractional; None uses all k;
             "auto" as above.
-        group_size: g, filters that share one set of indices; 1 is the paper.
+        group_size: g, filters that share one set of indices; 1 is the paper; "auto" as above, where time is counted.
         max_error: largest relative output error allowed for the layer; None allows any.
         lowering: "auto" chooses by cost on this machine.
     """
 
     dictionary_size: int | float | Literal["auto"] = 0.25
     sparsity: float | Literal["auto"] | None = 6
-    group_size: int = 8
+    group_size: int | Literal["auto"] = 8
     max_error: float | None = None
     lowering: Lowering = "auto"
 
@@ -61,7 +63,8 @@ class LayerConfig:
         sparsity = self.sparsity
         ok = sparsity is None or sparsity == "auto" or (_is_real(sparsity) and sparsity > 0)
         _number("sparsity", sparsity, 'a number > 0, None for all taps, or "auto"', ok)
-        _number("group_size", self.group_size, "an int >= 1", _is_int(self.group_size) and self.group_size >= 1)
+        group = self.group_size
+        _number("group_size", group, 'an int >= 1, or "auto"', group == "auto" or (_is_int(group) and group >= 1))
         error = self.max_error
         _number("max_error", error, "None or a number >= 0", error is None or (_is_real(error) and error >= 0))
         _number("lowering", self.lowering, f"one of {LOWERING_CHOICES}", self.lowering in LOWERING_CHOICES)
@@ -79,9 +82,15 @@ class LayerConfig:
             raise ConfigError('sparsity is "auto"; a search must settle it first')
         return vectors * area if self.sparsity is None else min(vectors * area, max(1, round(self.sparsity * area)))
 
+    def filters_per_group(self) -> int:
+        """g."""
+        if self.group_size == "auto":
+            raise ConfigError('group_size is "auto"; a search must settle it first')
+        return self.group_size
+
     @property
     def automatic(self) -> bool:
-        """Whether a search has to settle the sizes."""
+        """Whether a search has to settle k or the taps."""
         return "auto" in (self.dictionary_size, self.sparsity)
 
 
@@ -90,7 +99,10 @@ class LookupConfig(LayerConfig):
     """What ``convert``, ``explain`` and the backend are asked to do. The sizes are :class:`LayerConfig`'s.
 
     Attributes:
-        target_speedup: reduction of the whole network's multiply-adds to reach (> 1); sizes are then found per layer.
+        target_speedup: reduction of the whole network's multiply-adds, or time, to reach (> 1); sizes are then found per layer.
+        budget: what ``target_speedup`` and every search count: "macs", multiply-adds; or "time", seconds of convolutions and
+            linear layers on this machine, one sample, with the threads that torch has: some layers of each shape are
+            timed, which takes seconds.
         include: rules for the layers to convert; empty means every supported convolution. A rule is a module's
             qualified name, a glob over it ("layer1.*"), "re:" and a regular expression that matches it whole, a type,
             or "type:" and a type's full name. A rule that matches nothing is an error.
@@ -100,6 +112,7 @@ class LookupConfig(LayerConfig):
     """
 
     target_speedup: float | None = None
+    budget: Budget = "macs"
     include: tuple[Rule, ...] = ()
     exclude: tuple[Rule, ...] = ()
     layers: Mapping[Rule, Mapping[str, Any]] = field(default_factory=dict)
@@ -109,6 +122,8 @@ class LookupConfig(LayerConfig):
         super().__post_init__()
         speed = self.target_speedup
         _number("target_speedup", speed, "None or a number > 1", speed is None or (_is_real(speed) and speed > 1))
+        _number("budget", self.budget, f"one of {BUDGETS}", self.budget in BUDGETS)
+        self._check_groups(self)
         _number("seed", self.seed, "an int >= 0", _is_int(self.seed) and self.seed >= 0)
         for name in ("include", "exclude"):
             value = getattr(self, name)
@@ -123,7 +138,15 @@ class LookupConfig(LayerConfig):
         object.__setattr__(self, "layers", {rule: dict(override) for rule, override in self.layers.items()})
         for rule, override in self.layers.items():
             _check_rule("layers", rule)
-            self.override(override, f"layers[{rule!r}]")
+            self._check_groups(self.override(override, f"layers[{rule!r}]"), f"layers[{rule!r}]: ")
+
+    def _check_groups(self, config: LayerConfig, where: str = "") -> None:
+        # By multiply-adds alone g = 1 always wins, and is slow.
+        if config.group_size == "auto" and (self.budget != "time" or not (self.target_speedup or config.automatic)):
+            raise ConfigError(
+                f"{where}group_size is 'auto', which needs budget='time' and sizes that are searched "
+                "(target_speedup, or dictionary_size or sparsity 'auto')"
+            )
 
     def override(self, changes: Mapping[str, Any], name: str = "layers") -> LayerConfig:
         """The layer configuration with some fields replaced; unknown fields and bad values are a ConfigError."""

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from lcnn_compile.config import LayerConfig, LookupConfig
+from lcnn_compile.config import Budget, LayerConfig, LookupConfig
+from lcnn_compile.errors import ConversionError
 from lcnn_compile.geometry import Layer, geometry_of, kind_of
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.ops import has_lookup_kernel
 from lcnn_compile.learning import FittedLayer
+from lcnn_compile.learning.costs import Timer
 from lcnn_compile.learning.dictionary import most_vectors
 from lcnn_compile.obstacles import too_narrow, weight_of
 from lcnn_compile.passes.lift import lift_functional_convolutions
@@ -66,9 +68,39 @@ class Plan:
         """Rows of the report: layers, then convolutions called as functions that stay so."""
         return [*self.survey.layers, *self._functions]
 
-    def other_macs(self) -> int:
-        """Multiply-adds per sample of the layers that are not chosen."""
-        return sum(use.macs for name, use in self.survey.usage.items() if name not in self.configs)
+    def other(self, budget: Budget) -> float:
+        """Multiply-adds per sample, or seconds where they can be measured, of the layers that are not chosen."""
+        others = {name: use for name, use in self.survey.usage.items() if name not in self.configs}
+        if budget == "macs":
+            return sum(use.macs for use in others.values())
+        kinds = [name for name in others if kind_of(self.survey.layers[name]) is not None and not self.survey.reasons[name]]
+        return sum(self.seconds(name, 0, 0, 1) for name in kinds)
+
+    def timer(self, budget: Budget) -> Timer | None:
+        """What measures a layer, where time is counted."""
+        return self.seconds if budget == "time" else None
+
+    def seconds(self, name: str, size: int, taps: int, group_size: int) -> float:
+        """Seconds of a layer for one sample, measured here on random values.
+
+        Args:
+            name: of a layer that ran on the example inputs.
+            size: k; 0 for the dense layer.
+            taps: of each filter.
+            group_size: g.
+
+        Raises:
+            ConversionError: if the layer has not run.
+        """
+        layer, use = self.survey.layers[name], self.survey.usage.get(name)
+        if use is None:
+            raise ConversionError(f"{name}: budget='time' needs a layer to run on the example inputs; exclude it")
+        geometry = geometry_of(layer)  # type: ignore[arg-type]
+        problem = self._problem(layer, use, max(1, size), geometry.out_channels * max(1, taps), group_size)  # type: ignore[arg-type]
+        found = choose.seconds(problem, has_lookup_kernel(problem.device, problem.dtype))
+        wanted = self.configs[name].lowering if name in self.configs else "auto"
+        lowering = "dense" if not size else wanted if wanted in found else "lookup" if "lookup" in found else "factored"
+        return found[lowering] * use.out_pixels / problem.out_pixels
 
     def row(self, name: str, fit: FittedLayer | None) -> LayerReport:
         """The report's row for a layer: as fitted, or as it would be."""
@@ -107,7 +139,7 @@ class Plan:
         """The row of a layer that would be replaced."""
         config, kind = self.configs[name], type(layer).__name__
         macs = None if use is None else use.macs
-        if config.automatic:
+        if config.automatic or config.group_size == "auto":
             remark = "sizes found by a search when it is converted"
             return LayerReport(
                 name, kind, True, macs_before=macs, macs_after=macs, bytes_before=size, bytes_after=size, reason=remark
@@ -115,7 +147,7 @@ class Plan:
         geometry = geometry_of(layer)
         k = min(config.vectors(geometry.channels), most_vectors(geometry))
         taps = config.taps_per_filter(k, geometry.area)
-        g = min(config.group_size, geometry.filters)
+        g = min(config.filters_per_group(), geometry.filters)
         rows = geometry.groups * -(-geometry.filters // g) * taps
         element = layer.weight.element_size()
         bias = 0 if layer.bias is None else geometry.out_channels
@@ -140,17 +172,23 @@ class Plan:
         wanted, use = self.configs[name].lowering, self.survey.usage.get(name)
         if wanted != "auto":
             return wanted
+        problem = self._problem(layer, use, k, taps, group_size)
+        return choose.cheapest(problem, has_lookup_kernel(problem.device, problem.dtype))
+
+    def _problem(self, layer: Layer, use: Usage | None, k: int, taps: int, group_size: int) -> choose.Problem:
+        """A layer of these sizes on one sample; ``taps`` of all filters."""
         geometry = geometry_of(layer)
-        call = geometry.call()
-        problem = choose.Problem(
-            batch=1,
+        call, size = geometry.call(), use.size if use else (28, 28) if geometry.area > 1 else (1, 1)
+        return choose.Problem(
+            # Rows of numbers are pixels that a fully connected layer takes together.
+            batch=use.out_pixels if use and size == (1, 1) else 1,
             in_channels=geometry.in_channels,
             out_channels=call.out_channels,
             groups=geometry.groups,
             dictionary_size=k,
             taps=taps,
             group_size=group_size,
-            size=use.size if use else (28, 28) if geometry.area > 1 else (1, 1),
+            size=size,
             kernel_size=call.kernel_size,
             stride=call.stride,
             padding=call.padding,
@@ -158,7 +196,6 @@ class Plan:
             device=layer.weight.device.type,
             dtype=layer.weight.dtype,
         )
-        return choose.cheapest(problem, has_lookup_kernel(layer.weight.device.type, layer.weight.dtype))
 
 
 def _dense_bytes(layer: nn.Module) -> int:

@@ -208,7 +208,7 @@ def test_a_target_is_reached_over_the_whole_network(target):
     model = small()
     pixels = {"0": (256, 256), "2": (256, 256), "4": (196, 256)}
     other = 10_000
-    fitted = fit(model, LayerConfig(), images(16).split(8), target_speedup=target, other_macs=other, pixels=pixels)
+    fitted = fit(model, LayerConfig(), images(16).split(8), target_speedup=target, other=other, pixels=pixels)
     dense = {name: model.get_submodule(name).weight.numel() * pixels[name][0] for name in pixels}
     after = {name: dense[name] if f.reason else f.weight.macs(*pixels[name]) for name, f in fitted.items()}
     reached = (other + sum(dense.values())) / (other + sum(after.values()))
@@ -217,7 +217,7 @@ def test_a_target_is_reached_over_the_whole_network(target):
 
 def test_a_target_out_of_reach_names_what_can_be_reached():
     with pytest.raises(ConversionError, match=r"target_speedup 9 cannot be reached: .* allow 1\.\d\d at most"):
-        fit(small(), LayerConfig(), images().split(4), target_speedup=9, other_macs=10**9)
+        fit(small(), LayerConfig(), images().split(4), target_speedup=9, other=10**9)
 
 
 def test_without_calibration_weights_alone_are_fitted_with_a_warning():

@@ -51,11 +51,11 @@ def low_rank(model: nn.Module, speedup: float, calibration: Sequence[Tensor], ex
         area = layer.weight[0, 0].numel()
         left = 1 - values.flip(0).cumsum(0) / values.sum()
         ranks = sorted({max(1, round(n * i / RANKS)) for i in range(1, RANKS + 1)})
-        points = [Point(r, 0, pixels[name] * r * (m * area + n), float(left[r - 1]), float(left[r - 1])) for r in ranks]
+        points = [Point(r, 0, 1, pixels[name] * r * (m * area + n), float(left[r - 1]), float(left[r - 1])) for r in ranks]
         dense = pixels[name] * layer.weight.numel()
-        curves[name] = [*(p for p in points if p.macs < dense), Point(0, 0, dense, 0.0, 0.0)]
-    others = macs.count(model, example) // example.shape[0] - sum(points[-1].macs for points in curves.values())
-    for name, point in allocate(curves, target_speedup=speedup, other_macs=others).items():
+        curves[name] = [*(p for p in points if p.cost < dense), Point(0, 0, 1, dense, 0.0, 0.0)]
+    others = macs.count(model, example) // example.shape[0] - sum(points[-1].cost for points in curves.values())
+    for name, point in allocate(curves, target_speedup=speedup, other=others).items():
         if point.size:
             vectors, mean = bases[name]
             _replace(result, name, _pair(layers[name], vectors[:, : point.size], mean))

@@ -40,6 +40,7 @@ def explain_command(
     group_size: given.GroupSize = None,
     max_error: given.MaxError = None,
     target_speedup: given.TargetSpeedup = None,
+    budget: given.Budget = None,
     include: given.Include = None,
     exclude: given.Exclude = None,
     lowering: given.Lowering = None,
@@ -53,7 +54,9 @@ def explain_command(
 
     With --time, layers of the planned sizes with random values are timed against the model's own.
     """
-    changes = given.sizes(dictionary_size, sparsity, group_size, max_error, target_speedup, include, exclude, lowering, seed)
+    changes = given.sizes(
+        dictionary_size, sparsity, group_size, max_error, target_speedup, budget, include, exclude, lowering, seed
+    )
     with output(as_json) as out:
         _check_targets(html, plot)
         settings = given.configuration(config, changes)
@@ -79,6 +82,7 @@ def convert_command(
     group_size: given.GroupSize = None,
     max_error: given.MaxError = None,
     target_speedup: given.TargetSpeedup = None,
+    budget: given.Budget = None,
     include: given.Include = None,
     exclude: given.Exclude = None,
     lowering: given.Lowering = None,
@@ -103,7 +107,9 @@ def convert_command(
     as_json: given.AsJson = False,
 ) -> None:
     """Convert a model and save it; lcnn_compile.load(model, OUTPUT) loads it again."""
-    changes = given.sizes(dictionary_size, sparsity, group_size, max_error, target_speedup, include, exclude, lowering, seed)
+    changes = given.sizes(
+        dictionary_size, sparsity, group_size, max_error, target_speedup, budget, include, exclude, lowering, seed
+    )
     if checkpoint is None and reductions is None:
         raise LcnnError("name the checkpoint to write (OUTPUT), or the reductions of a --sweep")
     if resume is not None and reductions is not None:

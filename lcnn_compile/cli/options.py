@@ -44,10 +44,19 @@ DictionarySize = Annotated[
 Sparsity = Annotated[
     str | None, typer.Option(help="Taps per filter and position: a number, auto, or none for all.", rich_help_panel=SIZES)
 ]
-GroupSize = Annotated[int | None, typer.Option(help="Filters that share indices.", rich_help_panel=SIZES)]
+GroupSize = Annotated[
+    str | None, typer.Option(help="Filters that share indices: a number, or auto with --budget time.", rich_help_panel=SIZES)
+]
 MaxError = Annotated[float | None, typer.Option(help="Largest relative output error of a layer.", rich_help_panel=SIZES)]
 TargetSpeedup = Annotated[
-    float | None, typer.Option(help="Reduction of the network's multiply-adds; sizes are found per layer.", rich_help_panel=SIZES)
+    float | None,
+    typer.Option(
+        help="Reduction of the network's multiply-adds (or time, with --budget time); sizes are found per layer.",
+        rich_help_panel=SIZES,
+    ),
+]
+Budget = Annotated[
+    str | None, typer.Option(help="What searches count: macs, or time as measured on this machine.", rich_help_panel=SIZES)
 ]
 Include = Annotated[list[str] | None, typer.Option(help="Layers to convert: names, globs, re:…; repeat.", rich_help_panel=SIZES)]
 Exclude = Annotated[list[str] | None, typer.Option(help="Layers to leave dense; repeat.", rich_help_panel=SIZES)]
@@ -87,9 +96,10 @@ def configuration(path: Path | None, changes: dict[str, Any]) -> LookupConfig:
 def sizes(
     dictionary_size: str | None,
     sparsity: str | None,
-    group_size: int | None,
+    group_size: str | None,
     max_error: float | None,
     target_speedup: float | None,
+    budget: str | None,
     include: list[str] | None,
     exclude: list[str] | None,
     lowering: str | None,
@@ -98,9 +108,10 @@ def sizes(
     """LookupConfig's fields that were given as options."""
     given: dict[str, Any] = {
         "dictionary_size": None if dictionary_size is None else _number("--dictionary-size", dictionary_size, whole=True),
-        "group_size": group_size,
+        "group_size": None if group_size is None else _number("--group-size", group_size, whole=True),
         "max_error": max_error,
         "target_speedup": target_speedup,
+        "budget": budget,
         "include": tuple(include) if include else None,
         "exclude": tuple(exclude) if exclude else None,
         "lowering": lowering,

@@ -9,6 +9,9 @@ import torch
 
 from lcnn_compile.kernels import reference
 
+RATE = 5e10
+"""Multiply-adds a second that estimates stand for where nothing can be measured."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -77,23 +80,40 @@ def estimate(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
     return cost
 
 
+def estimated_seconds(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
+    """The estimates at a nominal rate."""
+    return {name: cost / RATE for name, cost in estimate(problem, lookup_kernel).items()}
+
+
 def cheapest(problem: Problem, lookup_kernel: bool, measure: bool = False) -> str:
     """The lowering that is fastest on this device: as measured before, or now where ``measure`` says so, else estimated.
 
     On a GPU with kernels of ours the first question about a problem measures it.
     """
-    if not lookup_kernel:
-        cost = estimate(problem, lookup_kernel)
-    elif problem.device == "cuda":
-        from lcnn_compile.kernels import triton_choose
-
-        cost = triton_choose.measured(problem) or estimate(problem, lookup_kernel)
-    else:
+    if lookup_kernel and problem.device == "cpu" and not measure:
         from lcnn_compile.kernels import measured
 
-        known = measured.measure(problem, lookup_kernel) if measure else measured.remembered(problem)
-        cost = known or estimate(problem, lookup_kernel)
+        cost = measured.remembered(problem) or estimate(problem, lookup_kernel)
+    else:
+        cost = seconds(problem, lookup_kernel)
     return min(cost, key=lambda name: cost[name])
+
+
+def seconds(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
+    """Seconds that dense and the lowerings that may win take here, measured once and remembered on disk.
+
+    Where nothing can be measured they are estimated.
+    """
+    if not lookup_kernel:
+        return estimated_seconds(problem, lookup_kernel)
+    if problem.device == "cuda":
+        from lcnn_compile.kernels import triton_choose
+
+        found = triton_choose.measured(problem)
+        return {name: t / 1e3 for name, t in found.items()} if found else estimated_seconds(problem, lookup_kernel)
+    from lcnn_compile.kernels import measured
+
+    return measured.measure(problem, lookup_kernel)
 
 
 def problem_of(

@@ -1,4 +1,4 @@
-"""Spreading a budget of multiply-adds over layers by marginal gain."""
+"""Spreading a budget over layers by marginal gain."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ def allocate(
     curves: Mapping[str, Sequence[Point]],
     *,
     target_speedup: float,
-    other_macs: int,
+    other: float,
+    unit: str = "multiply-adds",
     sensitivity: Mapping[str, float] | None = None,
 ) -> dict[str, Point]:
-    """One point per layer: the least Σ sensitivity·loss for which the network's multiply-adds shrink by the target.
+    """One point per layer: the least Σ sensitivity·loss for which the network's cost shrinks by the target.
 
-    Minimises Σ sensitivity·loss + λ·macs for each λ, and finds by bisection the λ whose solution fits; what is left of
+    Minimises Σ sensitivity·loss + λ·cost for each λ, and finds by bisection the λ whose solution fits; what is left of
     the budget then buys the best single improvements.
 
     Args:
         curves: points of each layer, one of them the dense layer (``size`` 0).
-        target_speedup: dense multiply-adds over those allowed.
-        other_macs: multiply-adds of everything that is not in ``curves``.
+        target_speedup: dense cost over that allowed.
+        other: cost of everything that is not in ``curves``.
+        unit: of the costs, for messages.
         sensitivity: weight of each layer's loss; 1 by default.
 
     Raises:
         ConversionError: if even the cheapest points are too many; it names the best that can be reached.
     """
     weight = dict.fromkeys(curves, 1.0) if sensitivity is None else dict(sensitivity)
-    dense = other_macs + sum(point.macs for points in curves.values() for point in points if not point.size)
-    budget = dense / target_speedup - other_macs
-    least = sum(min(point.macs for point in points) for points in curves.values())
+    dense = other + sum(point.cost for points in curves.values() for point in points if not point.size)
+    budget = dense / target_speedup - other
+    least = sum(min(point.cost for point in points) for points in curves.values())
     if least > budget:
-        best = dense / max(1, other_macs + least)
+        best = dense / max(1e-30, other + least)
         raise ConversionError(
             f"target_speedup {target_speedup:g} cannot be reached: the layers that may change allow {best:.2f} at most "
-            f"({other_macs:,} of {dense:,} multiply-adds are outside them)"
+            f"({other:,.6g} of {dense:,.6g} {unit} are outside them)"
         )
 
     def solve(price: float) -> dict[str, Point]:
         return {
-            name: min(points, key=lambda p, name=name: (weight[name] * p.error + price * p.macs, p.macs))  # type: ignore[misc]
+            name: min(points, key=lambda p, name=name: (weight[name] * p.error + price * p.cost, p.cost))  # type: ignore[misc]
             for name, points in curves.items()
         }
 
     low, high = 0.0, 1e-12
-    while _macs(solve(high)) > budget:
+    while _cost(solve(high)) > budget:
         high *= 4
         if high > 1e30:
-            return {name: min(points, key=lambda p: (p.macs, p.loss)) for name, points in curves.items()}
+            return {name: min(points, key=lambda p: (p.cost, p.loss)) for name, points in curves.items()}
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _macs(solve(middle)) > budget else (low, middle)
+        low, high = (middle, high) if _cost(solve(middle)) > budget else (low, middle)
     chosen = solve(high)
     while True:
-        room = budget - _macs(chosen)
+        room = budget - _cost(chosen)
         better = [
-            (weight[name] * (chosen[name].loss - point.loss) / max(1, point.macs - chosen[name].macs), name, point)
+            (weight[name] * (chosen[name].loss - point.loss) / max(1e-12, point.cost - chosen[name].cost), name, point)
             for name, points in curves.items()
             for point in points
-            if point.loss < chosen[name].loss and point.macs - chosen[name].macs <= room
+            if point.loss < chosen[name].loss and point.cost - chosen[name].cost <= room
         ]
         if not better:
             return chosen
@@ -69,5 +71,5 @@ def allocate(
         chosen[name] = point
 
 
-def _macs(chosen: Mapping[str, Point]) -> int:
-    return sum(point.macs for point in chosen.values())
+def _cost(chosen: Mapping[str, Point]) -> float:
+    return sum(point.cost for point in chosen.values())

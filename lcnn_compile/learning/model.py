@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,18 @@ from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.geometry import Layer
 from lcnn_compile.learning.allocate import allocate
+from lcnn_compile.learning.costs import Costs, MultiplyAdds, Seconds, Timer
 from lcnn_compile.learning.dictionary import Basis, fit_dictionary, most_vectors
 from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.processes import Processes
 from lcnn_compile.learning.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler, calibrate
 from lcnn_compile.learning.saved_fits import SavedFits, fingerprint
-from lcnn_compile.learning.search import Point, dense_point, error_curve, ladder
+from lcnn_compile.learning.search import MARGIN, Point, error_curve, ladder, most_taps
 from lcnn_compile.learning.sensitivity import Sensitivity, output_sensitivity
 from lcnn_compile.lookup import LookupWeight, filter_table
 
 DEFAULT_MAX_ERROR = 0.05  # where sizes are "auto" and nothing else limits them
-MARGIN = 1.5  # a layer whose sizes are searched must get cheaper by this factor, or stays dense
 PASSES = 64  # runs through the calibration sample that fit layers; deeper networks fit several layers in each
 CURVE_ELEMENTS = 100_000_000  # floats of patches held at once while error curves are measured
 
@@ -60,7 +61,8 @@ def fit_model(
     calibration: Iterable[Any] | None,
     call: Callable[[nn.Module, Any], Any],
     target_speedup: float | None = None,
-    other_macs: int = 0,
+    other: float = 0,
+    timer: Timer | None = None,
     pixels: Mapping[str, tuple[int, int]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -75,8 +77,9 @@ def fit_model(
         configs: the sizes asked of each.
         calibration: batches, iterated once, any number of them; None to work on the weights alone.
         call: runs the model on one batch.
-        target_speedup: reduction of all multiply-adds to reach; the sizes in ``configs`` are then searched.
-        other_macs: multiply-adds per sample outside ``layers``.
+        target_speedup: reduction of all multiply-adds (or seconds) to reach; the sizes in ``configs`` are then searched.
+        other: multiply-adds (or seconds) per sample outside ``layers``.
+        timer: measures what sizes of a layer cost in seconds, in place of multiply-adds.
         pixels: (output, input) pixels per sample of each layer; measured on the calibration data by default.
         seed: for the choice of pixels.
         progress: told (stage, done, of how many).
@@ -94,7 +97,8 @@ def fit_model(
         calibration=calibration,
         call=call,
         target_speedups=(target_speedup,),
-        other_macs=other_macs,
+        other=other,
+        timer=timer,
         pixels=pixels,
         seed=seed,
         progress=progress,
@@ -112,7 +116,8 @@ def fit_budgets(
     calibration: Iterable[Any] | None,
     call: Callable[[nn.Module, Any], Any],
     target_speedups: Sequence[float | None],
-    other_macs: int = 0,
+    other: float = 0,
+    timer: Timer | None = None,
     pixels: Mapping[str, tuple[int, int]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -132,6 +137,10 @@ def fit_budgets(
             raise ConversionError("the calibration data holds no batch")
         found.combine(processes)
     fitting = _Fitting(network, configs, found, pixels, seed, target_speedups[0] is not None, tell, processes)
+    if timer is None:
+        fitting.costs = MultiplyAdds(network.geometry, fitting.pixels, int(other))
+    else:
+        fitting.costs = Seconds(timer, network.geometry, fitting.most_taps, other, processes)
     if found is None and not all(fitting.lossless(name) for name in layers):
         warnings.warn(
             "no calibration data: lookups are fitted to the weights alone, which is far less accurate than fitting them "
@@ -142,8 +151,8 @@ def fit_budgets(
     for number, target in enumerate(target_speedups, 1):
         if resume is not None:
             batches = [] if found is None else found.batches
-            fitting.saved = SavedFits(resume, fingerprint(network, configs, batches, target, seed))
-        yield fitting.run(target, other_macs, last=number == len(target_speedups))
+            fitting.saved = SavedFits(resume, fingerprint(network, configs, batches, target, seed, fitting.costs.unit))
+        yield fitting.run(target, last=number == len(target_speedups))
 
 
 class _Fitting:
@@ -169,6 +178,7 @@ class _Fitting:
         self.points: dict[str, Point] = {}
         self.sensitivity: dict[str, Sensitivity] = {}
         self.curves: dict[str, list[Point]] = {}
+        self.costs: Costs = MultiplyAdds(network.geometry, self.pixels)
 
     def _pixels(self, name: str, given: Mapping[str, tuple[int, int]] | None) -> tuple[int, int]:
         if given is not None and name in given:
@@ -178,15 +188,14 @@ class _Fitting:
         moments = self.calibration.moments[name]
         return moments.out_pixels // moments.images, moments.in_pixels // moments.images
 
-    def run(self, target_speedup: float | None, other_macs: int, *, last: bool = True) -> dict[str, FittedLayer]:
+    def run(self, target_speedup: float | None, *, last: bool = True) -> dict[str, FittedLayer]:
         """Fit every layer; unless this is the ``last`` run, what the next one can use is kept."""
         result = {name: self._dense(name, reason) for name in self.network.layers if (reason := self._hopeless(name))}
         order = [name for name in self._order() if name not in result]
         self.network.fitted.clear()
         self.points.clear()
         if target_speedup is not None:
-            others = other_macs + sum(self._dense_point(name).macs for name in result)
-            self.points = self._allocate(order, target_speedup, others)
+            self.points = self._allocate(order, target_speedup, self.costs.other + sum(map(self.costs.dense, result)))
         if self.sampler is not None:
             self.sampler.remember({name: self._planes(name) for name in order if not self._stays_dense(name)})
         step = max(1, -(-len(order) // PASSES))
@@ -218,12 +227,12 @@ class _Fitting:
             if fit is not None
         }
 
-    def _allocate(self, names: Sequence[str], target_speedup: float, other_macs: int) -> dict[str, Point]:
+    def _allocate(self, names: Sequence[str], target_speedup: float, other: float) -> dict[str, Point]:
         if not self.curves:
             self.sensitivity = self._sensitivity(names)
             self.curves = self._curves(names)
         weights = {name: found.layer for name, found in self.sensitivity.items()}
-        return allocate(self.curves, target_speedup=target_speedup, other_macs=other_macs, sensitivity=weights)
+        return allocate(self.curves, target_speedup=target_speedup, other=other, unit=self.costs.unit, sensitivity=weights)
 
     def _order(self) -> list[str]:
         return list(self.network.layers) if self.calibration is None else self.calibration.order
@@ -294,7 +303,11 @@ class _Fitting:
         return curves
 
     def _dense_point(self, name: str) -> Point:
-        return dense_point(self.network.geometry[name], self.pixels[name])
+        return Point(0, 0, 1, self.costs.dense(name), 0.0, 0.0)
+
+    def most_taps(self, name: str, size: int) -> int:
+        """Taps per filter that are worth trying with k = ``size`` vectors."""
+        return most_taps(self.network.geometry[name], self.pixels[name], size)
 
     def _curve(self, name: str, sample: Sample | None) -> list[Point]:
         geometry, config = self.network.geometry[name], self.configs[name]
@@ -304,8 +317,8 @@ class _Fitting:
             sample,
             ladder(geometry, config, self.free),
             config,
-            self.pixels[name],
-            self._dense_point(name).macs / MARGIN,
+            partial(self.most_taps, name),
+            partial(self.costs.lookup, name),
             free=self.free,
         )
         allowed = config.max_error
@@ -321,32 +334,32 @@ class _Fitting:
             bias = self.network.bias(name)
             zero = torch.zeros(geometry.out_channels, device=self.network.weight(name).device)
             fit = fit_lossless(
-                geometry, self.network.weight(name), zero if bias is None else bias.float(), sample, config.group_size
+                geometry, self.network.weight(name), zero if bias is None else bias.float(), sample, config.filters_per_group()
             )
             return self._finish(name, replace(fit, bias=bias))
         if name in self.points:
-            return self._finish(name, self._at(name, sample, self.points[name].size, self.points[name].taps))
+            return self._finish(name, self._at(name, sample, self.points[name]))
         if config.automatic:
             return self._search(name, sample)
         size = min(most_vectors(geometry), config.vectors(geometry.channels))
-        return self._finish(name, self._at(name, sample, size, config.taps_per_filter(size, geometry.area)))
+        taps = config.taps_per_filter(size, geometry.area)
+        return self._finish(name, self._at(name, sample, Point(size, taps, config.filters_per_group(), 0.0, 0.0, 0.0)))
 
-    def _at(self, name: str, sample: Sample | None, size: int, taps: int) -> Fit:
-        basis = self._basis(name).first(size)
-        config = self.configs[name]
-        even = config.sparsity != "auto" and not self.free
-        return fit_layer(self.network.geometry[name], basis, sample, taps, config.group_size, even=even)
+    def _at(self, name: str, sample: Sample | None, point: Point) -> Fit:
+        basis = self._basis(name).first(point.size)
+        even = self.configs[name].sparsity != "auto" and not self.free
+        return fit_layer(self.network.geometry[name], basis, sample, point.taps, point.group_size, even=even)
 
     def _search(self, name: str, sample: Sample | None) -> FittedLayer:
         """The cheapest sizes within the allowed error, as measured."""
         allowed = self._allowed(name)
-        curve = sorted(self._curve(name, sample), key=lambda point: point.macs)
+        curve = sorted(self._curve(name, sample), key=lambda point: point.cost)
         best: Fit | None = None
         for slack in (1.0, 0.9, 0.75):
             point = next((point for point in curve if point.error <= allowed * slack), None)
             if point is None:
                 break
-            best = self._at(name, sample, point.size, point.taps)
+            best = self._at(name, sample, point)
             if best.error <= allowed:
                 return self._finish(name, best)
         return self._dense(name, f"no size within max_error {allowed:g} is {MARGIN:g} times cheaper than dense")

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from lcnn_compile.learning.model import FittedLayer
     from lcnn_compile.learning.network import Network
 
-FORMAT = "lcnn_compile.fits/1"
+FORMAT = "lcnn_compile.fits/2"
 KEY = "conversion.json"
 FACTORS = ("dictionary", "coefficients", "indices", "positions", "offsets", "filters")
 
 
 def fingerprint(
-    network: Network, configs: Mapping[str, LayerConfig], batches: Any, target_speedup: float | None, seed: int
+    network: Network, configs: Mapping[str, LayerConfig], batches: Any, target_speedup: float | None, seed: int, unit: str
 ) -> str:
-    """A digest of everything that a conversion's outcome depends on: weights, sizes, calibration data, seed."""
+    """A digest of everything that a conversion's outcome depends on: weights, sizes, calibration data, seed, what budgets are counted in."""
     asked = {name: asdict(config) for name, config in configs.items()}
-    digest = hashlib.blake2b(json.dumps([FORMAT, asked, target_speedup, seed], sort_keys=True).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([FORMAT, asked, target_speedup, seed, unit], sort_keys=True).encode(), digest_size=16)
     weights = [value for name in network.layers for value in (network.weight(name), network.bias(name))]
     for leaf in (*weights, *pytree.tree_leaves(batches)):
         if isinstance(leaf, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from lcnn_compile.learning.sampling import Sample
 from lcnn_compile.learning.taps import Selection, select_taps, spread_rest, spread_taps
 
 FRACTIONS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)  # of the input channels, tried as k
+GROUP_SIZES = (1, 4, 8, 16)  # tried as g
+MARGIN = 1.5  # a layer whose sizes are searched must get cheaper by this factor, or stays dense
 STEP = 1.12  # neighbouring numbers of taps on a curve differ by at least this factor
 MOST_SPARSITY = 48  # taps per kernel position beyond which lookups are not worth their loads
 
@@ -29,26 +31,22 @@ class Point:
     Attributes:
         size: k; 0 for the dense layer.
         taps: of each filter.
-        macs: multiply-adds per sample.
+        group_size: g.
+        cost: per sample, in the unit of the budget.
         error: relative output error to expect.
         loss: the same with each output channel weighted by what it means to the network's output.
     """
 
     size: int
     taps: int
-    macs: int
+    group_size: int
+    cost: float
     error: float
     loss: float
 
 
-def dense_point(geometry: Geometry, pixels: tuple[int, int]) -> Point:
-    """The layer as it is."""
-    return Point(0, 0, geometry.macs * pixels[0], 0.0, 0.0)
-
-
-def lookup_macs(geometry: Geometry, pixels: tuple[int, int], size: int, taps: int) -> int:
-    """Multiply-adds per sample of k vectors and ``taps`` taps per filter; ``pixels`` is (output, input)."""
-    return geometry.in_channels * size * pixels[1] + geometry.out_channels * taps * pixels[0]
+Cost = Callable[[int, int, int], float]
+"""What (k, taps per filter, g) cost."""
 
 
 def ladder(geometry: Geometry, config: LayerConfig, free: bool) -> list[int]:
@@ -65,12 +63,12 @@ def error_curve(
     sample: Sample | None,
     sizes: Sequence[int],
     config: LayerConfig,
-    pixels: tuple[int, int],
-    most_macs: float,
+    most_taps: Callable[[int], int],
+    cost: Cost,
     *,
     free: bool = False,
 ) -> list[Point]:
-    """Points of every size in ``sizes`` that cost at most ``most_macs`` multiply-adds per sample.
+    """Points of every size in ``sizes`` and every group size that the configuration allows.
 
     Args:
         geometry: of the layer.
@@ -78,24 +76,32 @@ def error_curve(
         sample: patches and outputs; None for the weight alone.
         sizes: values of k.
         config: for group_size, and for sparsity unless ``free``.
-        pixels: output and input pixels per sample.
-        most_macs: multiply-adds per sample.
+        most_taps: of each filter, for a dictionary size.
+        cost: of each point.
         free: whether taps are searched even if the configuration names them.
     """
     points = []
-    for size in sizes:
-        room = (most_macs - lookup_macs(geometry, pixels, size, 0)) / max(1, geometry.out_channels * pixels[0])
-        most = min(size * geometry.area, MOST_SPARSITY * geometry.area, math.floor(room))
-        if config.sparsity != "auto" and not free:
-            wanted = config.taps_per_filter(size, geometry.area)
-            most = wanted if wanted <= most else 0
-        if most >= 1:
-            points += [
-                Point(size, taps, lookup_macs(geometry, pixels, size, taps), error, loss)
-                for taps, error, loss in _errors(geometry, basis.first(size), sample, most, config.group_size)
-                if config.sparsity == "auto" or free or taps == most
-            ]
+    group_sizes = GROUP_SIZES if config.group_size == "auto" else (config.group_size,)
+    for group_size in sorted({min(g, geometry.filters) for g in group_sizes}):
+        for size in sizes:
+            most = most_taps(size)
+            if config.sparsity != "auto" and not free:
+                wanted = config.taps_per_filter(size, geometry.area)
+                most = wanted if wanted <= most else 0
+            if most >= 1:
+                points += [
+                    Point(size, taps, group_size, cost(size, taps, group_size), error, loss)
+                    for taps, error, loss in _errors(geometry, basis.first(size), sample, most, group_size)
+                    if config.sparsity == "auto" or free or taps == most
+                ]
     return points
+
+
+def most_taps(geometry: Geometry, pixels: tuple[int, int], size: int) -> int:
+    """Taps per filter with which k = ``size`` vectors still make a layer cheaper by MARGIN in multiply-adds; may be below 1."""
+    outputs, inputs = pixels
+    room = geometry.macs * outputs / MARGIN - geometry.in_channels * size * inputs
+    return min(size * geometry.area, MOST_SPARSITY * geometry.area, math.floor(room / max(1, geometry.out_channels * outputs)))
 
 
 def _errors(

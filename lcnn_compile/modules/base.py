@@ -32,8 +32,8 @@ def random_weight(
     taps = config.taps_per_filter(size, area)
     if size == channels and taps == size * area:
         weight = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, bias=False).weight.detach()
-        return LookupWeight.lossless(weight, groups=groups, group_size=config.group_size)
-    filters = filter_table(out_channels, config.group_size, groups)
+        return LookupWeight.lossless(weight, groups=groups, group_size=config.filters_per_group())
+    filters = filter_table(out_channels, config.filters_per_group(), groups)
     columns = torch.stack([torch.randperm(size * area)[:taps].sort().values for _ in range(filters.shape[0])]).flatten()
     members = (filters >= 0).repeat_interleave(taps, 0)
     return LookupWeight(
