@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ def _is_int(value: object) -> bool:
 
 
 def _is_real(value: object) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
+    # Written so that NaN is none, nor an int beyond every float.
+    return (_is_int(value) or isinstance(value, float)) and -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,23 @@ class LayerConfig:
             "dictionary_size",
             size,
             'an int >= 1, a fraction in (0, 1], or "auto"',
-            size == "auto" or fraction or (_is_int(size) and size >= 1),
+            (isinstance(size, str) and size == "auto") or fraction or (_is_int(size) and size >= 1),
         )
         sparsity = self.sparsity
-        ok = sparsity is None or sparsity == "auto" or (_is_real(sparsity) and sparsity > 0)
+        ok = sparsity is None or (isinstance(sparsity, str) and sparsity == "auto") or (_is_real(sparsity) and sparsity > 0)
         _number("sparsity", sparsity, 'a number > 0, None for all taps, or "auto"', ok)
         group = self.group_size
-        _number("group_size", group, 'an int >= 1, or "auto"', group == "auto" or (_is_int(group) and group >= 1))
+        _number(
+            "group_size",
+            group,
+            'an int >= 1, or "auto"',
+            (isinstance(group, str) and group == "auto") or (_is_int(group) and group >= 1),
+        )
         error = self.max_error
         _number("max_error", error, "None or a number >= 0", error is None or (_is_real(error) and error >= 0))
-        _number("lowering", self.lowering, f"one of {LOWERING_CHOICES}", self.lowering in LOWERING_CHOICES)
+        lowering = self.lowering
+        ok = isinstance(lowering, str) and lowering in LOWERING_CHOICES
+        _number("lowering", lowering, f"one of {LOWERING_CHOICES}", ok)
 
     def vectors(self, channels: int) -> int:
         """k for a layer whose convolution groups read ``channels`` channels each; never more than ``channels``."""
@@ -80,7 +88,8 @@ class LayerConfig:
         """Taps of one filter over all of its ``area`` kernel positions; at least 1, at most ``vectors * area``."""
         if self.sparsity == "auto":
             raise ConfigError('sparsity is "auto"; a search must settle it first')
-        return vectors * area if self.sparsity is None else min(vectors * area, max(1, round(self.sparsity * area)))
+        every = vectors * area
+        return every if self.sparsity is None else max(1, round(min(every, self.sparsity * area)))
 
     def filters_per_group(self) -> int:
         """g."""
@@ -122,19 +131,23 @@ class LookupConfig(LayerConfig):
         super().__post_init__()
         speed = self.target_speedup
         _number("target_speedup", speed, "None or a number > 1", speed is None or (_is_real(speed) and speed > 1))
-        _number("budget", self.budget, f"one of {BUDGETS}", self.budget in BUDGETS)
+        _number("budget", self.budget, f"one of {BUDGETS}", isinstance(self.budget, str) and self.budget in BUDGETS)
         self._check_groups(self)
-        _number("seed", self.seed, "an int >= 0", _is_int(self.seed) and self.seed >= 0)
+        _number("seed", self.seed, "an int from 0 to 2^62", _is_int(self.seed) and 0 <= self.seed <= 1 << 62)
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            rules: Iterable[Any] = (value,) if isinstance(value, str | type) else value
-            if not isinstance(rules, Iterable):
-                raise ConfigError(f"{name} is {value!r}; a rule or a sequence of rules is allowed")
-            object.__setattr__(self, name, tuple(rules))
+            try:
+                rules: tuple[Any, ...] = (value,) if isinstance(value, str | type) else tuple(value)
+            except TypeError:
+                raise ConfigError(f"{name} is {value!r}; a rule or a sequence of rules is allowed") from None
+            object.__setattr__(self, name, rules)
             for rule in getattr(self, name):
                 _check_rule(name, rule)
         if not isinstance(self.layers, Mapping):
             raise ConfigError(f"layers is {self.layers!r}; a mapping from rules to overrides is allowed")
+        for rule, override in self.layers.items():
+            if not isinstance(override, Mapping):
+                raise ConfigError(f"layers[{rule!r}] is {override!r}; a mapping from fields to values is allowed")
         object.__setattr__(self, "layers", {rule: dict(override) for rule, override in self.layers.items()})
         for rule, override in self.layers.items():
             _check_rule("layers", rule)
@@ -150,7 +163,7 @@ class LookupConfig(LayerConfig):
 
     def override(self, changes: Mapping[str, Any], name: str = "layers") -> LayerConfig:
         """The layer configuration with some fields replaced; unknown fields and bad values are a ConfigError."""
-        unknown = sorted(set(changes) - set(LAYER_FIELDS))
+        unknown = sorted(str(key) for key in changes if key not in LAYER_FIELDS)
         if unknown:
             raise ConfigError(f"{name} has unknown fields {unknown}; allowed are {list(LAYER_FIELDS)}")
         try:
@@ -173,6 +186,8 @@ class LookupConfig(LayerConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LookupConfig:
         """The configuration of these fields. Raises ConfigError for unknown ones."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a mapping from fields to values is required, not {type(values).__name__}")
         known = [f.name for f in fields(cls)]
         unknown = sorted(str(key) for key in values if key not in known)
         if unknown:
@@ -184,7 +199,7 @@ class LookupConfig(LayerConfig):
         """Read what ``to_json`` wrote. Raises ConfigError for anything else."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"not a JSON object: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"a JSON object is required, not {type(values).__name__}")

@@ -1,5 +1,6 @@
 """LookupConfig and the rules that choose layers."""
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -32,6 +33,23 @@ def test_defaults_are_the_documented_ones():
         {"layers": {"a": {"group_size": 0}}},
         {"layers": ["a"]},
         {"seed": -1},
+        {"seed": 2**64},
+        {"sparsity": 10**400},
+        {"max_error": -(10**400)},
+        {"target_speedup": 10**400},
+        {"target_speedup": float("inf")},
+        {"dictionary_size": float("nan")},
+        {"dictionary_size": np.array([1, 2])},
+        {"dictionary_size": np.array("auto")},
+        {"sparsity": np.array([1, 2])},
+        {"lowering": np.array(["auto", "lookup"])},
+        {"lowering": ["auto"]},
+        {"include": np.array(3)},
+        {"exclude": object()},
+        {"layers": {"a": 3}},
+        {"layers": {"a": None}},
+        {"layers": {"a": {3: 4, "x": 5}}},
+        {"layers": {"a": {"sparsity": 10**400}}},
     ],
 )
 def test_bad_values_name_the_field(bad):
@@ -46,9 +64,12 @@ def test_json_round_trip():
     assert again.include == ("type:torch.nn.modules.conv.Conv2d", "a.*")
     with pytest.raises(LcnnError, match="dictionary_sizes"):
         LookupConfig.from_json('{"dictionary_sizes": 4}')
-    for text in ("", "[]", "{"):
+    for text in ("", "[]", "{", None, b"\xff", "[" * 100_000, '{"seed": ' + "1" * 5000 + "}", '{"layers": {"a": 3}}'):
         with pytest.raises(LcnnError):
             LookupConfig.from_json(text)
+    for values in (None, [], 3):
+        with pytest.raises(LcnnError):
+            LookupConfig.from_dict(values)
 
 
 def test_sizes():
@@ -59,6 +80,8 @@ def test_sizes():
     assert config.replace(sparsity=1.5).taps_per_filter(16, 9) == 14
     assert config.replace(sparsity=None).taps_per_filter(16, 9) == 144
     assert config.taps_per_filter(2, 9) == 18
+    assert config.replace(sparsity=1e308).taps_per_filter(16, 9) == 144
+    assert config.replace(sparsity=1e-9).taps_per_filter(16, 9) == 1
 
 
 class Special(nn.Conv2d):

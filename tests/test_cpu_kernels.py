@@ -148,6 +148,23 @@ def test_thread_count_does_not_change_a_bit():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 1), (1, 3), (9, 1), (3, 5)])
+def test_thread_count_does_not_change_a_bit_of_small_outputs(size):
+    rng, before = random.Random(2), torch.get_num_threads()
+    try:
+        for batch in (1, 2, 3, 5):
+            weight = random_weight(rng, 37, 21, 9, (3, 3), 9, rng.choice([1, 2, 8]))
+            x = torch.randn(batch, 37, size[0] + 2, size[1] + 2)
+            results = []
+            for threads in (1, 2, 3, 4):
+                torch.set_num_threads(threads)
+                results.append(call(weight, x))
+            check(results[0], truth_of(weight, x))
+            assert all(torch.equal(results[0], other) for other in results[1:])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     weight = random_weight(random.Random(2), 16, 24, 6, (3, 3), 5, 8).to(dtype)

@@ -171,6 +171,38 @@ def test_constructor_errors(arguments, error, message):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 0},
+        {"kernel_size": (1, 2, 3)},
+        {"kernel_size": True},
+        {"kernel_size": 1.5},
+        {"kernel_size": "3"},
+        {"out_channels": 0},
+        {"in_channels": 0},
+        {"in_channels": torch.tensor(3)},
+        {"groups": True},
+        {"stride": 1.5},
+        {"stride": (3.0, 3)},
+        {"stride": (1, 2, 3)},
+        {"stride": None},
+        {"padding": 1.5},
+        {"padding": (3.0, 3)},
+        {"padding": b"same"},
+        {"padding": 2**63},
+        {"padding": "same", "dilation": (3,)},
+        {"dilation": True},
+        {"dilation": (1, 2, 3)},
+    ],
+    ids=str,
+)
+def test_arguments_that_are_no_convolution(arguments):
+    # PyTorch lets most of these pass until the layer is called; no fraction may be cut to an int in silence.
+    with pytest.raises(LcnnError):
+        LookupConv2d(**{"in_channels": 3, "out_channels": 4, "kernel_size": 3, **arguments})
+
+
+@pytest.mark.parametrize(
     ("arguments", "shape", "message"),
     [
         (

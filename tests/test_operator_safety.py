@@ -154,3 +154,34 @@ def test_the_weight_is_checked_again_after_it_has_changed():
     for lowering in ("lookup", "factored", "dense"):
         with pytest.raises(LcnnError, match="indices range"):
             lookup_conv2d(*{**given, "lowering": lowering}.values())
+
+
+@pytest.mark.parametrize("lowering", ["lookup", "factored", "dense", "auto"])
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_whose_memory_was_freed_are_refused(name, lowering):
+    given = {**arguments(), "residual": torch.randn(2, 10, 7, 7), "lowering": lowering}
+    given[name] = given[name].clone()
+    given[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"memory|storage|allocated"):
+        lookup_conv2d(*given.values())
+
+
+@pytest.mark.parametrize("lowering", ["lookup", "auto"])
+def test_kernels_of_more_positions_than_can_be_planned(lowering):
+    # Planning such a kernel in the C++ code takes for ever: the factored lowering takes it, or there is no memory.
+    given = {**arguments(), "lowering": lowering, "kernel_size": [1, 60_000], "padding": [0, 0, 30_000, 30_000]}
+    given["positions"] = given["positions"] * 9_000
+    truth = lookup_conv2d(*{**given, "lowering": "dense"}.values())
+    torch.testing.assert_close(lookup_conv2d(*given.values()), truth, atol=1e-4, rtol=1e-4)
+    given |= {"kernel_size": [2**31 - 1, 1], "padding": [2**31 - 1, 0, 0, 0]}
+    with pytest.raises(RuntimeError):
+        lookup_conv2d(*given.values())
+
+
+@pytest.mark.parametrize("name", ["input", "dictionary", "coefficients", "bias"])
+@pytest.mark.parametrize("lowering", ["lookup", "factored", "dense"])
+def test_values_that_are_negated_when_read(name, lowering):
+    given = {**arguments(), "lowering": lowering}
+    negated = {**given, name: torch._neg_view(-given[name])}
+    assert negated[name].is_neg()
+    torch.testing.assert_close(lookup_conv2d(*negated.values()), lookup_conv2d(*given.values()))

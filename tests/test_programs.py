@@ -84,7 +84,9 @@ def test_pooling_before_and_after_writing(size, channels, filters, stride, kerne
     finally:
         torch.set_num_threads(before)
     assert_close(y, exact.detach())
-    assert torch.equal(y, z)
+    assert_close(z, exact.detach())
+    # Up to four pixels are summed in an order that depends on how many a program forms.
+    assert high * wide <= 4 or torch.equal(y, z)
 
 
 @given(st.data())
@@ -249,3 +251,66 @@ def test_what_does_not_fit_is_refused():
         torch.ops.lcnn.run_program([torch.randn(1, 4, 7, 7)], torch.tensor(-5), made.recipe.to_json())
     with pytest.raises(KernelError, match="return an input"):
         Program(Recipe(1, (View(0, (4,)),), (1,)), [])(torch.randn(1, 4, 1, 1))
+
+
+def attempt(given, handle, recipe):
+    return torch.ops.lcnn.run_program(given, handle, recipe)
+
+
+def test_the_operator_refuses_what_would_not_fit_in_memory():
+    step = LookUp(0, None, 4, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    made = Program(Recipe(1, (step, View(1, (6 * 7 * 7,))), (2,)), [packed(layer(4, 6, padding=1))])
+    handle, text, x = torch.tensor(made.handle), made.recipe.to_json(), torch.randn(1, 4, 7, 7)
+    assert attempt([x], handle, text)[0].shape == (1, 6 * 7 * 7)
+    # The view was made for images of 7x7: an output of that size must not take a larger one.
+    for size in ((300, 300), (7, 8), (3, 3), (0, 7)):
+        with pytest.raises(KernelError):
+            attempt([torch.randn(1, 4, *size)], handle, text)
+    for recipe in (
+        "",
+        "garbage",
+        "[1, [], [3]]",
+        '[1, [["View", {"x": 1, "tail": [3]}]], [1]]',
+        '[1, [["X", {}]], [1]]',
+        "[" * 100_000,
+        "null",
+    ):
+        with pytest.raises(KernelError):
+            attempt([x], handle, recipe)
+        with pytest.raises(KernelError):
+            attempt([x.to("meta")], handle.to("meta"), recipe)
+    for wrong in (torch.tensor([made.handle] * 2), torch.tensor(math.nan), handle.double(), handle + 1000):
+        with pytest.raises(KernelError):
+            attempt([x], wrong, text)
+    for inputs in ([], [x, x], [x.to("meta").squeeze(0)], [x.to_sparse()], [x.bfloat16()]):
+        with pytest.raises((KernelError, NotImplementedError)):
+            attempt(inputs, handle, text)
+    freed = torch.randn(1, 4, 7, 7)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(KernelError, match="memory"):
+        attempt([freed], handle, text)
+
+
+@pytest.mark.parametrize(
+    ("window", "shape"),
+    [
+        (Window(False, (2, 2), (2, 2)), (1, 4, 1, 1)),
+        (Window(True, (2, 2), (2, 2)), (4, 7, 7)),
+        (Window(True), (1, 4, 0, 3)),
+        (Window(False), (1, 4, 3, 0)),
+    ],
+)
+def test_poolings_that_do_not_fit_are_refused(window, shape):
+    with pytest.raises(KernelError, match="pooling"):
+        Program(Recipe(1, (Pool(0, window),), (1,)), [])(torch.randn(shape))
+
+
+def test_inputs_that_are_negated_when_read():
+    model, x = Branches().eval(), torch.randn(2, 3, 21, 22)
+    run = compiled(model)
+    with torch.no_grad():
+        expected = run(x)
+        negated = torch._neg_view(-x)
+        assert negated.is_neg()
+        for a, b in zip(run(negated), expected, strict=True):
+            torch.testing.assert_close(a, b)

@@ -38,6 +38,9 @@ def check_weight(
         _require(tensor.dim() == dims[key], name, f"{key} has shape {tuple(tensor.shape)}; {dims[key]} dimensions are allowed")
         _require(tensor.layout == torch.strided, name, f"{key} has layout {tensor.layout}; only strided tensors are allowed")
         _require(tensor.device == dictionary.device, name, f"{key} is on {tensor.device}, the dictionary on {dictionary.device}")
+        _require(
+            within_storage(tensor), name, f"{key} of shape {tuple(tensor.shape)} reaches past its storage, which was resized"
+        )
         if dims[key] == 1 or key == "filters":
             _require(tensor.dtype == torch.int32, name, f"{key} has dtype {tensor.dtype}; torch.int32 is required")
     _require(dictionary.dtype in FLOATING, name, f"dictionary has dtype {dictionary.dtype}; allowed are {FLOATING}")
@@ -91,6 +94,14 @@ def check_weight(
         name,
         f"filters must name each of the {n} output channels exactly once, in its own convolution group",
     )
+
+
+def within_storage(tensor: Tensor) -> bool:
+    """Whether all elements lie in the tensor's memory; a storage may be resized under a tensor."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type == "meta" or not tensor.numel():
+        return True
+    last = tensor.storage_offset() + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() >= (last + 1) * tensor.element_size()
 
 
 def check_call(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.cpu import POSITIONS
 
 RATE = 5e10
 """Multiply-adds a second that estimates stand for where nothing can be measured."""
@@ -74,7 +75,7 @@ def estimate(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
         "dense": call + macs["dense"] / narrow(min(per_group, problem.out_channels // problem.groups)),
         "factored": 2 * call + dictionary / 0.7 + (macs["factored"] - dictionary) / narrow(problem.dictionary_size),
     }
-    if lookup_kernel:
+    if lookup_kernel and problem.kernel_size[0] * problem.kernel_size[1] <= POSITIONS:
         rate = {1: 0.45, 2: 0.6, 3: 0.7}.get(problem.group_size, 0.9)
         cost["lookup"] = 2 * call + dictionary / 0.9 + (macs["lookup"] - dictionary) / rate
     return cost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from lcnn_compile.kernels.threads import thread_count
 ACTIVATION_CODES = {name: code for code, name in enumerate(("none", "relu", "relu6", "silu", "hardswish"))}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLANS = 64
+POSITIONS = 1 << 14
+"""Of a kernel: planning compares positions in pairs, so that larger kernels are left to the factored lowering."""
 
 
 def is_available() -> bool:
@@ -30,9 +33,22 @@ def usable(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype in DTYPES and is_available()
 
 
-def takes(input: Tensor, dictionary: Tensor) -> bool:
+def takes(input: Tensor, dictionary: Tensor, kernel_size: Sequence[int]) -> bool:
     """Whether the lookup lowering of this input runs on these kernels."""
-    return input.dim() == 4 and input.is_cpu and dictionary.is_cpu and input.dtype in DTYPES and is_available()
+    fits = input.dim() == 4 and input.is_cpu and dictionary.is_cpu and input.dtype in DTYPES
+    return fits and math.prod(kernel_size) <= POSITIONS and is_available()
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where a tensor's values lie.
+
+    Raises:
+        KernelError: nowhere: its storage was resized to nothing, or it is a fake tensor.
+    """
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise KernelError(f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed")
+    return address
 
 
 class Handle:
@@ -88,6 +104,8 @@ class PackedWeight:
         library = cpu_build.library()
         if library is None:
             raise KernelError("lookup_conv2d: the C++ kernels are unavailable")
+        if math.prod(size) > POSITIONS:
+            raise KernelError(f"lookup_conv2d: the kernel has {size} positions; the C++ kernels take {POSITIONS} in all")
         self.out_channels = int((filters >= 0).sum())
 
         self._library = library
@@ -95,7 +113,7 @@ class PackedWeight:
         tensors = [t.detach().to(torch.float32).contiguous() for t in (dictionary, coefficients)]
         tensors += [t.contiguous() for t in (indices, positions, offsets, filters)]
         sizes = (ctypes.c_int64 * 7)(*dictionary.shape, *size, *filters.shape)
-        packed = library.lcnn_weight_new(sizes, *[t.data_ptr() for t in tensors])
+        packed = library.lcnn_weight_new(sizes, *[address_of(t) for t in tensors])
         self._handle = Handle(packed, library.lcnn_weight_free)
 
     def plan(
@@ -164,9 +182,9 @@ class PackedWeight:
         y = torch.empty(plan.shape, dtype=torch.float32)
         failed = self._library.lcnn_run(
             plan.handle.address,
-            x.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            None if residual is None else residual.data_ptr(),
+            address_of(x),
+            None if bias is None else address_of(bias),
+            None if residual is None else address_of(residual),
             y.data_ptr(),
         )
         if failed:

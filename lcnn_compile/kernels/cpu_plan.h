@@ -124,10 +124,11 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
   const int64_t one = scratch(), budget = S_BYTES / 4;
   layout(std::min<int64_t>(2, rows));
   int64_t most = 1 + (budget - one) / std::max<int64_t>(1, scratch() - one);
-  most = std::clamp<int64_t>(most, 1, rows);
+  // A few pixels are summed in turns that depend on how many there are, so that no image of theirs is cut.
+  most = few ? rows : std::clamp<int64_t>(most, 1, rows);
   int64_t count = ceil_div(rows, most);
   cooperate = g.batch * count < g.threads;
-  if (!cooperate && g.batch * count < 8 * g.threads)
+  if (!few && !cooperate && g.batch * count < 8 * g.threads)
     while (g.batch * count % g.threads && count < rows) ++count;
   layout(ceil_div(rows, count));
   bands = ceil_div(rows, band_rows);

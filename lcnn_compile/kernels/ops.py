@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import choose, cpu, reference, triton_autograd, triton_ops
-from lcnn_compile.kernels.checks import check_call, check_weight
+from lcnn_compile.kernels.checks import check_call, check_weight, within_storage
 from lcnn_compile.kernels.prepared import Prepared
 from lcnn_compile.torch_private import without_autocast
 
@@ -107,16 +107,22 @@ def _forward(
         shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, kernel_size, stride, padding, dilation)
         problem = choose.problem_of(*shapes, input.device.type, input.dtype)
         lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
-    if lowering == "lookup" and cpu.takes(input, dictionary):
+    if lowering == "lookup" and cpu.takes(input, dictionary, kernel_size):
         y = cpu.packed_weight(weight, tuple(kernel_size))(*call, residual_last)
         return y.contiguous(memory_format=output_format(input))
     shape = check_call(*call)
     size = (kernel_size[0], kernel_size[1])
+    for tensor in (input, dictionary, coefficients, bias, residual):
+        # PyTorch's own operators may crash on it.
+        if tensor is not None and not within_storage(tensor):
+            raise WeightError(
+                f"lookup_conv2d: a tensor of shape {tuple(tensor.shape)} reaches past its storage, which was resized"
+            )
     known = _output_channels(weight, size)
     if known != out_channels:
         raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {known} filters")
     if lowering == "lookup" and input.is_cpu and input.dtype in cpu.DTYPES:
-        lowering = "factored"  # the kernels are unavailable, and have said so
+        lowering = "factored"  # the kernels are unavailable, and have said so, or the kernel is huge
     if lowering == "lookup" and input.device.type == "cuda":
         format = output_format(input)
         fused = (activation, residual, residual_last)

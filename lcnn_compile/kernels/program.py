@@ -113,11 +113,13 @@ class Program:
 
     def _run(self, inputs: tuple[Tensor, ...], seconds: Any) -> list[Tensor]:
         instance = self._instance(inputs)
+        # Values that are negated when read, as parts of conjugated tensors are; the dispatcher sees to it for operators.
+        inputs = tuple(x.resolve_neg() if x.is_neg() else x for x in inputs)
         if instance.copied:
             inputs = tuple(x.contiguous() if i in instance.copied else x for i, x in enumerate(inputs))
         self.runs += 1
         outputs = [torch.empty(shape, dtype=torch.float32) for shape in instance.shapes]
-        addresses = (ctypes.c_void_p * (len(inputs) + len(outputs)))(*[t.data_ptr() for t in (*inputs, *outputs)])
+        addresses = (ctypes.c_void_p * (len(inputs) + len(outputs)))(*[cpu.address_of(t) for t in (*inputs, *outputs)])
         if self._library.lcnn_program_run(instance.handle.address, addresses, seconds):
             raise KernelError(f"no memory for a program with inputs of shapes {[tuple(x.shape) for x in inputs]}")
         return outputs
@@ -234,6 +236,8 @@ library.define("run_program(Tensor[] inputs, Tensor handle, str recipe) -> Tenso
 
 
 def _run(inputs: Sequence[Tensor], handle: Tensor, recipe: str) -> list[Tensor]:
+    if handle.numel() != 1 or handle.dtype != torch.int64:
+        raise KernelError(f"run_program: the handle is {handle.dtype} {tuple(handle.shape)}; one int64 is required")
     program = _alive.get(int(handle))
     if program is None or program.recipe != _recipe(recipe):
         raise KernelError(f"run_program: no program of that recipe lives under the handle {int(handle)}")
@@ -242,6 +246,8 @@ def _run(inputs: Sequence[Tensor], handle: Tensor, recipe: str) -> list[Tensor]:
 
 def _fake(inputs: Sequence[Tensor], handle: Tensor, recipe: str) -> list[Tensor]:
     shapes = _recipe(recipe).shapes([x.shape for x in inputs])
+    if not inputs:
+        raise KernelError("run_program: a program without inputs")
     return [inputs[0].new_empty(shapes[value], dtype=torch.float32) for value in _recipe(recipe).outputs]
 
 

@@ -30,10 +30,16 @@ class Window:
 
     def shape(self, x: Shape) -> Shape:
         """[N, C, H', W'] from [N, C, H, W]."""
+        if len(x) != 4:
+            raise KernelError(f"a program's pooling got an input of shape {tuple(x)}; [N, C, H, W] is required")
         if self.kernel_size is None:
-            return (*x[:2], 1, 1)
-        top, left = self.padding
-        return (*x[:2], *output_size(x[2:], self.kernel_size, self.stride, (top, top, left, left), (1, 1)))
+            high, wide = (min(1, v) if isinstance(v, int) else 1 for v in x[2:])
+        else:
+            top, left = self.padding
+            high, wide = output_size(x[2:], self.kernel_size, self.stride, (top, top, left, left), (1, 1))
+        if high < 1 or wide < 1:
+            raise KernelError(f"a program's pooling over {self.kernel_size} does not fit its input of shape {tuple(x)}")
+        return (*x[:2], high, wide)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,10 @@ class View:
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """[N, *tail]."""
-        return (shapes[self.x][0], *self.tail)
+        x = shapes[self.x]
+        if all(isinstance(v, int) for v in x[1:]) and math.prod(x[1:]) != math.prod(self.tail):
+            raise KernelError(f"a program's view of {self.tail} does not fit its input of shape {tuple(x)}")
+        return (x[0], *self.tail)
 
 
 Step = LookUp | Pool | View
@@ -130,10 +139,21 @@ class Recipe:
 
     @staticmethod
     def from_json(text: str) -> Recipe:
-        """The recipe of a text made by ``to_json``."""
-        inputs, steps, outputs = json.loads(text)
-        made = [_KINDS[kind](**{key: _value(value) for key, value in fields.items()}) for kind, fields in steps]
-        return Recipe(inputs, tuple(made), tuple(outputs))
+        """The recipe of a text made by ``to_json``.
+
+        Raises:
+            KernelError: for any other text.
+        """
+        try:
+            inputs, steps, outputs = json.loads(text)
+            made = [_KINDS[kind](**{key: _value(value) for key, value in fields.items()}) for kind, fields in steps]
+            read = [(number, value) for number, step in enumerate(made) for value in (step.x, getattr(step, "residual", None))]
+            read += [(len(made), value) for value in outputs]
+            if not all(value is None or 0 <= value < inputs + number for number, value in read):
+                raise ValueError("it reads a value that nothing has made before")
+            return Recipe(inputs, tuple(made), tuple(outputs))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise KernelError(f"{text[:80]!r} is no recipe of a program: {error}") from error
 
 
 def _value(value: Any) -> Any:

@@ -83,10 +83,13 @@ class LookupModule(nn.Module):
     ) -> None:
         """Take the place of ``dense_type(*args)`` with random values of the variances that it would have."""
         nn.Module.__init__(self)
+        name = type(self).dense_type.__name__
         try:
             dense = type(self).dense_type(*args, device="meta")
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ConfigError(f"{type(self).dense_type.__name__}: {error}") from error
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise ConfigError(f"{name}: {error}") from error
+        if dense.weight.numel() == 0:
+            raise ConfigError(f"{name}{args}: its weight would have shape {tuple(dense.weight.shape)}, without elements")
         geometry = geometry_of(dense)
         config = LayerConfig(dictionary_size=dictionary_size, sparsity=sparsity, group_size=group_size)
         weight = random_weight(geometry.groups, geometry.in_channels, geometry.out_channels, geometry.kernel_size, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from lcnn_compile.kernels.cpu import POSITIONS
 from lcnn_compile.kernels.steps import LookUp, Pool, Step, View, Window
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import example, shape_of
@@ -99,6 +101,8 @@ def _lookup(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
         return None
     groups, _, per_group = attribute(gm, args[1].target).shape  # type: ignore[union-attr]
     kernel_size, stride, padding, dilation = (tuple(values) for values in geometry)
+    if math.prod(kernel_size) > POSITIONS:
+        return None
     sizes = (groups * per_group, out_channels, kernel_size, stride, padding, dilation)
     source = None if residual is None else -1
     return [lambda x: LookUp(x, source, *sizes, activation, bool(residual_last))]
