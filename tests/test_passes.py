@@ -4,13 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from hypothesis import strategies as st
 from nets import Functional, SmallResNet, pictures, randomise
 from torch import fx, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.shape_prop import ShapeProp
 
 from lcnn_compile import LcnnError, LookupConv2d, LookupWeight, passes
+from lcnn_compile.kernels import cpu
 from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.programs import programs
 from lcnn_compile.testing import assert_equivalent, networks
+from lcnn_compile.testing.cases import laid_out
+from lcnn_compile.torch_private import FakeTensorMode
 
 ORDER = (
     "lift_functional_convolutions",
@@ -49,6 +55,35 @@ def test_no_pass_changes_the_outputs(case):
         for name in ORDER:
             getattr(passes, name)(gm)
             assert_equivalent(model, gm, case.inputs, factor=32)
+
+
+def gathered(model, x):
+    """The whole line of passes with every lookup convolution as such, ``gather_programs`` last."""
+    for module in model.modules():
+        if isinstance(module, LookupConv2d):
+            module.lowering = "lookup"
+    gm = traced(model, x)
+    for name in ("lift_functional_convolutions", "to_functional", "fold_batch_norm", "choose_lowerings", "fuse_epilogues"):
+        getattr(passes, name)(gm)
+    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(x)
+    return passes.gather_programs(gm)
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
+@given(networks(), st.sampled_from(["contiguous", "channels_last", "strided", "broadcast"]), st.integers(1, 2))
+def test_programs_of_random_networks(case, layout, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model, x = with_lookups(case.model), case.inputs
+        gm = gathered(model, x)
+        assert programs(gm)
+        with torch.no_grad():
+            gm(torch.full_like(x, torch.nan))  # what a call leaves in the arena must not matter to the next
+        assert_equivalent(model, gm, laid_out(x, layout), factor=32)
+        assert_equivalent(model, gm, x, factor=32)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_passes_on_an_exported_graph():

@@ -14,7 +14,8 @@ from lcnn_compile.lookup import LookupWeight, filter_table
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "broadcast", "transposed")
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Identity)
-JOINS = ("", "shared", "functional", "branch", "concatenate", "pool")
+JOINS = ("", "shared", "functional", "branch", "concatenate", "pool", "wide pool")
+HEADS = ("mean", "amax", "adaptive", "flatten")
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,12 +112,12 @@ class RandomNetwork(nn.Module):
 
     Each step is a convolution with batch norm before or after it and an activation, then, by ``join``, a module shared by
     all steps, a functional convolution on a parameter, a second branch added or concatenated, or pooling; then perhaps a
-    residual addition.
+    residual addition. ``head`` says how pixels become numbers: one of HEADS.
     """
 
-    def __init__(self, channels: int, steps: list[dict[str, Any]]):
+    def __init__(self, channels: int, steps: list[dict[str, Any]], head: str = "mean"):
         super().__init__()
-        self.steps = steps
+        self.steps, self.reduction = steps, head
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.layers = nn.ModuleList(self._layer(channels, step) for step in steps)
         self.shared = nn.Conv2d(channels, channels, 3, padding=1)
@@ -154,8 +155,20 @@ class RandomNetwork(nn.Module):
                 y = self.narrow(torch.cat([y, self.shared(x)], 1))
             elif step["join"] == "pool":
                 x, y = F.avg_pool2d(x, 2, 1), F.max_pool2d(y, 2, 1)
+            elif step["join"] == "wide pool":
+                x, y = F.max_pool2d(x, (2, 3), 1, (0, 1)), F.avg_pool2d(y, (2, 3), 1, (0, 1))
             x = F.relu(x + y) if step["residual"] else y
-        return self.head(x.mean((2, 3)))
+        return self.head(self._numbers(F.dropout(x, training=self.training)))
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C]."""
+        if self.reduction == "amax":
+            return x.amax((2, 3))
+        if self.reduction == "adaptive":
+            return F.adaptive_avg_pool2d(x, 1).flatten(1)
+        if self.reduction == "flatten":
+            return F.adaptive_max_pool2d(F.max_pool2d(x, 3, 2), 1).flatten(1)
+        return x.mean((2, 3))
 
 
 @dataclass(frozen=True)
@@ -166,19 +179,21 @@ class NetworkCase:
         channels, steps: arguments of :class:`RandomNetwork`.
         shape: of the input.
         seed: of all values.
+        head: the third argument.
     """
 
     channels: int
     steps: list[dict[str, Any]]
     shape: tuple[int, int, int, int]
     seed: int = 0
+    head: str = "mean"
 
     @cached_property
     def model(self) -> nn.Module:
         """The network."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model = RandomNetwork(self.channels, self.steps).eval()
+            model = RandomNetwork(self.channels, self.steps, self.head).eval()
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     nn.init.normal_(module.running_mean, std=0.3)  # type: ignore[arg-type]

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules import LookupConv2d
-from lcnn_compile.testing.cases import ACTIVATIONS, JOINS, LAYOUTS, ConvCase, NetworkCase, laid_out, normal, random_lookup_weight
+from lcnn_compile.testing.cases import (
+    ACTIVATIONS,
+    HEADS,
+    JOINS,
+    LAYOUTS,
+    ConvCase,
+    NetworkCase,
+    laid_out,
+    normal,
+    random_lookup_weight,
+)
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _SEEDS = st.integers(0, 2**32 - 1)
@@ -138,6 +148,6 @@ def networks(draw: st.DrawFn, max_steps: int = 3) -> NetworkCase:
         step["join"] = draw(st.sampled_from(JOINS))
         steps.append(step)
     shape = (draw(st.integers(1, 3)), 3, draw(st.integers(8, 14)), draw(st.integers(8, 14)))
-    case = NetworkCase(draw(st.sampled_from([4, 6, 10])), steps, shape, draw(_SEEDS))
+    case = NetworkCase(draw(st.sampled_from([4, 6, 10])), steps, shape, draw(_SEEDS), draw(st.sampled_from(HEADS)))
     _reproducible("NetworkCase", f"case = {case!r}\nmodel, x = case.model, case.inputs")
     return case
