@@ -1,6 +1,8 @@
 """Programs: regions of a graph in one native call, against PyTorch in float64."""
 
+import copy
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -9,9 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import nn
 
+import lcnn_compile
 from lcnn_compile import LookupConfig, LookupConv2d, convert
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels import cpu, program
+from lcnn_compile.kernels import cpu, cpu_build, program
+from lcnn_compile.kernels.lanes import side_by_side
 from lcnn_compile.kernels.program import Program, allocate
 from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, View, Window, pooled
 from lcnn_compile.passes import fuse_epilogues, gather_programs
@@ -314,3 +318,68 @@ def test_inputs_that_are_negated_when_read():
         assert negated.is_neg()
         for a, b in zip(run(negated), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+class Small(nn.Module):
+    """Every kind of step on small images, with a result of its own before the last."""
+
+    def __init__(self, channels: int, filters: int, window: int, mean: bool):
+        super().__init__()
+        self.first = layer(channels, filters, 3, padding=1)
+        self.second = layer(filters, filters, 3, padding=(0, 2), dilation=(1, 2), stride=(2, 1))
+        self.third = layer(filters, filters, 3, padding=1)
+        pool = nn.AvgPool2d if mean else nn.MaxPool2d
+        self.pool = pool(window, max(1, window - 1), padding=window // 2 if window > 2 else 0)
+        self.last = layer(filters, 7, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.second(self.pool(torch.relu(self.first(x))))
+        x = torch.relu(x + self.third(x))
+        return x, torch.flatten(self.last(x.amax((2, 3), keepdim=True)), 1)
+
+
+@pytest.mark.parametrize("images", [8, 16])
+@pytest.mark.parametrize(("window", "mean"), [(2, False), (2, True), (3, False), (1, True)])
+def test_images_side_by_side(monkeypatch, images, window, mean):
+    if cpu_build.instruction_set() == "avx512" and images == 8:
+        pytest.skip("half a vector")
+    monkeypatch.setitem(program.IMAGES, cpu_build.instruction_set(), images)
+    torch.manual_seed(0)
+    model, x = Small(5, 11, window, mean).eval(), torch.randn(2 * images + 3, 5, 9, 7)
+    exact = copy.deepcopy(model).double()(x.double())
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                frozen = lcnn_compile.freeze(model, x, dynamic_batch=False)
+                found.append(frozen(x.flip(3).flip(3)))
+            [made] = programs(frozen.graph)
+            assert made._side_by_side((x,)) == images
+            assert not made._side_by_side((x[: images - 1],))
+    finally:
+        torch.set_num_threads(threads)
+    for y, again, truth in zip(*found, exact, strict=True):
+        assert torch.equal(y, again)
+        assert_close(y, truth)
+
+
+def test_large_images_and_strides_are_not_put_side_by_side():
+    steps = (LookUp(0, None, 3, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),)
+    fits = Recipe(1, steps, (1,))
+    assert side_by_side(fits, fits.shapes([(8, 3, 9, 9)]), 8) is not None
+    assert side_by_side(fits, fits.shapes([(7, 3, 9, 9)]), 8) is None
+    assert side_by_side(fits, fits.shapes([(8, 3, 200, 200)]), 8) is None
+    strided = Recipe(1, (replace(steps[0], stride=(1, 2)),), (1,))
+    assert side_by_side(strided, strided.shapes([(8, 3, 9, 9)]), 8) is None
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 6), (9, 8), (14, 70), (8, 32)])
+@pytest.mark.parametrize("mean", [False, True])
+def test_pooling_in_pairs(size, mean):
+    recipe = Recipe(1, (Pool(0, Window(mean, (2, 2), (2, 2))),), (1,))
+    x = torch.randn(3, 5, *size)
+    x[0, 1, 0, 1], x[2, 4, -1, -1] = torch.nan, torch.nan
+    exact = (F.avg_pool2d if mean else F.max_pool2d)(x, 2)
+    torch.testing.assert_close(Program(recipe, [])(x)[0], exact, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -13,9 +13,14 @@ struct Pool {
   int64_t planes, height, width, out_height, out_width;
   int64_t kernel[2], stride[2];
   int64_t top, left;
-  int64_t mean;  // or the maximum
+  int64_t mean;   // or the maximum
+  int64_t lanes;  // images side by side in each pixel: widths and `left` count floats, windows pixels; else 1
   int64_t first_row(int64_t h) const { return std::max<int64_t>(0, h * stride[0] - top); }
   int64_t end_row(int64_t h) const { return std::min(height, h * stride[0] - top + kernel[0]); }
+  bool pairs() const {
+    const bool two = kernel[0] == 2 && kernel[1] == 2 && stride[0] == 2 && stride[1] == 2;
+    return two && !top && !left && 2 * out_width == width && 2 * out_height <= height;
+  }
   // Of a row of maxima or sums with margins on both sides, read up to two vectors past the last window.
   int64_t row_floats() const { return left + std::max(width, out_width * stride[1]) + kernel[1] + 3 * LANES; }
 };
@@ -27,6 +32,12 @@ struct Larger {
   static T join(T a, T b) {
     return (a < b) | (b != b) ? b : a;
   }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static Vec join(Vec a, Vec b) {  // the maximum is b where either is NaN
+    const __m256 from = (__m256)a;
+    return (Vec)_mm256_blendv_ps(_mm256_max_ps(from, (__m256)b), from, _mm256_cmp_ps(from, from, _CMP_UNORD_Q));
+  }
+#endif
 };
 
 struct Sum {
@@ -58,9 +69,47 @@ static void pool_columns(const Pool& p, const float* row, float scale, float* y)
   }
 }
 
+// The same from the rows themselves, where vectors of images lie side by side; `above` as below.
+template <class Join>
+static void pool_side_by_side(const Pool& p, int64_t first, int64_t end, const float* x, int64_t above, float scale, float* y) {
+  for (int64_t h = first; h < end; ++h) {
+    const float* const from = x + (p.first_row(h) - above) * p.width;
+    const int64_t rows = p.end_row(h) - p.first_row(h);
+    for (int64_t left = -p.left; left + p.left < p.out_width * p.stride[1]; left += p.lanes * p.stride[1]) {
+      const int64_t begin = std::max<int64_t>(0, left), stop = std::min(p.width, left + p.kernel[1] * p.lanes);
+      for (int64_t lane = 0; lane < p.lanes; lane += LANES, y += LANES) {
+        Vec found = splat(Join::START);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = begin; c < stop; c += p.lanes) found = Join::join(found, load(from + r * p.width + c + lane));
+        store(y, found * scale);
+      }
+    }
+  }
+}
+
+// The same where windows of 2 x 2 tile the plane. Whole vectors are read and written wherever memory goes on.
+template <class Join>
+static void pool_pairs(const Pool& p, int64_t first, int64_t end, const float* x, int64_t above, float scale, float* y) {
+  const float* from = x + (2 * first - above) * p.width;
+  const float* const stop = x + (2 * end - above) * p.width;
+  float* const y_end = y + (end - first) * p.out_width;
+  for (int64_t h = first; h < end; ++h, from += 2 * p.width, y += p.out_width)
+    for (int64_t column = 0; column < p.out_width; column += LANES) {
+      const float *upper = from + 2 * column, *below = upper + p.width;
+      const int left = int(std::min<int64_t>(2 * LANES, stop - below));
+      const int low = std::min(left, LANES), high = left - low;
+      const Vec a = Join::join(load_first(upper, low), load_first(below, low));
+      const Vec b = Join::join(load_first(upper + LANES, high), load_first(below + LANES, high));
+      const int64_t room = y_end - y - column;
+      store_first(y + column, Join::join(even_lanes(a, b), odd_lanes(a, b)) * scale, int(std::min<int64_t>(LANES, room)));
+    }
+}
+
 // Pooled rows [first, end) of one plane, of which x holds the rows from `above` on; `row` is a buffer of `row_floats()`.
 template <class Join>
 static void pool_rows(const Pool& p, int64_t first, int64_t end, const float* x, int64_t above, float scale, float* row, float* y) {
+  if (p.lanes > 1) return pool_side_by_side<Join>(p, first, end, x, above, scale, y);
+  if (p.pairs()) return pool_pairs<Join>(p, first, end, x, above, scale, y);
   std::fill_n(row, p.row_floats(), Join::START);
   float* const inside = row + p.left;
   for (int64_t h = first; h < end; ++h, y += p.out_width) {

@@ -166,8 +166,9 @@ struct Share {
 // Calls `pass(f, filters, v, vectors)` for pieces of `size` filters x `count` vectors that fit the registers.
 template <class Pass>
 inline void in_passes(int size, int64_t count, Pass pass) {
-  for (int f = 0; f < size; f += FILTERS) {
-    const int filters = std::min(FILTERS, size - f), fit = vectors_for(filters);
+  const int most = filters_for(count);
+  for (int f = 0; f < size; f += most) {
+    const int filters = std::min(most, size - f), fit = vectors_for(filters);
     if (count <= fit) {
       pass(f, filters, 0, count);
       continue;

@@ -11,19 +11,24 @@
 
 namespace lcnn {
 
-// LANES floats per vector; FILTERS x VECTORS(FILTERS) accumulators must fit the registers beside the operands.
+// LANES floats per vector; FILTERS x VECTORS(FILTERS) accumulators must fit the registers beside the operands; so
+// many filters take part where there are `vectors` of pixels.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, FILTERS = 8;
 constexpr int vectors_for(int filters) { return filters > 6 ? 3 : filters > 4 ? 4 : 6; }
+constexpr int filters_for(int64_t) { return FILTERS; }
 #elif defined(__AVX2__)
-constexpr int LANES = 8, FILTERS = 4;
-constexpr int vectors_for(int filters) { return filters > 2 ? 3 : filters > 1 ? 4 : 6; }
+constexpr int LANES = 8, FILTERS = 8;
+constexpr int vectors_for(int filters) { return filters > 4 ? 1 : filters > 2 ? 3 : filters > 1 ? 4 : 6; }
+constexpr int filters_for(int64_t vectors) { return vectors > 1 ? 4 : FILTERS; }
 #elif defined(__aarch64__)
 constexpr int LANES = 4, FILTERS = 8;
 constexpr int vectors_for(int filters) { return filters > 6 ? 3 : filters > 4 ? 4 : 6; }
+constexpr int filters_for(int64_t) { return FILTERS; }
 #else
 constexpr int LANES = 4, FILTERS = 4;
 constexpr int vectors_for(int filters) { return filters > 2 ? 2 : filters > 1 ? 4 : 6; }
+constexpr int filters_for(int64_t) { return FILTERS; }
 #endif
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -86,6 +91,7 @@ static inline Vec load_first(const float* from, int count) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_loadu_ps((1u << count) - 1, from);
 #elif defined(__AVX2__)
+  if (count == LANES) return load(from);
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return (Vec)_mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
 #else
@@ -156,6 +162,17 @@ static inline Vec even_lanes(Vec low, Vec high) {
   return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
 #else
   return __builtin_shufflevector(low, high, 0, 2, 4, 6);
+#endif
+}
+
+// Lanes 1, 3, 5, ... of both, in order.
+static inline Vec odd_lanes(Vec low, Vec high) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(low, high, 1, 3, 5, 7);
 #endif
 }
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu, cpu_build
+from lcnn_compile.kernels.lanes import IMAGES, LARGEST, side_by_side
 from lcnn_compile.kernels.ops import library
-from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Shape, Step, View, Window, pooled
+from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Shape, Step, Turn, View, Window, pooled
 from lcnn_compile.kernels.threads import thread_count
 
 LINE = 16
@@ -28,7 +29,7 @@ LINE = 16
 INSTANCES = 32
 POOL_FROM = 2 << 20
 """Elements of an output that would push everything else out of the caches before it is pooled."""
-LOOK_UP, POOL = 0, 1
+LOOK_UP, POOL, TURN = 0, 1, 2
 """lcnn::Kind."""
 
 
@@ -52,6 +53,7 @@ class _Instance(NamedTuple):
     copied: list[int]  # the inputs that must be made contiguous
     shapes: list[Shape]  # of the outputs
     owned: list[Any]  # what the library's program points to
+    turned: bool  # the images lie side by side in between
 
 
 class Program:
@@ -77,6 +79,7 @@ class Program:
         self._library = found
         self._weights = [(packed, None if bias is None else bias.detach().clone()) for packed, bias in weights]
         self._instances: dict[tuple[Any, ...], _Instance] = {}
+        self._images = IMAGES.get(cpu_build.instruction_set(), 0)
         self.runs = 0
         self.handle = next(_numbers)
         _alive[self.handle] = self
@@ -90,8 +93,13 @@ class Program:
         return self._run(inputs, None)
 
     def profile(self, *inputs: Tensor, calls: int = 10) -> list[tuple[Step, Shape, float]]:
-        """Every step but views, with the shape of its result and its mean seconds over some calls, after one that is not counted."""
+        """Every step but views, with the shape of its result and its mean seconds over some calls, after one that is not counted.
+
+        A batch that is run in parts counts as one of its whole parts.
+        """
         self._run(inputs, None)
+        images = self._side_by_side(inputs)
+        inputs = tuple(x[:images] for x in inputs) if images else inputs
         recipe = self._instance(inputs).recipe
         steps = [(i, step) for i, step in enumerate(recipe.steps) if not isinstance(step, View)]
         seconds = (ctypes.c_double * len(steps))()
@@ -111,25 +119,50 @@ class Program:
             self._instances[key] = instance
         return instance
 
+    def _side_by_side(self, inputs: tuple[Tensor, ...]) -> int:
+        """How many images are run at a time, side by side; 0 where the batch is run as it is."""
+        images = self._images
+        if not images or not inputs or any(x.dim() < 2 or x.shape[0] != inputs[0].shape[0] for x in inputs):
+            return 0
+        if inputs[0].shape[0] < images:
+            return 0
+        return images if self._instance(tuple(x[:images] for x in inputs)).turned else 0
+
     def _run(self, inputs: tuple[Tensor, ...], seconds: Any) -> list[Tensor]:
-        instance = self._instance(inputs)
         # Values that are negated when read, as parts of conjugated tensors are; the dispatcher sees to it for operators.
         inputs = tuple(x.resolve_neg() if x.is_neg() else x for x in inputs)
+        self.runs += 1
+        images = self._side_by_side(inputs)
+        if not images:
+            instance = self._instance(inputs)
+            outputs = [torch.empty(shape, dtype=torch.float32) for shape in instance.shapes]
+            self._run_part(instance, inputs, outputs, seconds)
+            return outputs
+        batch = len(inputs[0])
+        outputs = []
+        for start in range(0, batch, images):
+            part = inputs if batch == images else tuple(x[start : start + images] for x in inputs)
+            instance = self._instance(part)
+            if not start:
+                outputs = [torch.empty((batch, *shape[1:]), dtype=torch.float32) for shape in instance.shapes]
+            self._run_part(instance, part, [y[start : start + images] for y in outputs], seconds)
+        return outputs
+
+    def _run_part(self, instance: _Instance, inputs: Sequence[Tensor], outputs: Sequence[Tensor], seconds: Any) -> None:
         if instance.copied:
             inputs = tuple(x.contiguous() if i in instance.copied else x for i, x in enumerate(inputs))
-        self.runs += 1
-        outputs = [torch.empty(shape, dtype=torch.float32) for shape in instance.shapes]
         addresses = (ctypes.c_void_p * (len(inputs) + len(outputs)))(*[cpu.address_of(t) for t in (*inputs, *outputs)])
         if self._library.lcnn_program_run(instance.handle.address, addresses, seconds):
             raise KernelError(f"no memory for a program with inputs of shapes {[tuple(x.shape) for x in inputs]}")
-        return outputs
 
     def _prepare(self, inputs: Sequence[Tensor], threads: int) -> _Instance:
         for x in inputs:
             if x.dtype != torch.float32 or not x.is_cpu or x.layout != torch.strided:
                 raise KernelError(f"a program got an input of {x.dtype} on {x.device}; float32 on the CPU is required")
         given = [x.shape for x in inputs]
-        recipe = pooled(self.recipe, self.recipe.shapes(given), POOL_FROM)
+        known = self.recipe.shapes(given)
+        turned = side_by_side(self.recipe, known, self._images) if self._images else None
+        recipe = pooled(self.recipe, known, POOL_FROM) if turned is None else pooled(turned, turned.shapes(given), LARGEST)
         shapes = recipe.shapes(given)
         # Lookups read any strides but that of a row, everything else reads contiguous tensors.
         strided = {s.x for s in recipe.steps if isinstance(s, LookUp)} - {
@@ -142,7 +175,7 @@ class Program:
         array, numbers = (_Step * len(steps))(*steps), (ctypes.c_int64 * len(places))(*places)
         address = self._library.lcnn_program_new(array, len(steps), numbers, len(places), arena, threads)
         handle = cpu.Handle(address, self._library.lcnn_program_free)
-        return _Instance(handle, recipe, copied, [shapes[v] for v in recipe.outputs], owned)
+        return _Instance(handle, recipe, copied, [shapes[v] for v in recipe.outputs], owned, turned is not None)
 
     def _steps(self, recipe: Recipe, shapes: list[Shape], strides: dict[int, Any], threads: int) -> tuple[list[_Step], list[Any]]:
         """The library's steps and the objects that must outlive them; views take none."""
@@ -164,6 +197,10 @@ class Program:
                 steps.append(_Step(LOOK_UP, plan.address, bias_address, step.x, residual, y))
             elif isinstance(step, Pool):
                 steps.append(_Step(POOL, None, None, step.x, -1, y, _pooling(step.window, shapes[step.x])))
+            elif isinstance(step, Turn):
+                rows = step.images if step.inside else math.prod(shapes[y][1:])
+                matrix = cpu.Pooling(planes=rows, width=math.prod(shapes[y]) // rows)
+                steps.append(_Step(TURN, None, None, step.x, -1, y, matrix))
         return steps, owned
 
 
@@ -172,7 +209,8 @@ def _pooling(window: Window, shape: Shape) -> cpu.Pooling:
     pair = ctypes.c_int64 * 2
     kernel = pair(*(window.kernel_size or (height, width)))
     sizes = (batch * channels, height, width, *window.shape(shape)[2:])
-    return cpu.Pooling(*sizes, kernel, pair(*window.stride), *window.padding, int(window.mean))
+    top, left = window.padding
+    return cpu.Pooling(*sizes, kernel, pair(*window.stride), top, left * window.lanes, int(window.mean), window.lanes)
 
 
 def contiguous_strides(shape: Shape) -> tuple[int, ...]:

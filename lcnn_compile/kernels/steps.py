@@ -21,12 +21,16 @@ Shape = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Window:
-    """What is pooled: the maximum or mean over windows, of whole planes without a kernel size."""
+    """What is pooled: the maximum or mean over windows, of whole planes without a kernel size.
+
+    With ``lanes``, so many images lie side by side in each pixel.
+    """
 
     mean: bool
     kernel_size: tuple[int, int] | None = None
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
+    lanes: int = 1
 
     def shape(self, x: Shape) -> Shape:
         """[N, C, H', W'] from [N, C, H, W]."""
@@ -36,10 +40,11 @@ class Window:
             high, wide = (min(1, v) if isinstance(v, int) else 1 for v in x[2:])
         else:
             top, left = self.padding
-            high, wide = output_size(x[2:], self.kernel_size, self.stride, (top, top, left, left), (1, 1))
+            size = (x[2], x[3] if self.lanes == 1 else x[3] // self.lanes)
+            high, wide = output_size(size, self.kernel_size, self.stride, (top, top, left, left), (1, 1))
         if high < 1 or wide < 1:
             raise KernelError(f"a program's pooling over {self.kernel_size} does not fit its input of shape {tuple(x)}")
-        return (*x[:2], high, wide)
+        return (*x[:2], high, wide if self.lanes == 1 else wide * self.lanes)
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,25 @@ class View:
         return (x[0], *self.tail)
 
 
-Step = LookUp | Pool | View
+@dataclass(frozen=True)
+class Turn:
+    """``x`` with its images side by side (``inside``), in the last dimension, which is ``images`` times as long; or back."""
+
+    x: int
+    images: int
+    inside: bool
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[1, ..., W · images] from [images, ..., W], or back."""
+        x = shapes[self.x]
+        if self.inside:
+            return (1, *x[1:-1], x[-1] * self.images)
+        return (self.images, *x[1:-1], x[-1] // self.images)
+
+
+Step = LookUp | Pool | View | Turn
 _KINDS: dict[str, type[LookUp] | type[Pool] | type[View]] = {kind.__name__: kind for kind in (LookUp, Pool, View)}
+"""By name in the text form; a turn has none, it is made for a batch."""
 
 
 @dataclass(frozen=True)
