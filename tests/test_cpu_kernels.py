@@ -270,3 +270,24 @@ def test_concurrent_first_use(monkeypatch, tmp_path):
     assert [process.wait(timeout=200) for process in processes] == [0] * 4
     assert len(list(tmp_path.glob("*.so"))) == 1
     assert [path.suffix for path in tmp_path.iterdir() if path.suffix not in (".so", ".lock")] == []
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 5, 7, 8])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "dilation"),
+    [
+        ((2, 2), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+        ((4, 1), (5, 3), (1, 1), (2, 2, 1, 1), (1, 1)),
+        ((2, 2), (3, 2), (1, 1), (2, 2, 1, 0), (2, 1)),
+        ((3, 3), (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),
+        ((1, 2), (3, 1), (1, 1), (4, 1, 0, 0), (1, 1)),  # rows to which no tap belongs
+    ],
+)
+def test_taps_outside_of_few_pixels(instruction_set, group_size, size, kernel, stride, padding, dilation):
+    weight = random_weight(random.Random(9), 37, 29, 23, kernel, 17, group_size)
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    out = reference.output_size(size, kernel, stride, padding, dilation)
+    for activation, residual_last in (("silu", False), ("relu", True)):
+        rest = {"residual": torch.randn(3, 29, *out), "residual_last": residual_last, "activation": activation, **geometry}
+        x, bias = torch.randn(3, 37, *size), torch.randn(29)
+        check(call(weight, x, bias=bias, **rest), truth_of(weight, x, bias=bias, **rest))

@@ -8,25 +8,24 @@ namespace lcnn {
 
 constexpr int FEW = 4;  // pixels in flight, at most
 
-// One sum for each of F filters.
-template <int F>
-struct Sums {
-  float at[F] = {};
-  void add(const float* coefficients, float s) {
-    UNROLL for (int f = 0; f < F; ++f) at[f] += coefficients[f] * s;
-  }
-  void add(const Sums& other) {
-    UNROLL for (int f = 0; f < F; ++f) at[f] += other.at[f];
-  }
-  float operator[](int f) const { return at[f]; }
+template <bool WIDE>
+struct Row {
+  typedef float Type __attribute__((vector_size(16)));
+  typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 };
 
 template <>
-struct Sums<8> {
-  typedef float Row __attribute__((vector_size(32)));
-  typedef float UnalignedRow __attribute__((vector_size(32), aligned(4), may_alias));
-  Row at = {};
-  void add(const float* coefficients, float s) { at += *reinterpret_cast<const UnalignedRow*>(coefficients) * s; }
+struct Row<true> {
+  typedef float Type __attribute__((vector_size(32)));
+  typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+};
+
+// One sum for each of F filters, in a vector of 4 or 8: lanes that are too many are read and left alone.
+template <int F>
+struct Sums {
+  using Width = Row<(F > 4)>;
+  typename Width::Type at = {};
+  void add(const float* coefficients, float s) { at += *reinterpret_cast<const typename Width::Unaligned*>(coefficients) * s; }
   void add(const Sums& other) { at += other.at; }
   float operator[](int f) const { return at[f]; }
 };
@@ -56,7 +55,7 @@ static void narrow(const float* const* bases, Offsets offsets, const float* coef
 template <class Offsets>
 using Narrow = void (*)(const float* const*, Offsets, const float*, int64_t, float*);
 
-// The kernels for 1 to BLOCK filters, at 1 or FEW pixels.
+// The kernels for 1 to BLOCK filters, at 1, 2 or FEW pixels.
 template <class Offsets>
 struct NarrowKernels {
   Narrow<Offsets> at[BLOCK + 1][FEW + 1] = {};
@@ -68,6 +67,7 @@ struct NarrowKernels {
   void fill() {
     if constexpr (F > 0) {
       at[F][1] = narrow<F, 1, Offsets>;
+      at[F][2] = narrow<F, 2, Offsets>;
       at[F][FEW] = narrow<F, FEW, Offsets>;
       fill<F - 1>();
     }

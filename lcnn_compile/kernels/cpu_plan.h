@@ -48,6 +48,7 @@ struct Plan {
   std::vector<Phase> phases;
   std::vector<Shift> shifts;     // that the taps read
   std::vector<int32_t> offsets;  // of the taps, in S
+  std::vector<int32_t> first_of_row;  // for few pixels: of each block, the first tap of each kernel row and the end
   int64_t step[2];               // between the pixels of a phase
   int64_t skip[2];               // pixels of a phase from one output to the next: 1 unless S is split
   int64_t reach_h, reach_w;      // farthest row and column of a phase that a tap adds
@@ -90,6 +91,7 @@ struct Plan {
   void find_shifts();
   void layout(int64_t written);
   void find_offsets();
+  void find_kernel_rows();
 };
 
 constexpr int64_t DIRECT_BLOCKS = 4;  // up to so many blocks of D, x is read where it lies rather than packed
@@ -108,7 +110,7 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
     g.stride_w = g.stride_n;
     g.batch = g.stride[0] = g.stride[1] = 1;
   }
-  few = connected || g.out_height * g.out_width <= 4;
+  few = connected || g.out_height * g.out_width <= FEW;
   extent = (g.batch - 1) * g.stride_n + (w.groups * w.m - 1) * g.stride_c + (g.height - 1) * g.stride_h +
            (g.width - 1) * g.stride_w + 1;
   tile = w.m > 1024 ? 3 : TILE;
@@ -137,6 +139,7 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
   fetch = !pool && out_bytes > L2_BYTES / 2;
   stream = !pool && by_rows && g.out_width % LANES == 0 && out_bytes > STREAM_ABOVE;
   find_offsets();
+  find_kernel_rows();
 }
 
 inline void Plan::find_phases() {
@@ -196,12 +199,23 @@ inline void Plan::layout(int64_t written) {
   pool_plane = odd_lines(rows * g.out_width);
   // Vectors may start at the last valid pixel, so that a vector's worth of slack lies behind it, twice for the shift.
   const int64_t slack = (1 + skip[1]) * LANES;
-  phase_plane = round_up(formed_rows(rows) * pitch + reach_w + slack, LANES);
-  plane = odd_lines(phase_plane * int64_t(phases.size()));
+  phase_plane = formed_rows(rows) * pitch + reach_w;
+  if (!few) phase_plane = round_up(phase_plane + slack, LANES);
+  plane = phase_plane * int64_t(phases.size());
+  if (!few) plane = odd_lines(plane);
   read_pitch = aligned ? round_up(g.out_width, EVEN) : copied ? g.out_width + read_reach_w : pitch;
   shift_plane = copied ? round_up((rows + read_reach_h) * read_pitch + 2 * LANES, LANES) : phase_plane;
   read_plane = copied ? odd_lines(shift_plane * int64_t(shifts.size())) : plane;
   if (std::max(plane, read_plane) > INT32_MAX / w.k) throw std::bad_alloc();
+}
+
+inline void Plan::find_kernel_rows() {
+  if (!few || !BY_POSITION) return;
+  for (const Block& block : w.blocks) {
+    const auto taps = w.positions.begin() + block.first_tap;
+    for (int64_t row = 0; row <= w.kh; ++row)
+      first_of_row.push_back(int32_t(std::lower_bound(taps, taps + block.taps, row * w.kw) - taps));
+  }
 }
 
 inline void Plan::find_offsets() {

@@ -26,6 +26,12 @@ struct Team {
 
 struct Grid;
 
+// Taps of a block, from the first on.
+struct Taps {
+  int64_t first, end;
+  bool operator==(const Taps& other) const { return first == other.first && end == other.end; }
+};
+
 struct Call {
   const Plan& p;
   const float* x;
@@ -36,12 +42,13 @@ struct Call {
   Grid grid(const Phase& at, int64_t first_row, int64_t rows) const;
   void form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane, Team team) const;
   Pixels out_pixels(int64_t v, int64_t per_row, int64_t rows) const;
-  void look_up_few(const Lookup& to, int64_t group, int64_t rows, Team team) const;
+  Taps taps_of_row(int64_t block, int64_t row) const;
+  void look_up_few(const Lookup& to, int64_t group, int64_t first_row, int64_t rows, Team team) const;
   Pixels pixels_in(const Grid& grid, const Phase& at, int64_t first) const;
   void band(int64_t image, int64_t index, float* s, float* packed, Team team) const;
   void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed, Team team) const;
   void copy_shifts(int64_t rows, const float* s, float* copies, Team team) const;
-  void lookup_stage(int64_t group, int64_t rows, const float* s, float* to_y, const float* to_residual, int64_t plane, Team team) const;
+  void lookup_stage(int64_t group, int64_t first_row, int64_t rows, const float* s, float* to_y, const float* to_residual, int64_t plane, Team team) const;
   void pool_band(int64_t image, int64_t first, int64_t end, const float* from, float* row, Team team) const;
 };
 
@@ -182,11 +189,11 @@ inline void in_passes(int size, int64_t count, Pass pass) {
   }
 }
 
-// Calls `at_pixels(index, pixels)` for every pixel, in steps of FEW and 1.
+// Calls `at_pixels(index, pixels)` for every pixel, in steps of FEW, 2 and 1.
 template <class Each>
 void in_few(int64_t count, Each at_pixels) {
   for (int64_t i = 0; i < count;) {
-    const int size = count - i >= FEW ? FEW : 1;
+    const int size = count - i >= FEW ? FEW : count - i >= 2 ? 2 : 1;
     at_pixels(i, size);
     i += size;
   }
@@ -199,13 +206,14 @@ inline void Call::form_few(const float* origin, const float* dictionary, const P
   for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
     const Block& block = p.w.rows[b];
     for (int f = 0; f < block.size; ++f) std::fill_n(plane + (block.first_filter + f) * p.plane, p.phase_plane, 0.0f);
-    in_few(pixels, [&](int64_t begin, int size) {
+    int64_t row = first, column = at.first_valid;
+    in_few(pixels, [&](int64_t, int size) {
       const float* base[FEW] = {};
       int64_t target[FEW];
       for (int i = 0; i < size; ++i) {
-        const int64_t row = first + (begin + i) / width, column = at.first_valid + (begin + i) % width;
         base[i] = origin + grid.first_source + row * grid.row_source + column * grid.column_source;
         target[i] = row * p.pitch + column;
+        if (++column == at.end_valid) column = at.first_valid, ++row;
       }
       float sums[FEW * BLOCK];
       narrow_form.at[block.size][size](base, {p.g.stride_c}, dictionary + block.coefficients, p.w.m, sums);
@@ -266,29 +274,54 @@ inline void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_r
   }
 }
 
-inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t rows, Team team) const {
+// The taps of a block that lie in the image for an output row.
+inline Taps Call::taps_of_row(int64_t block, int64_t row) const {
+  if (p.first_of_row.empty()) return {0, p.w.blocks[block].taps};
+  const int64_t top = row * p.g.stride[0] - p.g.top;
+  const int64_t first = std::clamp<int64_t>(ceil_div(-top, p.g.dilation[0]), 0, p.w.kh);
+  const int64_t end = std::clamp<int64_t>(ceil_div(p.g.height - top, p.g.dilation[0]), first, p.w.kh);
+  const int32_t* const of_row = p.first_of_row.data() + block * (p.w.kh + 1);
+  return {of_row[first], of_row[end]};
+}
+
+inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t first_row, int64_t rows, Team team) const {
   const Weight& w = p.w;
-  const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
+  const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block, wide = p.g.out_width;
   for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
     const Block& block = w.blocks[first_block + b];
-    in_few(rows * p.g.out_width, [&](int64_t begin, int size) {
-      const float* base[FEW] = {};
-      for (int i = 0; i < size; ++i)
-        base[i] = to.s + (begin + i) / p.g.out_width * p.pitch + (begin + i) % p.g.out_width;
-      float sums[FEW * BLOCK];
-      narrow_look_up.at[block.size][size](base, p.offsets.data() + block.first_tap,
-                                          w.coefficients.data() + block.coefficients, block.taps, sums);
-      for (int i = 0; i < size; ++i)
-        for (int f = 0; f < block.size; ++f) {
-          const int64_t filter = w.filters[block.first_filter + f];
-          const int64_t target = p.connected ? (begin + i) * w.n + filter : filter * to.plane + begin + i;
-          Vec y = splat(sums[i * block.size + f] + (bias ? bias[filter] : 0.0f));
-          if (to.residual && !to.epilogue.residual_last) y += to.residual[target];
-          y = to.epilogue(y);
-          if (to.residual && to.epilogue.residual_last) y += to.residual[target];
-          to.y[target] = y[0];
+    const int32_t* const filters = w.filters.data() + block.first_filter;
+    float biases[BLOCK] = {};
+    for (int f = 0; f < block.size && bias; ++f) biases[f] = bias[filters[f]];
+    for (int64_t row = 0, end = 0; row < rows; row = end) {
+      // Rows with the same taps together.
+      const Taps taps = taps_of_row(first_block + b, first_row + row);
+      for (end = row + 1; end < rows && taps_of_row(first_block + b, first_row + end) == taps;) ++end;
+      int64_t column = 0;
+      const float* source = to.s + row * p.pitch;
+      in_few((end - row) * wide, [&](int64_t begin, int size) {
+        begin += row * wide;
+        const float* base[FEW] = {};
+        for (int i = 0; i < size; ++i) {
+          base[i] = source + column;
+          if (++column == wide) column = 0, source += p.pitch;
         }
-    });
+        float sums[FEW * BLOCK];
+        narrow_look_up.at[block.size][size](base, p.offsets.data() + block.first_tap + taps.first,
+                                            w.coefficients.data() + block.coefficients + taps.first * block.size,
+                                            taps.end - taps.first, sums);
+        for (int i = 0; i < size; ++i) {
+          const int64_t to_filter = p.connected ? 1 : to.plane, target = p.connected ? (begin + i) * w.n : begin + i;
+          float values[BLOCK + LANES] = {};
+          for (int f = 0; f < block.size; ++f) values[f] = sums[i * block.size + f] + biases[f];
+          if (to.residual && !to.epilogue.residual_last)
+            for (int f = 0; f < block.size; ++f) values[f] += to.residual[target + filters[f] * to_filter];
+          for (int f = 0; f < block.size; f += LANES) store(values + f, to.epilogue(load(values + f)));
+          if (to.residual && to.epilogue.residual_last)
+            for (int f = 0; f < block.size; ++f) values[f] += to.residual[target + filters[f] * to_filter];
+          for (int f = 0; f < block.size; ++f) to.y[target + filters[f] * to_filter] = values[f];
+        }
+      });
+    }
   }
 }
 
@@ -307,7 +340,7 @@ inline Pixels Call::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
   return found;
 }
 
-inline void Call::lookup_stage(int64_t group, int64_t rows, const float* s, float* to_y, const float* to_residual, int64_t plane,
+inline void Call::lookup_stage(int64_t group, int64_t first_row, int64_t rows, const float* s, float* to_y, const float* to_residual, int64_t plane,
                                Team team) const {
   const Weight& w = p.w;
   const Geometry& g = p.g;
@@ -317,7 +350,7 @@ inline void Call::lookup_stage(int64_t group, int64_t rows, const float* s, floa
   const int64_t first_block = w.first_block[group], blocks = w.first_block[group + 1] - first_block;
   const Lookup to{s, bias, to_residual, to_y, plane,
                   Epilogue(int(g.activation), g.residual_last != 0), p.fetch, p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
-  if (p.few) return look_up_few(to, group, rows, team);
+  if (p.few) return look_up_few(to, group, first_row, rows, team);
   Pixels pixels[TILE];
   int64_t count = 0, units = 1;
   bool regular = false;
@@ -384,9 +417,9 @@ inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Te
       team.wait();
     }
     if (p.pool)
-      lookup_stage(group, rows, read, unpooled, nullptr, p.pool_plane, team);
+      lookup_stage(group, first_row, rows, read, unpooled, nullptr, p.pool_plane, team);
     else
-      lookup_stage(group, rows, read, y + start, residual ? residual + start : nullptr, area, team);
+      lookup_stage(group, first_row, rows, read, y + start, residual ? residual + start : nullptr, area, team);
     if (p.stream) fence();
   }
   if (p.pool) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -12,10 +13,27 @@ namespace lcnn {
 inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Memory in whole cache lines, so that vectors of coefficients do not cross them.
+template <class T>
+struct Lines {
+  using value_type = T;
+  static constexpr std::align_val_t ALIGNMENT{64};
+  Lines() = default;
+  template <class U>
+  Lines(const Lines<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), ALIGNMENT)); }
+  void deallocate(T* at, size_t) { ::operator delete(at, ALIGNMENT); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+
+// Taps in the order of kernel rows, so that those which lie outside of the image for a row of output can be left out.
+constexpr bool BY_POSITION = LANES <= 8;
+
 // A lookup weight, packed by blocks of filters: coefficients [taps][size].
 struct Weight {
   int64_t groups, k, m, kh, kw, n;
-  std::vector<float> dictionary, coefficients;
+  std::vector<float, Lines<float>> dictionary, coefficients;
   std::vector<Block> rows, blocks;
   std::vector<int64_t> first_block;  // of each convolution group
   std::vector<int32_t> indices, positions, filters;
@@ -33,7 +51,7 @@ inline int part_size(int64_t total, int64_t parts, int64_t i) { return int((i + 
 
 inline void pack_dictionary(Weight& w, const float* dictionary) {
   const int64_t parts = ceil_div(w.k, BLOCK);
-  w.dictionary.resize(w.groups * w.k * w.m);
+  w.dictionary.resize(w.groups * w.k * w.m + BLOCK);
   float* to = w.dictionary.data();
   for (int64_t i = 0, row = 0; i < parts; ++i) {
     const int size = part_size(w.k, parts, i);
@@ -55,6 +73,7 @@ inline void pack_lookups(Weight& w, int64_t filter_groups, int64_t size, const f
     order.resize(taps);
     std::iota(order.begin(), order.end(), offsets[j]);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {  // by address: kinder to the TLB
+      if (BY_POSITION && positions[a] != positions[b]) return positions[a] < positions[b];
       return indices[a] != indices[b] ? indices[a] < indices[b] : positions[a] < positions[b];
     });
     for (int32_t t : order) {
@@ -74,6 +93,7 @@ inline void pack_lookups(Weight& w, int64_t filter_groups, int64_t size, const f
       next += part;
     }
   }
+  w.coefficients.resize(w.coefficients.size() + BLOCK);  // the narrow kernels read whole vectors of them
   w.first_block.push_back(int64_t(w.blocks.size()));
   w.n = int64_t(w.filters.size());
 }
