@@ -36,7 +36,7 @@ def side_by_side(recipe: Recipe, shapes: Sequence[Shape], images: int) -> Recipe
     place = {x: recipe.inputs + x for x in range(recipe.inputs)}
     for number, step in enumerate(recipe.steps):
         moved = replace(step, x=place[step.x])
-        if isinstance(moved, LookUp):
+        if isinstance(step, LookUp) and isinstance(moved, LookUp):
             top, bottom, left, right = moved.padding
             moved = replace(
                 moved,
