@@ -36,6 +36,7 @@ class Problem:
     dilation: tuple[int, int]
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    precision: str = "float32"
 
     @property
     def out_pixels(self) -> int:
@@ -128,6 +129,7 @@ def problem_of(
     dilation: Sequence[int],
     device: str,
     dtype: torch.dtype,
+    precision: str = "float32",
 ) -> Problem:
     """The problem of one call of the operator, from its arguments' shapes."""
     groups, size, per_group = dictionary_shape
@@ -146,4 +148,6 @@ def problem_of(
         dilation=(dilation[0], dilation[1]),
         device=device,
         dtype=dtype,
+        # What the kernels on a CPU can change; anywhere else it is the same problem.
+        precision=precision if device == "cpu" and dtype == torch.float32 else "float32",
     )

@@ -11,12 +11,16 @@
 // Everything the caller passes has been validated in Python; what may fail here is memory, answered by null or 1.
 extern "C" {
 
+// Whether the processor this is compiled for multiplies pairs of bfloat16 in one instruction.
+int lcnn_multiplies_pairs() { return lcnn::MULTIPLIES_PAIRS; }
+
 void* lcnn_weight_new(const int64_t* sizes, const float* dictionary, const float* coefficients, const int32_t* indices,
                       const int32_t* positions, const int32_t* offsets, const int32_t* filters) try {
   auto w = std::make_unique<lcnn::Weight>();
   w->groups = sizes[0], w->k = sizes[1], w->m = sizes[2], w->kh = sizes[3], w->kw = sizes[4];
   lcnn::pack_dictionary(*w, dictionary);
   lcnn::pack_lookups(*w, sizes[5], sizes[6], coefficients, indices, positions, offsets, filters);
+  if (sizes[7]) w->round();
   return w.release();
 } catch (const std::exception&) {
   return nullptr;

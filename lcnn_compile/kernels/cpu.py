@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from lcnn_compile.kernels.threads import thread_count
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(("none", "relu", "relu6", "silu", "hardswish"))}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = ("float32", "bfloat16")
 PLANS = 64
 POSITIONS = 1 << 14
 """Of a kernel: planning compares positions in pairs, so that larger kernels are left to the factored lowering."""
@@ -31,6 +33,16 @@ def is_available() -> bool:
 def usable(device: str, dtype: torch.dtype) -> bool:
     """Whether the lookup lowering runs on these kernels for this device type and dtype."""
     return device == "cpu" and dtype in DTYPES and is_available()
+
+
+def multiplies_pairs() -> bool:
+    """Whether layers of precision "bfloat16" multiply in bfloat16: where the processor has instructions for it.
+
+    Elsewhere such a layer's weights are rounded, but multiplied in float32, which is faster there. ``LCNN_CPU_BFLOAT16=always``
+    makes any processor round activations too, to test that.
+    """
+    library = cpu_build.library()
+    return os.environ.get("LCNN_CPU_BFLOAT16") == "always" or (library is not None and bool(library.lcnn_multiplies_pairs()))
 
 
 def takes(input: Tensor, dictionary: Tensor, kernel_size: Sequence[int]) -> bool:
@@ -86,8 +98,11 @@ class _Plan(NamedTuple):
 class PackedWeight:
     """A validated lookup weight as the kernels want it, with the plans of the calls it has seen.
 
+    With precision "bfloat16" dictionary and coefficients are rounded to it, and take half the memory.
+
     Attributes:
         out_channels: n.
+        precision: "float32" or "bfloat16".
     """
 
     def __init__(
@@ -99,6 +114,7 @@ class PackedWeight:
         offsets: Tensor,
         filters: Tensor,
         size: tuple[int, int],
+        precision: str = "float32",
     ):
         check_weight("lookup_conv2d", dictionary, coefficients, indices, positions, offsets, filters, size)
         library = cpu_build.library()
@@ -107,12 +123,13 @@ class PackedWeight:
         if math.prod(size) > POSITIONS:
             raise KernelError(f"lookup_conv2d: the kernel has {size} positions; the C++ kernels take {POSITIONS} in all")
         self.out_channels = int((filters >= 0).sum())
+        self.precision = precision
 
         self._library = library
         self._plans: dict[tuple[object, ...], _Plan] = {}
         tensors = [t.detach().to(torch.float32).contiguous() for t in (dictionary, coefficients)]
         tensors += [t.contiguous() for t in (indices, positions, offsets, filters)]
-        sizes = (ctypes.c_int64 * 7)(*dictionary.shape, *size, *filters.shape)
+        sizes = (ctypes.c_int64 * 8)(*dictionary.shape, *size, *filters.shape, precision == "bfloat16")
         packed = library.lcnn_weight_new(sizes, *[address_of(t) for t in tensors])
         self._handle = Handle(packed, library.lcnn_weight_free)
 
@@ -134,6 +151,7 @@ class PackedWeight:
         ``out_shape`` is the convolution's; ``pool`` is done with it before it is written.
         """
         numbers = [*stride, *dilation, padding[0], padding[2], ACTIVATION_CODES[activation], int(residual_last), threads]
+        numbers.append(self.precision == "bfloat16" and multiplies_pairs())
         geometry = [shape[0], *shape[2:], *strides, *out_shape[2:], *numbers]
         pooling = None if pool is None else ctypes.byref(pool)
         made = self._library.lcnn_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry), pooling)
@@ -163,7 +181,7 @@ class PackedWeight:
         threads = thread_count()
         key = (
             *(input.dtype, x.shape, x.stride(), out_channels, *kernel_size, *stride, *padding, *dilation),
-            *(activation, residual_last, threads),
+            *(activation, residual_last, threads, self.precision == "bfloat16" and multiplies_pairs()),
             None if bias is None else (bias.shape, bias.dtype, bias.device),
             None if residual is None else (residual.shape, residual.dtype, residual.device),
         )

@@ -2,7 +2,7 @@
 
 Environment variables:
     LCNN_CACHE_DIR: directory of the compiled libraries, instead of the user's cache directory.
-    LCNN_CPU_ISA: "avx512", "avx2" or "portable", instead of what the processor supports.
+    LCNN_CPU_ISA: "avx512bf16", "avx512", "avx2" or "portable", instead of what the processor supports.
     LCNN_CPU_SANITIZE: "1" builds with the address and undefined-behaviour sanitizers.
     CXX: the compiler, instead of the first of c++, g++ and clang++.
 """
@@ -31,16 +31,20 @@ SOURCES = (
     "cpu_program.h",
     "cpu_pool.h",
     "cpu_run.h",
+    "cpu_bfloat16_stages.h",
     "cpu_stages.h",
     "cpu_plan.h",
     "cpu_weight.h",
+    "cpu_bfloat16.h",
     "cpu_narrow.h",
     "cpu_kernels.h",
     "cpu_vector.h",
 )
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
 ISA_FLAGS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    "avx512bf16": (*AVX512, "-mavx512bf16"),
+    "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
@@ -56,10 +60,20 @@ def instruction_set() -> str:
     """
     chosen = os.environ.get("LCNN_CPU_ISA")
     if chosen is None:
-        return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+        found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+        return "avx512bf16" if found == "avx512" and _multiplies_pairs() else found
     if chosen not in ISA_FLAGS:
         raise KernelError(f"LCNN_CPU_ISA is {chosen!r}; allowed are {sorted(ISA_FLAGS)}")
     return chosen
+
+
+@functools.cache
+def _multiplies_pairs() -> bool:
+    """Whether the processor has AVX-512 BF16, as Linux tells."""
+    try:
+        return " avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def cache_directory() -> Path:
@@ -95,8 +109,10 @@ def _compile(compiler: Path, flags: tuple[str, ...], source: Path, target: Path)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         built = Path(work) / target.name
         failure = ""
-        for threads in (("-fopenmp",), ()):  # a compiler without OpenMP still gives one fast thread
-            command = [str(compiler), *flags, *threads, "-o", str(built), str(source)]
+        # A compiler without OpenMP still gives one fast thread, and one without bfloat16 instructions float32.
+        fewer = tuple(flag for flag in flags if flag != "-mavx512bf16")
+        for options in ((*flags, "-fopenmp"), (*fewer, "-fopenmp"), fewer):
+            command = [str(compiler), *options, "-o", str(built), str(source)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
             if done.returncode == 0:
                 built.replace(target)
@@ -108,6 +124,7 @@ def _compile(compiler: Path, flags: tuple[str, ...], source: Path, target: Path)
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     for name, result, arguments in (
+        ("lcnn_multiplies_pairs", ctypes.c_int, []),
         ("lcnn_weight_new", pointer, [pointer] * 7),
         ("lcnn_weight_free", None, [pointer]),
         ("lcnn_plan_new", pointer, [pointer] * 3),

@@ -13,6 +13,7 @@ constexpr int BLOCK = 8;  // filters of a group that are packed together, at mos
 struct Block {
   int64_t first_tap, taps, coefficients;
   int size, first_filter;
+  int64_t pairs = 0;  // where its coefficients begin as pairs of bfloat16
 };
 
 enum Activation { NONE, RELU, RELU6, SILU, HARDSWISH };

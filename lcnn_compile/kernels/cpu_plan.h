@@ -17,6 +17,7 @@ struct Geometry {
   int64_t top, left;
   int64_t activation, residual_last;
   int64_t threads;
+  int64_t pairs;  // multiply pairs of bfloat16, where the weight is rounded
 };
 
 // Pixels of x with the same remainder by the step between formed pixels: S keeps a plane of its own for each.
@@ -35,8 +36,8 @@ struct Shift {
 
 constexpr int64_t EVEN = 8;  // rows of aligned copies start at multiples of so many floats
 
-// Room for so many floats in whole lines, an odd number of them, lest planes fall into the same cache sets.
-inline int64_t odd_lines(int64_t floats) { return (ceil_div(floats, LANES) | 1) * LANES; }
+// Room for so many elements in whole lines, an odd number of them, lest planes fall into the same cache sets.
+inline int64_t odd_lines(int64_t elements, int64_t line = LANES) { return (ceil_div(elements, line) | 1) * line; }
 
 // S of a band: for each dictionary vector, `phases` grids of formed rows x `pitch`.
 //
@@ -65,6 +66,7 @@ struct Plan {
   int64_t extent;                               // floats from the address of x to the end of its memory
   bool connected;  // a fully connected layer: images become the pixels of one row, and lie next to their filters in y
   bool few;        // too few pixels for vectors
+  bool halves;     // S is kept in bfloat16, and pixels go by twos of vectors
   bool aligned;    // S is copied for each column, so that vectors seldom cross cache lines
   bool copied;     // S is copied to be read: it is split, or aligned
   bool by_rows;    // vectors of output pixels start at each row, rather than anywhere
@@ -75,7 +77,8 @@ struct Plan {
   Plan(const Weight& weight, const Geometry& geometry, const Pool* after = nullptr);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
-  int64_t formed() const { return round_up(w.k * plane, LANES); }
+  // Floats that S takes.
+  int64_t formed() const { return round_up(halves ? ceil_div(w.k * plane, 2) : w.k * plane, LANES); }
   int64_t formed_rows(int64_t rows) const { return (rows - 1) * skip[0] + 1 + reach_h; }
   int64_t scratch() const { return formed() + (copied ? w.k * read_plane : 0) + pooled(); }
   int64_t pooled() const { return pool ? round_up(w.n * pool_plane, LANES) : 0; }
@@ -83,7 +86,9 @@ struct Plan {
   int64_t first_row(int64_t row) const { return pool ? pool->first_row(row) : row; }
   int64_t end_row(int64_t end) const { return pool ? pool->end_row(end - 1) : end; }
   int64_t packed() const { return w.m * tile * LANES; }
-  int64_t vectors(int64_t rows, int64_t row_pitch) const { return ceil_div((rows - 1) * row_pitch + g.out_width, LANES); }
+  int64_t vectors(int64_t rows, int64_t row_pitch) const { return whole((rows - 1) * row_pitch + g.out_width); }
+  // Vectors of so many pixels.
+  int64_t whole(int64_t pixels) const { return halves ? 2 * ceil_div(pixels, 2 * LANES) : ceil_div(pixels, LANES); }
 
  private:
   void find_phases();
@@ -111,6 +116,8 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
     g.batch = g.stride[0] = g.stride[1] = 1;
   }
   few = connected || g.out_height * g.out_width <= FEW;
+  halves = w.rounded && g.pairs && !few;
+  if (w.rounded && !few && !halves) w.widen();
   extent = (g.batch - 1) * g.stride_n + (w.groups * w.m - 1) * g.stride_c + (g.height - 1) * g.stride_h +
            (g.width - 1) * g.stride_w + 1;
   tile = w.m > 1024 ? 3 : TILE;
@@ -118,7 +125,7 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
   const int64_t even = round_up(g.out_width, EVEN);
   aligned = true;
   find_shifts();
-  aligned = !few && LANES >= 8 && w.lone_taps() > ALIGN_ABOVE * w.groups * w.k * int64_t(shifts.size()) &&
+  aligned = !few && !halves && LANES >= 8 && w.lone_taps() > ALIGN_ABOVE * w.groups * w.k * int64_t(shifts.size()) &&
             20 * vectors(g.out_height, even) <= 21 * vectors(g.out_height, skip[1] > 1 ? g.out_width + read_reach_w : pitch);
   find_shifts();
   copied = aligned || skip[0] * skip[1] > 1;
@@ -134,10 +141,10 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
     while (g.batch * count % g.threads && count < rows) ++count;
   layout(ceil_div(rows, count));
   bands = ceil_div(rows, band_rows);
-  by_rows = ceil_div(g.out_width, LANES) * band <= vectors(band, read_pitch);
+  by_rows = whole(g.out_width) * band <= vectors(band, read_pitch);
   const int64_t out_bytes = 4 * w.n * g.out_height * g.out_width;
   fetch = !pool && out_bytes > L2_BYTES / 2;
-  stream = !pool && by_rows && g.out_width % LANES == 0 && out_bytes > STREAM_ABOVE;
+  stream = !pool && by_rows && g.out_width % (halves ? 2 * LANES : LANES) == 0 && out_bytes > STREAM_ABOVE;
   find_offsets();
   find_kernel_rows();
 }
@@ -153,7 +160,8 @@ inline void Plan::find_phases() {
     return found;
   };
   std::vector<int64_t> rows = used(w.kh, g.dilation[0], g.stride[0]), columns = used(w.kw, g.dilation[1], g.stride[1]);
-  const bool all = !few && int64_t(rows.size()) == g.stride[0] && int64_t(columns.size()) == g.stride[1];
+  // In bfloat16 x is converted anyway, and taken apart as that is done.
+  const bool all = !few && !halves && int64_t(rows.size()) == g.stride[0] && int64_t(columns.size()) == g.stride[1];
   for (int i : {0, 1}) step[i] = all ? 1 : g.stride[i], skip[i] = g.stride[i] / step[i];
   if (all) rows = columns = {0};
   reach_h = (w.kh - 1) * g.dilation[0] / step[0];
@@ -198,11 +206,11 @@ inline void Plan::layout(int64_t written) {
   band = rows;
   pool_plane = odd_lines(rows * g.out_width);
   // Vectors may start at the last valid pixel, so that a vector's worth of slack lies behind it, twice for the shift.
-  const int64_t slack = (1 + skip[1]) * LANES;
+  const int64_t slack = (1 + skip[1]) * LANES * (halves ? 2 : 1);
   phase_plane = formed_rows(rows) * pitch + reach_w;
   if (!few) phase_plane = round_up(phase_plane + slack, LANES);
   plane = phase_plane * int64_t(phases.size());
-  if (!few) plane = odd_lines(plane);
+  if (!few) plane = odd_lines(plane, halves ? 2 * LANES : LANES);
   read_pitch = aligned ? round_up(g.out_width, EVEN) : copied ? g.out_width + read_reach_w : pitch;
   shift_plane = copied ? round_up((rows + read_reach_h) * read_pitch + 2 * LANES, LANES) : phase_plane;
   read_plane = copied ? odd_lines(shift_plane * int64_t(shifts.size())) : plane;
@@ -210,7 +218,7 @@ inline void Plan::layout(int64_t written) {
 }
 
 inline void Plan::find_kernel_rows() {
-  if (!few || !BY_POSITION) return;
+  if (!few || !BY_POSITION || w.rounded) return;
   for (const Block& block : w.blocks) {
     const auto taps = w.positions.begin() + block.first_tap;
     for (int64_t row = 0; row <= w.kh; ++row)

@@ -10,7 +10,7 @@
 #include <omp.h>
 #endif
 
-#include "cpu_stages.h"
+#include "cpu_bfloat16_stages.h"
 
 namespace lcnn {
 

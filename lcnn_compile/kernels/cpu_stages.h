@@ -11,6 +11,9 @@ namespace lcnn {
 const Kernels kernels;
 const NarrowKernels<Channels> narrow_form;
 const NarrowKernels<const int32_t*> narrow_look_up;
+const HalfKernels half_kernels;
+const NarrowPairKernels<Channels> narrow_form_pairs;
+const NarrowPairKernels<const int32_t*> narrow_look_up_pairs;
 
 // The threads that work on one band, and the place of this one among them.
 struct Team {
@@ -40,7 +43,7 @@ struct Call {
   float* y;
 
   Grid grid(const Phase& at, int64_t first_row, int64_t rows) const;
-  void form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane, Team team) const;
+  void form_few(const float* origin, int64_t group, const Phase& at, const Grid& grid, float* plane, Team team) const;
   Pixels out_pixels(int64_t v, int64_t per_row, int64_t rows) const;
   Taps taps_of_row(int64_t block, int64_t row) const;
   void look_up_few(const Lookup& to, int64_t group, int64_t first_row, int64_t rows, Team team) const;
@@ -49,6 +52,11 @@ struct Call {
   void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, float* s, float* packed, Team team) const;
   void copy_shifts(int64_t rows, const float* s, float* copies, Team team) const;
   void lookup_stage(int64_t group, int64_t first_row, int64_t rows, const float* s, float* to_y, const float* to_residual, int64_t plane, Team team) const;
+  void pack_halves(const float* origin, const Pixels* pixels, int64_t count, const Phase& at, const Grid& grid, int64_t first,
+                   uint32_t* packed) const;
+  void form_halves(const float* origin, int64_t group, const Phase& at, const Grid& grid, uint16_t* plane, uint32_t* packed,
+                   Team team) const;
+  void look_up_halves(const Lookup& to, const uint16_t* s, int64_t group, int64_t rows, Team team) const;
   void pool_band(int64_t image, int64_t first, int64_t end, const float* from, float* row, Team team) const;
 };
 
@@ -199,8 +207,10 @@ void in_few(int64_t count, Each at_pixels) {
   }
 }
 
-inline void Call::form_few(const float* origin, const float* dictionary, const Phase& at, const Grid& grid, float* plane,
+inline void Call::form_few(const float* origin, int64_t group, const Phase& at, const Grid& grid, float* plane,
                            Team team) const {
+  const float* dictionary = p.w.dictionary.data() + group * p.w.k * p.w.m;
+  const uint32_t* pairs = p.w.dictionary_pairs.data() + group * p.w.k * p.w.row_pairs();
   const int64_t blocks = int64_t(p.w.rows.size()), width = at.end_valid - at.first_valid;
   const int64_t first = grid.begin / p.pitch, pixels = grid.stop ? width * ((grid.stop - 1) / p.pitch + 1 - first) : 0;
   for (int64_t b = blocks * team.rank / team.size; b < blocks * (team.rank + 1) / team.size; ++b) {
@@ -216,7 +226,10 @@ inline void Call::form_few(const float* origin, const float* dictionary, const P
         if (++column == at.end_valid) column = at.first_valid, ++row;
       }
       float sums[FEW * BLOCK];
-      narrow_form.at[block.size][size](base, {p.g.stride_c}, dictionary + block.coefficients, p.w.m, sums);
+      if (p.w.rounded)
+        narrow_form_pairs.at[block.size][size](base, {p.g.stride_c}, pairs + block.pairs, p.w.m, sums);
+      else
+        narrow_form.at[block.size][size](base, {p.g.stride_c}, dictionary + block.coefficients, p.w.m, sums);
       for (int i = 0; i < size; ++i)
         for (int f = 0; f < block.size; ++f) plane[(block.first_filter + f) * p.plane + target[i]] = sums[i * block.size + f];
     });
@@ -234,7 +247,12 @@ inline void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_r
     const Grid grid = this->grid(at, first_row, rows);
     float* const plane = s + phase * p.phase_plane;
     if (p.few) {
-      form_few(origin, dictionary, at, grid, plane, team);
+      form_few(origin, group, at, grid, plane, team);
+      continue;
+    }
+    if (p.halves) {
+      form_halves(origin, group, at, grid, reinterpret_cast<uint16_t*>(s) + phase * p.phase_plane,
+                  reinterpret_cast<uint32_t*>(packed), team);
       continue;
     }
     for (int64_t i = w.k * team.rank / team.size; i < w.k * (team.rank + 1) / team.size; ++i) {
@@ -306,9 +324,13 @@ inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t first_row
           if (++column == wide) column = 0, source += p.pitch;
         }
         float sums[FEW * BLOCK];
-        narrow_look_up.at[block.size][size](base, p.offsets.data() + block.first_tap + taps.first,
-                                            w.coefficients.data() + block.coefficients + taps.first * block.size,
-                                            taps.end - taps.first, sums);
+        const int32_t* const offsets = p.offsets.data() + block.first_tap + taps.first;
+        if (w.rounded)  // all of its taps: they come in pairs
+          narrow_look_up_pairs.at[block.size][size](base, offsets, w.coefficient_pairs.data() + block.pairs, taps.end, sums);
+        else
+          narrow_look_up.at[block.size][size](base, offsets,
+                                              w.coefficients.data() + block.coefficients + taps.first * block.size,
+                                              taps.end - taps.first, sums);
         for (int i = 0; i < size; ++i) {
           const int64_t to_filter = p.connected ? 1 : to.plane, target = p.connected ? (begin + i) * w.n : begin + i;
           float values[BLOCK + LANES] = {};
@@ -328,7 +350,7 @@ inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t first_row
 // Vector number `v` of output pixels.
 inline Pixels Call::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
   const int64_t wide = p.g.out_width, source = p.by_rows ? v / per_row * p.read_pitch + v % per_row * LANES : v * LANES;
-  int64_t row = source / p.read_pitch, column = source % p.read_pitch;
+  int64_t row = p.by_rows ? v / per_row : source / p.read_pitch, column = source - row * p.read_pitch;
   Pixels found{source, row * wide + std::min(column, wide), 0, 0, false};
   for (int64_t lane = 0; lane < LANES && row < rows; ++row, column = 0) {
     const int64_t valid = std::clamp<int64_t>(wide - column, 0, LANES - lane);
@@ -351,6 +373,7 @@ inline void Call::lookup_stage(int64_t group, int64_t first_row, int64_t rows, c
   const Lookup to{s, bias, to_residual, to_y, plane,
                   Epilogue(int(g.activation), g.residual_last != 0), p.fetch, p.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0};
   if (p.few) return look_up_few(to, group, first_row, rows, team);
+  if (p.halves) return look_up_halves(to, reinterpret_cast<const uint16_t*>(s), group, rows, team);
   Pixels pixels[TILE];
   int64_t count = 0, units = 1;
   bool regular = false;

@@ -2,11 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <mutex>
 #include <new>
 #include <numeric>
 #include <vector>
 
-#include "cpu_kernels.h"
+#include "cpu_bfloat16.h"
 
 namespace lcnn {
 
@@ -30,10 +31,13 @@ struct Lines {
 // Taps in the order of kernel rows, so that those which lie outside of the image for a row of output can be left out.
 constexpr bool BY_POSITION = LANES <= 8;
 
-// A lookup weight, packed by blocks of filters: coefficients [taps][size].
+// A lookup weight, packed by blocks of filters: coefficients [taps][size]; where it is rounded to bfloat16, as pairs
+// [taps / 2][size], and in float32 only once a plan wants that.
 struct Weight {
   int64_t groups, k, m, kh, kw, n;
-  std::vector<float, Lines<float>> dictionary, coefficients;
+  bool rounded = false;
+  mutable std::vector<float, Lines<float>> dictionary, coefficients;
+  std::vector<uint32_t, Lines<uint32_t>> dictionary_pairs, coefficient_pairs;
   std::vector<Block> rows, blocks;
   std::vector<int64_t> first_block;  // of each convolution group
   std::vector<int32_t> indices, positions, filters;
@@ -44,7 +48,53 @@ struct Weight {
     for (const Block& block : blocks) taps += block.size == 1 ? block.taps : 0;
     return taps;
   }
+  int64_t row_pairs() const { return ceil_div(m, 2); }
+  void round();
+  void widen() const;
+
+ private:
+  mutable std::once_flag widened;
 };
+
+// Rounds dictionary and coefficients, and keeps them as pairs only.
+inline void Weight::round() {
+  const auto pair_up = [](auto& pairs, const float* values, int64_t taps, int size) {
+    for (int64_t t = 0; t < taps; t += 2, values += 2 * size)
+      for (int f = 0; f < size; ++f) pairs.push_back(pair_of(values[f], t + 1 < taps ? values[size + f] : 0.0f));
+  };
+  rounded = true;
+  for (Block& row : rows) row.pairs = row.first_filter * row_pairs();
+  for (int64_t g = 0; g < groups; ++g)
+    for (const Block& row : rows) pair_up(dictionary_pairs, dictionary.data() + g * k * m + row.coefficients, m, row.size);
+  for (Block& block : blocks) {
+    block.pairs = int64_t(coefficient_pairs.size());
+    pair_up(coefficient_pairs, coefficients.data() + block.coefficients, block.taps, block.size);
+  }
+  for (auto* pairs : {&dictionary_pairs, &coefficient_pairs}) pairs->resize(pairs->size() + BLOCK);  // read by whole vectors
+  for (auto* values : {&dictionary, &coefficients}) std::vector<float, Lines<float>>().swap(*values);
+}
+
+// The rounded values in float32, for plans that compute so.
+inline void Weight::widen() const {
+  const auto take_apart = [](float* values, const uint32_t* pairs, int64_t taps, int size) {
+    for (int64_t t = 0; t < taps; ++t)
+      for (int f = 0; f < size; ++f) {
+        const uint32_t pair = pairs[t / 2 * size + f];
+        values[t * size + f] = t % 2 ? high_of(pair) : low_of(pair);
+      }
+  };
+  std::call_once(widened, [&] {
+    int64_t count = 0;
+    for (const Block& block : blocks) count = std::max(count, block.coefficients + block.taps * block.size);
+    dictionary.resize(groups * k * m);
+    coefficients.resize(count);
+    for (int64_t g = 0; g < groups; ++g)
+      for (const Block& row : rows)
+        take_apart(dictionary.data() + g * k * m + row.coefficients, dictionary_pairs.data() + g * k * row_pairs() + row.pairs, m, row.size);
+    for (const Block& block : blocks)
+      take_apart(coefficients.data() + block.coefficients, coefficient_pairs.data() + block.pairs, block.taps, block.size);
+  });
+}
 
 // Sizes as equal as possible, none above BLOCK.
 inline int part_size(int64_t total, int64_t parts, int64_t i) { return int((i + 1) * total / parts - i * total / parts); }

@@ -43,7 +43,7 @@ def _file() -> Path:
 
 
 def _key(problem: Problem) -> str:
-    return f"{problem} threads={torch.get_num_threads()} isa={os.environ.get('LCNN_CPU_ISA', '')}"
+    return f"{problem} threads={torch.get_num_threads()} isa={os.environ.get('LCNN_CPU_ISA', '')} pairs={os.environ.get('LCNN_CPU_BFLOAT16', '')}"
 
 
 def remembered(problem: Problem) -> dict[str, float] | None:
@@ -74,13 +74,13 @@ def random_call(problem: Problem, device: torch.device | None = None) -> tuple[A
     return (x, *weight, None, problem.out_channels, *geometry)
 
 
-def _caller(arguments: tuple[Any, ...], lowering: str) -> Callable[[], object]:
+def _caller(arguments: tuple[Any, ...], lowering: str, precision: str) -> Callable[[], object]:
     """What runs a layer as a compiled graph does: lookups in a program, the others as operators."""
     x, weight = arguments[0], arguments[1:7]
     out_channels, kernel_size, stride, padding, dilation = arguments[8:13]
     if lowering == "lookup":
         step = LookUp(0, None, x.shape[1], out_channels, kernel_size, stride, padding, dilation)
-        program = Program(Recipe(1, (step,), (1,)), [(packed_weight(weight, kernel_size), None)])
+        program = Program(Recipe(1, (step,), (1,)), [(packed_weight(weight, kernel_size, precision), None)])
         return lambda: program(x)
     return lambda: torch.ops.lcnn.lookup_conv2d_inference(*arguments, lowering)
 
@@ -110,7 +110,7 @@ def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
     if found is None:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), without_modes():
             arguments = random_call(problem)
-            callers = {name: _caller(arguments, name) for name in names}
+            callers = {name: _caller(arguments, name, problem.precision) for name in names}
             bursts = [{name: _burst(call) for name, call in callers.items()} for _ in range(ROUNDS)]
         found = {name: min(burst[name] for burst in bursts) for name in names}
         remember(_file(), _key(problem), found)

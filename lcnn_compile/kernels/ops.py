@@ -1,7 +1,8 @@
 """Registration of ``torch.ops.lcnn.lookup_conv2d``: schema, dispatch by device and lowering, fake, autograd, autocast.
 
 The operator computes ``activation(conv(x, P·D) + bias + residual)``. ``lowering`` picks one of three exact ways
-("lookup", "factored", "dense"), "auto" the cheapest; all give the same values up to rounding. The output is channels_last where the input is
+("lookup", "factored", "dense"), "auto" the cheapest; all give the same values up to rounding. ``precision`` "bfloat16" lets the lookup
+lowering on a CPU round its operands. The output is channels_last where the input is
 (and is not contiguous too), contiguous otherwise. ``lookup_conv2d_inference`` is the same without gradients, and cheaper to call.
 """
 
@@ -28,7 +29,8 @@ library = torch.library.Library("lcnn", "DEF")
 SCHEMA = (
     "(Tensor input, Tensor dictionary, Tensor coefficients, Tensor indices, Tensor positions, Tensor offsets, "
     "Tensor filters, Tensor? bias, SymInt out_channels, int[] kernel_size, int[] stride, SymInt[] padding, int[] dilation, "
-    'str lowering="lookup", str activation="none", Tensor? residual=None, bool residual_last=False) -> Tensor'
+    'str lowering="lookup", str activation="none", Tensor? residual=None, bool residual_last=False, '
+    'str precision="float32") -> Tensor'
 )
 for _name in NAMES:
     library.define(_name + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
@@ -78,6 +80,11 @@ def _check_present(*tensors: Tensor | None) -> None:
             raise WeightError("lookup_conv2d: input, dictionary, coefficients, indices, positions, offsets or filters are None")
 
 
+def _check_precision(precision: str) -> None:
+    if precision not in cpu.PRECISIONS:
+        raise KernelError(f"lookup_conv2d: precision is {precision!r}; allowed are {cpu.PRECISIONS}")
+
+
 def _forward(
     input: Tensor,
     dictionary: Tensor,
@@ -96,8 +103,10 @@ def _forward(
     activation: str = "none",
     residual: Tensor | None = None,
     residual_last: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     _check_present(input, dictionary, coefficients, indices, positions, offsets, filters)
+    _check_precision(precision)
     call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     weight = (dictionary, coefficients, indices, positions, offsets, filters)
     if lowering == "auto":
@@ -105,10 +114,11 @@ def _forward(
         if coefficients.dim() != 2:
             raise WeightError(f"lookup_conv2d: coefficients have shape {tuple(coefficients.shape)}; 2 dimensions are required")
         shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, kernel_size, stride, padding, dilation)
-        problem = choose.problem_of(*shapes, input.device.type, input.dtype)
+        problem = choose.problem_of(*shapes, input.device.type, input.dtype, precision)
         lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
     if lowering == "lookup" and cpu.takes(input, dictionary, kernel_size):
-        y = cpu.packed_weight(weight, tuple(kernel_size))(*call, residual_last)
+        precision = "bfloat16" if input.dtype == torch.bfloat16 else precision
+        y = cpu.packed_weight(weight, tuple(kernel_size), precision)(*call, residual_last)
         return y.contiguous(memory_format=output_format(input))
     shape = check_call(*call)
     size = (kernel_size[0], kernel_size[1])
@@ -163,8 +173,10 @@ def _fake(
     activation: str = "none",
     residual: Tensor | None = None,
     residual_last: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     _check_present(input, dictionary, coefficients, indices, positions, offsets, filters)
+    _check_precision(precision)
     shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     # This also runs where one argument is on the meta device; the others are real then, and so would be the empty output.
     for tensor in (coefficients, indices, positions, offsets, filters):
@@ -180,7 +192,7 @@ for _name in NAMES:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, dictionary, coefficients, indices, positions, offsets, filters, bias, *rest = inputs
-    out_channels, kernel_size, stride, padding, dilation, _, activation, residual, _ = rest
+    out_channels, kernel_size, stride, padding, dilation, _, activation, residual, _, _ = rest
     if activation != "none" or residual is not None:
         raise KernelError(
             f"lookup_conv2d: activation {activation!r} and residual are for inference; no gradient is defined through them"
@@ -197,7 +209,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
     if grad.device.type == "cuda":
         gradients = triton_autograd.gradients(grad, ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3])
-        return (*gradients, None, None, None, None, grad_bias, *[None] * 9)
+        return (*gradients, None, None, None, None, grad_bias, *[None] * 10)
     groups, size, _ = dictionary.shape
     convolution_backward = torch.ops.aten.convolution_backward
     pointwise = reference.pointwise_weight(dictionary)
@@ -213,7 +225,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
     grad_dictionary = grad_pointwise.view_as(dictionary) if ctx.needs_input_grad[1] else None
     grad_coefficients = reference.gather_taps(grad_p, indices, positions, offsets, filters) if ctx.needs_input_grad[2] else None
-    return (grad_input, grad_dictionary, grad_coefficients, None, None, None, None, grad_bias, *[None] * 9)
+    return (grad_input, grad_dictionary, grad_coefficients, None, None, None, None, grad_bias, *[None] * 10)
 
 
 torch.library.register_autograd("lcnn::lookup_conv2d", _backward, setup_context=_setup_context, lib=library)
