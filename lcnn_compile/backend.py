@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, LcnnError, LcnnWarning
 from lcnn_compile.graphs import bind_weights, weight_placeholders
-from lcnn_compile.passes import find_convolutions
+from lcnn_compile.passes import find_convolutions, set_precision
 from lcnn_compile.runtime import Calibrating, Lowered
 from lcnn_compile.torch_private import compile_with_inductor, dynamo_signals, inductor_modes
 
@@ -63,7 +64,8 @@ def lcnn(
         gm: the captured graph; it is not changed.
         example_inputs: its inputs, parameters and buffers among them.
         mode: Inductor's mode ("reduce-overhead", "max-autotune", …).
-        options: :class:`~lcnn_compile.config.LookupConfig`'s fields and ``calibration_batches``.
+        options: :class:`~lcnn_compile.config.LookupConfig`'s fields and ``calibration_batches``. Of these, a model that is
+            converted already takes ``precision="bfloat16"`` only, for all of its layers.
 
     Raises:
         ConfigError: for unknown options or modes.
@@ -106,7 +108,8 @@ def lcnn(
         return compile_graph(gm, example_inputs)
     if len(dense) == len(found):
         return Calibrating(gm, example_inputs, places, config, batches, compile_graph)
-    return Lowered(gm, example_inputs, places, compile_graph)
+    transform = None if config.precision == "float32" else partial(set_precision, precision=config.precision)
+    return Lowered(gm, example_inputs, places, compile_graph, transform)
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

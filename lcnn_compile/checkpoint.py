@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -48,7 +48,8 @@ class Header:
     """What a file says about itself.
 
     Attributes:
-        layers: qualified name of each lookup module -> {"kernel_size": [kh, kw], "lowering": str}.
+        layers: qualified name of each lookup module -> {"kernel_size": [kh, kw], "lowering": str} and, where it is not
+            "float32", {"precision": str}.
         aliases: state-dict key -> the key under which the same tensor is stored.
         report: the rows of ``lcnn_report``, empty if the model had none.
         shapes: stored tensor -> its shape.
@@ -67,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: if the model has no lookup modules, holds values that are not finite, or the file cannot be written.
     """
     model = module_of(model)
-    layers = {name: {"kernel_size": list(m.call.kernel_size), "lowering": m.lowering} for name, m in lookup_modules(model)}
+    layers = {name: _settings(module) for name, module in lookup_modules(model)}
     if not layers:
         raise CheckpointError(f"{type(model).__name__} has no lookup modules; convert it first, or save its state_dict")
     tensors: dict[str, Tensor] = {}
@@ -85,6 +86,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[key] = value.detach().cpu().contiguous().clone()
     report = getattr(model, "lcnn_report", None)
     rows = report.to_dict()["layers"] if isinstance(report, Report) else []
+    for row in rows:
+        del row["precision"]  # stands with the layers: versions that do not know it read the report all the same
     body = json.dumps({"format": FORMAT, "layers": layers, "aliases": aliases, "report": rows}, sort_keys=True)
     metadata = {"lcnn": body, "digest": _digest(body, tensors)}
     target = Path(path)
@@ -123,7 +126,10 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         new = _module(result.get_submodule(name), name, settings, state)
         result = replace_module(result, result.get_submodule(name), new)
     _load_state(result, state)
-    result.lcnn_report = Report(tuple(_row(row) for row in header.report), title=f"lcnn: {type(model).__name__}")
+    rows = tuple(_row(row) for row in header.report)
+    known = {name: settings.get("precision", "float32") for name, settings in header.layers.items()}
+    rows = tuple(replace(row, precision=known.get(row.name, "float32")) for row in rows)
+    result.lcnn_report = Report(rows, title=f"lcnn: {type(model).__name__}")
     return result
 
 
@@ -177,8 +183,15 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     return Header(layers, aliases, report, {key: list(value.shape) for key, value in tensors.items()}), tensors
 
 
+def _settings(module: LookupModule) -> dict[str, Any]:
+    rounding = {} if module.precision == "float32" else {"precision": module.precision}
+    return {"kernel_size": list(module.call.kernel_size), "lowering": module.lowering, **rounding}
+
+
 def _layer_ok(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("lowering"), str):
+        return False
+    if not isinstance(value.get("precision", ""), str):
         return False
     size = value.get("kernel_size")
     return isinstance(size, list) and len(size) == 2 and all(isinstance(v, int) and 0 < v < 2**15 for v in size)
@@ -252,7 +265,9 @@ def _module(old: nn.Module, name: str, settings: Mapping[str, Any], state: Mappi
     bias = state.get(f"{prefix}bias")
     try:
         weight = LookupWeight(**factors, kernel_size=kernel).validate(name)
-        return lookup_layer(weight.to(dense.weight.device), dense, bias, settings["lowering"])
+        return lookup_layer(
+            weight.to(dense.weight.device), dense, bias, settings["lowering"], settings.get("precision", "float32")
+        )
     except LcnnError as error:
         raise CheckpointError(f"{name}: {error}") from error
 

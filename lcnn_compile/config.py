@@ -15,7 +15,9 @@ Lowering = Literal["auto", "lookup", "factored", "dense"]
 Budget = Literal["macs", "time"]
 LOWERING_CHOICES = ("auto", "lookup", "factored", "dense")
 BUDGETS = ("macs", "time")
-LAYER_FIELDS = ("dictionary_size", "sparsity", "group_size", "max_error", "lowering")
+Precision = Literal["float32", "bfloat16"]
+PRECISION_CHOICES = ("float32", "bfloat16")
+LAYER_FIELDS = ("dictionary_size", "sparsity", "group_size", "max_error", "lowering", "precision")
 
 
 def _number(name: str, value: object, allowed: str, ok: bool) -> None:
@@ -44,6 +46,9 @@ class LayerConfig:
         group_size: g, filters that share one set of indices; 1 is the paper; "auto" as above, where time is counted.
         max_error: largest relative output error allowed for the layer; None allows any.
         lowering: "auto" chooses by cost on this machine.
+        precision: "bfloat16" lets lookups on a CPU round the dictionary, the coefficients, their inputs and S to bfloat16, which
+            is faster where memory or, with instructions for it, arithmetic is what bounds a layer. Sums, bias and outputs
+            stay float32. The fit knows of it: ``error`` and ``max_error`` include the rounding.
     """
 
     dictionary_size: int | float | Literal["auto"] = 0.25
@@ -51,6 +56,7 @@ class LayerConfig:
     group_size: int | Literal["auto"] = 8
     max_error: float | None = None
     lowering: Lowering = "auto"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         size = self.dictionary_size
@@ -76,6 +82,9 @@ class LayerConfig:
         lowering = self.lowering
         ok = isinstance(lowering, str) and lowering in LOWERING_CHOICES
         _number("lowering", lowering, f"one of {LOWERING_CHOICES}", ok)
+        precision = self.precision
+        ok = isinstance(precision, str) and precision in PRECISION_CHOICES
+        _number("precision", precision, f"one of {PRECISION_CHOICES}", ok)
 
     def vectors(self, channels: int) -> int:
         """k for a layer whose convolution groups read ``channels`` channels each; never more than ``channels``."""

@@ -124,7 +124,9 @@ def convert_in_place(
     for name, fit in fitted.items():
         if not fit.reason:
             layer = plan.chosen[name]
-            result = replace_module(result, layer, lookup_layer(fit.weight, layer, fit.bias, plan.configs[name].lowering))
+            settings = plan.configs[name]
+            new = lookup_layer(fit.weight, layer, fit.bias, settings.lowering, settings.precision)
+            result = replace_module(result, layer, new)
     log.info("%s\n%s", report.title, report)
     return result, report
 

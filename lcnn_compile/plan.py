@@ -133,6 +133,7 @@ class Plan:
             bytes_after=stored.nbytes() + bias,
             lowering=self._lowering(name, layer, weight.dictionary_size, weight.taps, weight.group_size),  # type: ignore[arg-type]
             reason="never ran on the example inputs" if use is None and self.survey.usage else "",
+            precision=self.configs[name].precision,
         )
 
     def _planned(self, name: str, layer: Layer, use: Usage | None, size: int) -> LayerReport:
@@ -141,9 +142,8 @@ class Plan:
         macs = None if use is None else use.macs
         if config.automatic or config.group_size == "auto":
             remark = "sizes found by a search when it is converted"
-            return LayerReport(
-                name, kind, True, macs_before=macs, macs_after=macs, bytes_before=size, bytes_after=size, reason=remark
-            )
+            same = {"macs_before": macs, "macs_after": macs, "bytes_before": size, "bytes_after": size}
+            return LayerReport(name, kind, True, reason=remark, precision=config.precision, **same)  # type: ignore[arg-type]
         geometry = geometry_of(layer)
         k = min(config.vectors(geometry.channels), most_vectors(geometry))
         taps = config.taps_per_filter(k, geometry.area)
@@ -165,6 +165,7 @@ class Plan:
             bytes_before=size,
             bytes_after=element * (k * geometry.in_channels + rows * g + bias) + 8 * rows,
             lowering=self._lowering(name, layer, k, geometry.out_channels * taps, g),
+            precision=config.precision,
         )
 
     def _lowering(self, name: str, layer: Layer, k: int, taps: int, group_size: int) -> str:
@@ -195,6 +196,7 @@ class Plan:
             dilation=call.dilation,
             device=layer.weight.device.type,
             dtype=layer.weight.dtype,
+            precision=choose.known_precision(self.configs[name].precision, layer.weight.device.type, layer.weight.dtype),
         )
 
 

@@ -93,7 +93,7 @@ def random_lookup(layer: Layer, sizes: LayerConfig) -> LookupModule:
     weight = random_weight(groups, channels * groups, filters, (shape[0], shape[1]), sizes)
     # random_weight has Conv2d's default variance, 1 / (3 fan_in); ReLU networks keep their signal at 2 / fan_in.
     weight = replace(weight, coefficients=weight.coefficients * 6**0.5)
-    return lookup_layer(weight, layer, layer.bias, sizes.lowering)
+    return lookup_layer(weight, layer, layer.bias, sizes.lowering, sizes.precision)
 
 
 def _swap(model: nn.Module, choose: Callable[[nn.Module], nn.Module | None]) -> nn.Module:

@@ -44,6 +44,7 @@ def explain_command(
     include: given.Include = None,
     exclude: given.Exclude = None,
     lowering: given.Lowering = None,
+    precision: given.Precision = None,
     seed: given.Seed = None,
     time: given.Timed = False,
     html: given.Html = None,
@@ -54,9 +55,8 @@ def explain_command(
 
     With --time, layers of the planned sizes with random values are timed against the model's own.
     """
-    changes = given.sizes(
-        dictionary_size, sparsity, group_size, max_error, target_speedup, budget, include, exclude, lowering, seed
-    )
+    wanted = (dictionary_size, sparsity, group_size, max_error, target_speedup, budget, include, exclude, lowering, precision, seed)
+    changes = given.sizes(*wanted)
     with output(as_json) as out:
         _check_targets(html, plot)
         settings = given.configuration(config, changes)
@@ -86,6 +86,7 @@ def convert_command(
     include: given.Include = None,
     exclude: given.Exclude = None,
     lowering: given.Lowering = None,
+    precision: given.Precision = None,
     seed: given.Seed = None,
     image_size: given.ImageSize = None,
     image_resize: given.ImageResize = None,
@@ -107,9 +108,8 @@ def convert_command(
     as_json: given.AsJson = False,
 ) -> None:
     """Convert a model and save it; lcnn_compile.load(model, OUTPUT) loads it again."""
-    changes = given.sizes(
-        dictionary_size, sparsity, group_size, max_error, target_speedup, budget, include, exclude, lowering, seed
-    )
+    wanted = (dictionary_size, sparsity, group_size, max_error, target_speedup, budget, include, exclude, lowering, precision, seed)
+    changes = given.sizes(*wanted)
     if checkpoint is None and reductions is None:
         raise LcnnError("name the checkpoint to write (OUTPUT), or the reductions of a --sweep")
     if resume is not None and reductions is not None:

@@ -21,9 +21,10 @@ from lcnn_compile.cli import options as given
 from lcnn_compile.cli.output import output
 from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.files import check_target, replacing
+from lcnn_compile.modules import lookup_modules
 from lcnn_compile.sources import load_inputs, load_model
 
-ALLOWED = 1e-3
+ALLOWED = {"float32": 1e-3, "bfloat16": 3e-2}
 """Largest difference from the model, relative to its largest output, that rounding explains."""
 
 
@@ -68,11 +69,13 @@ def export_command(
             "aot": partial(_aot, network, inputs, how),
             "dense": partial(_dense, network, inputs),
         }
+        rounding = {layer.precision for _, layer in lookup_modules(network)} or {"float32"}
+        allowed = max(ALLOWED[precision] for precision in rounding)
         files = []
         for name, path in wanted.items():
             with out.errors.status(f"writing {path}"):
                 difference = writers[name](path)
-            if difference is not None and difference > ALLOWED:
+            if difference is not None and difference > allowed:
                 raise ExportError(
                     f"{path} gives other outputs than the model: they differ by {difference:.2g} of the largest one"
                 )

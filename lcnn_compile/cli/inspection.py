@@ -50,10 +50,10 @@ def info_command(
 
 
 def _table(file: Path, header: Header) -> Table:
-    table = Table("layer", "dictionary", "coefficients", "lowering", title=str(file), box=box.SIMPLE_HEAD)
+    table = Table("layer", "dictionary", "coefficients", "lowering", "precision", title=str(file), box=box.SIMPLE_HEAD)
     for name, settings in header.layers.items():
         shapes = [str(header.shapes.get(f"{name}.{key}" if name else key)) for key in ("dictionary", "coefficients")]
-        table.add_row(name, *shapes, settings["lowering"])
+        table.add_row(name, *shapes, settings["lowering"], settings.get("precision", "float32"))
     return table
 
 

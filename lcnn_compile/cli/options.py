@@ -61,6 +61,9 @@ Budget = Annotated[
 Include = Annotated[list[str] | None, typer.Option(help="Layers to convert: names, globs, re:…; repeat.", rich_help_panel=SIZES)]
 Exclude = Annotated[list[str] | None, typer.Option(help="Layers to leave dense; repeat.", rich_help_panel=SIZES)]
 Lowering = Annotated[str | None, typer.Option(help="auto, lookup, factored or dense.", rich_help_panel=SIZES)]
+Precision = Annotated[
+    str | None, typer.Option(help="float32, or bfloat16: rounding, included in the error.", rich_help_panel=SIZES)
+]
 Seed = Annotated[int | None, typer.Option(help="For everything that is random.", rich_help_panel=SIZES)]
 
 ImageSize = Annotated[
@@ -103,6 +106,7 @@ def sizes(
     include: list[str] | None,
     exclude: list[str] | None,
     lowering: str | None,
+    precision: str | None,
     seed: int | None,
 ) -> dict[str, Any]:
     """LookupConfig's fields that were given as options."""
@@ -115,6 +119,7 @@ def sizes(
         "include": tuple(include) if include else None,
         "exclude": tuple(exclude) if exclude else None,
         "lowering": lowering,
+        "precision": precision,
         "seed": seed,
     }
     found = {key: value for key, value in given.items() if value is not None}

@@ -19,7 +19,7 @@ class Problem:
     """Everything that the cost of a lookup convolution depends on: sizes and shapes, never values.
 
     ``taps`` counts the multiply-adds of all filters at one output pixel; ``size`` is the input's (H, W); ``padding`` is
-    (top, bottom, left, right).
+    (top, bottom, left, right); ``precision`` is that of the lookup lowering.
     """
 
     batch: int
@@ -118,6 +118,11 @@ def seconds(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
     return measured.measure(problem, lookup_kernel)
 
 
+def known_precision(precision: str, device: str, dtype: torch.dtype) -> str:
+    """The precision where kernels know it: float32 on a CPU; elsewhere it makes no other problem."""
+    return precision if device == "cpu" and dtype == torch.float32 else "float32"
+
+
 def problem_of(
     input_shape: Sequence[int],
     dictionary_shape: Sequence[int],
@@ -148,6 +153,5 @@ def problem_of(
         dilation=(dilation[0], dilation[1]),
         device=device,
         dtype=dtype,
-        # What the kernels on a CPU can change; anywhere else it is the same problem.
-        precision=precision if device == "cpu" and dtype == torch.float32 else "float32",
+        precision=known_precision(precision, device, dtype),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from lcnn_compile.geometry import Geometry
 from lcnn_compile.learning.dictionary import Basis
 from lcnn_compile.learning.grouping import group_filters
-from lcnn_compile.learning.sampling import Sample
+from lcnn_compile.learning.sampling import Sample, to_bfloat16
 from lcnn_compile.learning.taps import select_taps, solve_coefficients, spread_taps
 from lcnn_compile.lookup import LookupWeight
 
@@ -161,7 +161,16 @@ class Fit:
     error: float
 
 
-def fit_layer(geometry: Geometry, basis: Basis, sample: Sample | None, taps: int, group_size: int, *, even: bool = True) -> Fit:
+def fit_layer(
+    geometry: Geometry,
+    basis: Basis,
+    sample: Sample | None,
+    taps: int,
+    group_size: int,
+    *,
+    even: bool = True,
+    rounded: bool = False,
+) -> Fit:
     """Choose taps and coefficients for given sizes.
 
     Args:
@@ -171,13 +180,14 @@ def fit_layer(geometry: Geometry, basis: Basis, sample: Sample | None, taps: int
         taps: of each filter, or on average over the filter groups of a convolution group unless ``even``.
         group_size: g.
         even: the same number of taps for all filters.
+        rounded: coefficients count as rounded to bfloat16 in bias and error; they are returned as they are.
     """
     parts, biases, errors = [], [], torch.zeros(2, dtype=torch.float64)
     for group in range(geometry.groups):
         problem = Problem.of(sample, basis, group)
         choice = problem.choose(group_size, taps, even=even)
         coefficients = problem.solve(choice)
-        matrix = problem.rows(coefficients, choice)
+        matrix = problem.rows(to_bfloat16(coefficients) if rounded else coefficients, choice)
         bias = problem.bias(matrix)
         errors += problem.held_error(matrix, bias).double().sum(1).cpu()
         parts.append((choice, coefficients))
@@ -211,12 +221,18 @@ def _assemble(geometry: Geometry, dictionary: Tensor, parts: list[tuple[Choice, 
     )
 
 
-def fit_lossless(geometry: Geometry, weight: Tensor, bias: Tensor, sample: Sample | None, group_size: int) -> Fit:
-    """The dense weight [n, m/groups, kh, kw] itself as lookups, measured on a sample of its input's patches."""
+def fit_lossless(
+    geometry: Geometry, weight: Tensor, bias: Tensor, sample: Sample | None, group_size: int, *, rounded: bool = False
+) -> Fit:
+    """The dense weight [n, m/groups, kh, kw] itself as lookups, measured on a sample of its input's patches.
+
+    Where it is ``rounded``, it is measured as bfloat16.
+    """
     wrong = total = 0.0
     if sample is not None:
         measured = sample.held if sample.held.any() else torch.ones_like(sample.held)
-        grouped = weight.float().unflatten(0, (geometry.groups, -1)).flatten(3).transpose(2, 3)
+        values = to_bfloat16(weight.float()) if rounded else weight.float()
+        grouped = values.unflatten(0, (geometry.groups, -1)).flatten(3).transpose(2, 3)
         answers = torch.einsum("pgrm,gnrm->pgn", sample.patches[measured], grouped).flatten(1) + bias
         outputs = sample.outputs[measured]
         wrong = float((answers - outputs).square().sum())

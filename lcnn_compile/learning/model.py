@@ -259,6 +259,10 @@ class _Fitting:
         m, taps = geometry.channels, geometry.channels * geometry.area
         return config.vectors(m) == m and config.taps_per_filter(m, geometry.area) == taps
 
+    def _rounded(self, name: str) -> bool:
+        """Whether the layer may run in bfloat16, so that its error is to include that."""
+        return self.configs[name].precision == "bfloat16"
+
     def _stays_dense(self, name: str) -> bool:
         return name in self.points and not self.points[name].size
 
@@ -285,7 +289,8 @@ class _Fitting:
         if self.sampler is None or not names:
             return {}
         wanted = {name: None if self.lossless(name) else self._basis(name).dictionary for name in names}
-        return self.sampler.collect(wanted, compressed=compressed)
+        rounded = [name for name in names if self._rounded(name)]
+        return self.sampler.collect(wanted, compressed=compressed, rounded=rounded)
 
     def _curves(self, names: Sequence[str]) -> dict[str, list[Point]]:
         """The error curve of every layer, all on the original network's inputs."""
@@ -334,7 +339,12 @@ class _Fitting:
             bias = self.network.bias(name)
             zero = torch.zeros(geometry.out_channels, device=self.network.weight(name).device)
             fit = fit_lossless(
-                geometry, self.network.weight(name), zero if bias is None else bias.float(), sample, config.filters_per_group()
+                geometry,
+                self.network.weight(name),
+                zero if bias is None else bias.float(),
+                sample,
+                config.filters_per_group(),
+                rounded=self._rounded(name),
             )
             return self._finish(name, replace(fit, bias=bias))
         if name in self.points:
@@ -348,7 +358,8 @@ class _Fitting:
     def _at(self, name: str, sample: Sample | None, point: Point) -> Fit:
         basis = self._basis(name).first(point.size)
         even = self.configs[name].sparsity != "auto" and not self.free
-        return fit_layer(self.network.geometry[name], basis, sample, point.taps, point.group_size, even=even)
+        sizes = (point.taps, point.group_size)
+        return fit_layer(self.network.geometry[name], basis, sample, *sizes, even=even, rounded=self._rounded(name))
 
     def _search(self, name: str, sample: Sample | None) -> FittedLayer:
         """The cheapest sizes within the allowed error, as measured."""

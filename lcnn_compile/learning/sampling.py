@@ -22,6 +22,11 @@ OUTPUT_ELEMENTS = 200_000_000  # floats of outputs kept between passes
 HELD_OUT = 5  # one image in HELD_OUT measures, the others fit
 
 
+def to_bfloat16(values: Tensor) -> Tensor:
+    """Rounded to bfloat16, in their own dtype."""
+    return values.to(torch.bfloat16).to(values.dtype)
+
+
 @dataclass
 class Calibration:
     """What one pass over the calibration data leaves.
@@ -141,8 +146,12 @@ class Sampler:
         self._remembered = {name: self._draws(name, planes[name]) for name in names}
         self._run([self._remembered[name] for name in names], "outputs")
 
-    def collect(self, dictionaries: Mapping[str, Tensor | None], *, compressed: bool) -> dict[str, Sample]:
+    def collect(
+        self, dictionaries: Mapping[str, Tensor | None], *, compressed: bool, rounded: Collection[str] = ()
+    ) -> dict[str, Sample]:
         """Samples for the layers in ``dictionaries`` (D [groups, k, m/groups] each; None for S = x).
+
+        Patches of the layers in ``rounded`` are what they are where x, D and S are bfloat16.
 
         Outputs are the original network's. Inputs are too, or the compressed network's. Where the compressed network
         takes another path through the code, calls that have no counterpart are left out.
@@ -157,7 +166,7 @@ class Sampler:
         both = old | new
         for name, dictionary in dictionaries.items():
             for draw in both[name]:
-                draw.dictionary = dictionary
+                draw.dictionary, draw.rounded = dictionary, name in rounded
         if compressed and self.network.fitted:
             self._run(new.values(), "outputs")
             self._run(both.values(), "inputs", compressed=True)
@@ -226,6 +235,7 @@ class _Draw:
     def __init__(self, sampler: Sampler, name: str, planes: int, number: int, first: int) -> None:
         self.sampler, self.name, self.planes, self.number, self.first = sampler, name, planes, number, first
         self.dictionary: Tensor | None = None
+        self.rounded = False
         self.wants: set[str] = set()
         self.call, self.image = 0, first
         self.outputs: list[tuple[Sequence[int], Tensor, Tensor]] = []
@@ -247,9 +257,10 @@ class _Draw:
 
     def _patches(self, x: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
         geometry = self.sampler.network.geometry[self.name]
-        s = x.reshape(x.shape[0], geometry.groups, geometry.channels, -1)
+        cast = to_bfloat16 if self.rounded else lambda values: values
+        s = cast(x).reshape(x.shape[0], geometry.groups, geometry.channels, -1)
         if self.dictionary is not None:
-            s = torch.einsum("gkm,ngmp->ngkp", self.dictionary, s)
+            s = cast(torch.einsum("gkm,ngmp->ngkp", cast(self.dictionary), s))
         patches = geometry.patches(s.reshape(x.shape[0], -1, *x.shape[2:]), image, pixel)
         return patches.unflatten(2, s.shape[1:3]).transpose(1, 2)
 

@@ -122,8 +122,9 @@ def _assemble(plan: Plan, fitted: Mapping[str, FittedLayer]) -> nn.Module:
     result = copy.deepcopy(plan.model)
     layers = {name: result.get_submodule(name) for name, fit in fitted.items() if not fit.reason}
     for name, layer in layers.items():
-        fit = fitted[name]
-        result = replace_module(result, layer, lookup_layer(fit.weight, layer, fit.bias, plan.configs[name].lowering))
+        fit, settings = fitted[name], plan.configs[name]
+        new = lookup_layer(fit.weight, layer, fit.bias, settings.lowering, settings.precision)
+        result = replace_module(result, layer, new)
     return result
 
 

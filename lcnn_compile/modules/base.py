@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from lcnn_compile.config import LOWERING_CHOICES, LayerConfig
+from lcnn_compile.config import LOWERING_CHOICES, PRECISION_CHOICES, LayerConfig
 from lcnn_compile.errors import ConfigError, ConversionError, WeightError
 from lcnn_compile.geometry import Call, Geometry, geometry_of
 from lcnn_compile.kernels.ops import lookup_conv2d
@@ -53,6 +53,7 @@ class LookupModule(nn.Module):
 
     The tensors are those of :class:`~lcnn_compile.lookup.LookupWeight`, of the 2-d convolution that the operator runs.
     ``lowering`` ("auto", "lookup", "factored" or "dense") may be assigned at any time; it never changes the function.
+    ``precision`` ("float32" or "bfloat16") may too; "bfloat16" lets lookups on a CPU round their operands.
     """
 
     dense_type: ClassVar[Callable[..., Any]]
@@ -70,6 +71,7 @@ class LookupModule(nn.Module):
     geometry: Geometry
     call: Call
     groups: int
+    precision: str = "float32"
 
     def _initialise(
         self,
@@ -80,6 +82,7 @@ class LookupModule(nn.Module):
         sparsity: float | None,
         group_size: int,
         lowering: str,
+        precision: str,
     ) -> None:
         """Take the place of ``dense_type(*args)`` with random values of the variances that it would have."""
         nn.Module.__init__(self)
@@ -99,15 +102,19 @@ class LookupModule(nn.Module):
         if scale != 1:
             weight = replace(weight, coefficients=weight.coefficients * scale)
         bias = None if dense.bias is None else torch.empty(dense.bias.shape[0]).uniform_(-(fan**-0.5), fan**-0.5)
-        self._set(dense, geometry, weight, bias, lowering)
+        self._set(dense, geometry, weight, bias, lowering, precision)
         self.to(device=device, dtype=dtype)
 
-    def _set(self, dense: nn.Module, geometry: Geometry, weight: LookupWeight, bias: Tensor | None, lowering: str) -> None:
+    def _set(
+        self, dense: nn.Module, geometry: Geometry, weight: LookupWeight, bias: Tensor | None, lowering: str, precision: str
+    ) -> None:
         if lowering not in LOWERING_CHOICES:
             raise ConfigError(f"lowering is {lowering!r}; allowed are {LOWERING_CHOICES}")
+        if precision not in PRECISION_CHOICES:
+            raise ConfigError(f"precision is {precision!r}; allowed are {PRECISION_CHOICES}")
         for name in type(self).attributes:
             setattr(self, name, getattr(dense, name))
-        self.lowering, self.groups = lowering, geometry.groups
+        self.lowering, self.precision, self.groups = lowering, precision, geometry.groups
         self.geometry, self.call = geometry, geometry.call()
         weight = geometry.stored(weight)
         self.dictionary = nn.Parameter(weight.dictionary.detach().contiguous())
@@ -117,7 +124,9 @@ class LookupModule(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dictionary).clone())
 
     @classmethod
-    def from_weight(cls, weight: LookupWeight, layer: Any, bias: Tensor | None, lowering: str = "auto") -> Any:
+    def from_weight(
+        cls, weight: LookupWeight, layer: Any, bias: Tensor | None, lowering: str = "auto", precision: str = "float32"
+    ) -> Any:
         """The module that applies ``weight`` and ``bias`` [n] in place of the dense ``layer``.
 
         ``weight`` is that of the 2-d convolution that :mod:`lcnn_compile.geometry` makes of the layer, or of another lookup
@@ -137,7 +146,7 @@ class LookupModule(nn.Module):
             raise WeightError(f"bias is {bias.dtype} {tuple(bias.shape)}; floating-point [{geometry.out_channels}] is required")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module._set(layer, geometry, weight, bias, lowering)
+        module._set(layer, geometry, weight, bias, lowering, precision)
         return module.train(layer.training)
 
     @classmethod
@@ -149,7 +158,7 @@ class LookupModule(nn.Module):
         fitted = fit_model(layer, {"": layer}, {"": config}, calibration=None, call=lambda model, batch: model(batch))[""]
         if fitted.reason:
             raise ConversionError(f"{type(layer).__name__}: {fitted.reason}")
-        return cls.from_weight(fitted.weight, layer, fitted.bias, config.lowering)
+        return cls.from_weight(fitted.weight, layer, fitted.bias, config.lowering, config.precision)
 
     @property
     def dictionary_size(self) -> int:
@@ -190,7 +199,8 @@ class LookupModule(nn.Module):
     def _lookup(self, x: Tensor, bias: Tensor | None, call: Call | None = None) -> Tensor:
         """The operator on images [N, C, H, W]."""
         tensors = (self.dictionary, self.coefficients, self.indices, self.positions, self.offsets, self.filters)
-        return lookup_conv2d(x, *tensors, bias, *(call or self.call), self.lowering)
+        rounding = {} if self.precision == "float32" else {"precision": self.precision}
+        return lookup_conv2d(x, *tensors, bias, *(call or self.call), self.lowering, **rounding)
 
     def _batched(self, input: Tensor) -> bool:
         """Whether the input has a batch dimension; raises WeightError where it is neither with nor without one."""
@@ -207,7 +217,9 @@ class LookupModule(nn.Module):
 
     def _sizes_text(self) -> str:
         taps = self.geometry.phases * self.coefficients.shape[0] / self.filters.shape[0]
-        return f"dictionary_size={self.dictionary_size}, taps={taps:g}, group_size={self.group_size}, lowering={self.lowering!r}"
+        sizes = f"dictionary_size={self.dictionary_size}, taps={taps:g}, group_size={self.group_size}"
+        rounding = "" if self.precision == "float32" else f", precision={self.precision!r}"
+        return f"{sizes}, lowering={self.lowering!r}{rounding}"
 
 
 def _sizes(weight: LookupWeight) -> tuple[int, int, tuple[int, int], int]:

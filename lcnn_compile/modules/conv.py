@@ -92,9 +92,10 @@ class LookupConv2d(LookupConv):
         sparsity: float | None = 6,
         group_size: int = 8,
         lowering: str = "auto",
+        precision: str = "float32",
     ):
         args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering)
+        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, m, H, W] or [m, H, W] of the module's dtype to [N, n, H', W'] or [n, H', W']."""
@@ -132,9 +133,10 @@ class LookupConv1d(LookupConv):
         sparsity: float | None = 6,
         group_size: int = 8,
         lowering: str = "auto",
+        precision: str = "float32",
     ):
         args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering)
+        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, m, L] or [m, L] of the module's dtype to [N, n, L'] or [n, L']."""
@@ -174,9 +176,10 @@ class LookupConv3d(LookupConv):
         sparsity: float | None = 6,
         group_size: int = 8,
         lowering: str = "auto",
+        precision: str = "float32",
     ):
         args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering)
+        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, m, D, H, W] or [m, D, H, W] of the module's dtype to [N, n, D', H', W'] or [n, D', H', W']."""

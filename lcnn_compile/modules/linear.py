@@ -37,9 +37,10 @@ class LookupLinear(LookupModule):
         sparsity: float | None = 6,
         group_size: int = 8,
         lowering: str = "auto",
+        precision: str = "float32",
     ):
         args = (in_features, out_features, bias)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering)
+        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: LayerConfig | None = None) -> LookupLinear:

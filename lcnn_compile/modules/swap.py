@@ -28,7 +28,9 @@ def dense_layer(module: LookupModule) -> Any:
     return module.to_dense()
 
 
-def lookup_layer(weight: LookupWeight, layer: Any, bias: Tensor | None, lowering: str = "auto") -> LookupModule:
+def lookup_layer(
+    weight: LookupWeight, layer: Any, bias: Tensor | None, lowering: str = "auto", precision: str = "float32"
+) -> LookupModule:
     """The lookup module that takes the place of ``layer``; see :meth:`LookupModule.from_weight`.
 
     Raises:
@@ -39,7 +41,7 @@ def lookup_layer(weight: LookupWeight, layer: Any, bias: Tensor | None, lowering
     if kind is None:
         known = ", ".join(k.__name__ for k in LOOKUP_KINDS)
         raise ConversionError(f"{type(layer).__name__} has no lookup form; there is one for {known}")
-    return LOOKUP_KINDS[kind].from_weight(weight, layer, bias, lowering)
+    return LOOKUP_KINDS[kind].from_weight(weight, layer, bias, lowering, precision)
 
 
 def lookup_modules(model: nn.Module) -> Iterator[tuple[str, LookupModule]]:

@@ -86,9 +86,10 @@ class LookupConvTranspose2d(LookupConvTranspose):
         sparsity: float | None = 6,
         group_size: int = 8,
         lowering: str = "auto",
+        precision: str = "float32",
     ):
         args = (in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering)
+        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
 
 
 class LookupConvTranspose1d(LookupConvTranspose):
@@ -121,6 +122,7 @@ class LookupConvTranspose1d(LookupConvTranspose):
         sparsity: float | None = 6,
         group_size: int = 8,
         lowering: str = "auto",
+        precision: str = "float32",
     ):
         args = (in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering)
+        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)

@@ -12,6 +12,7 @@ from lcnn_compile.passes.fuse import fuse_epilogues
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.passes.lower import choose_lowerings
 from lcnn_compile.passes.narrow import narrow_convolutions
+from lcnn_compile.passes.precision import set_precision
 from lcnn_compile.passes.programs import gather_programs
 from lcnn_compile.passes.replace import replace_convolutions
 
@@ -26,5 +27,6 @@ __all__ = [
     "lift_functional_convolutions",
     "narrow_convolutions",
     "replace_convolutions",
+    "set_precision",
     "to_functional",
 ]

@@ -53,8 +53,8 @@ def has_constant_weight(node: fx.Node) -> bool:
 def epilogue_of(node: fx.Node) -> tuple[str, Any, bool]:
     """Activation, residual and whether the residual comes last, of a lookup convolution."""
     values = [
-        *node.args[14:],
-        *(node.kwargs.get(k, v) for k, v in list(zip(_EPILOGUE, _DEFAULTS, strict=True))[len(node.args[14:]) :]),
+        *node.args[14:17],
+        *(node.kwargs.get(k, v) for k, v in list(zip(_EPILOGUE, _DEFAULTS, strict=True))[len(node.args[14:17]) :]),
     ]
     return cast(tuple[str, Any, bool], tuple(values))
 

@@ -48,6 +48,11 @@ def _find(gm: fx.GraphModule) -> Iterator[Convolution]:
             yield Convolution(node, name, is_lookup(node))
 
 
+def precision_of(node: fx.Node) -> str:
+    """The precision that a lookup convolution may compute in."""
+    return str(node.args[17] if len(node.args) > 17 else node.kwargs.get("precision", "float32"))
+
+
 def is_lookup(node: fx.Node) -> bool:
     """Whether a node calls the lookup operator."""
     return node.op == "call_function" and node.target in LOOKUPS

@@ -9,7 +9,7 @@ from torch import fx
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.ops import has_lookup_kernel
 from lcnn_compile.passes.decompose import has_constant_weight, rewrite
-from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.find import is_lookup, precision_of
 from lcnn_compile.passes.functional import dtype_of, example, shape_of, to_functional
 from lcnn_compile.passes.targets import attribute
 from lcnn_compile.torch_private import example_of_size
@@ -33,8 +33,8 @@ def choose_lowerings(gm: fx.GraphModule, device: str | None = None) -> fx.GraphM
         if lowering in ("factored", "dense"):
             rewrite(gm, node, lowering)
         else:
-            node.args = (*node.args[:13], lowering)
-            node.kwargs = {}
+            rounding = {} if precision_of(node) == "float32" else {"precision": precision_of(node)}
+            node.args, node.kwargs = (*node.args[:13], lowering), rounding
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -52,5 +52,5 @@ def _cheapest(gm: fx.GraphModule, node: fx.Node, device: str | None) -> str:
     sizes = [example_of_size(value) for value in shape]
     out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
     geometry = (out_channels, kernel_size, stride, padding, dilation)
-    problem = choose.problem_of(sizes, dictionary.shape, coefficients.shape, *geometry, where, dtype)
+    problem = choose.problem_of(sizes, dictionary.shape, coefficients.shape, *geometry, where, dtype, precision_of(node))
     return choose.cheapest(problem, has_lookup_kernel(where, dtype), measure=True)

@@ -17,7 +17,7 @@ from torch.fx.passes.tools_common import stable_topological_sort
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.program import Program, run_program
 from lcnn_compile.kernels.steps import LookUp, Recipe, Step, View
-from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.find import is_lookup, precision_of
 from lcnn_compile.passes.steps import Steps, residual_of, steps_of
 from lcnn_compile.passes.targets import attribute
 
@@ -178,5 +178,5 @@ def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
 def _weight(gm: fx.GraphModule, node: fx.Node) -> tuple[cpu.PackedWeight, Tensor | None]:
     weight = tuple(attribute(gm, cast(fx.Node, a).target) for a in node.args[1:7])
     bias = None if node.args[7] is None else attribute(gm, cast(fx.Node, node.args[7]).target)
-    packed = cpu.packed_weight(weight, tuple(cast(Any, node.args[9])))
+    packed = cpu.packed_weight(weight, tuple(cast(Any, node.args[9])), precision_of(node))
     return packed, None if bias is None else bias.detach().to(torch.float32).contiguous()

@@ -75,8 +75,9 @@ def residual_of(node: fx.Node) -> fx.Node | None:
 
 def _epilogue(node: fx.Node) -> list[Any]:
     """lowering, activation, residual, residual_last."""
-    names = ("lowering", "activation", "residual", "residual_last")
-    return bound(node, (*WEIGHT_AND_GEOMETRY, *names), (*[None] * len(WEIGHT_AND_GEOMETRY), "lookup", "none", None, False))[-4:]
+    names = ("lowering", "activation", "residual", "residual_last", "precision")
+    defaults = ("lookup", "none", None, False, "float32")
+    return bound(node, (*WEIGHT_AND_GEOMETRY, *names), (*[None] * len(WEIGHT_AND_GEOMETRY), *defaults))[-5:-1]
 
 
 def _same(a: Any, b: Any) -> bool:

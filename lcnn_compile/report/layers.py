@@ -29,6 +29,7 @@ class LayerReport:
         macs_before, macs_after: multiply-adds per sample; None where the layer's input size is not known.
         bytes_before, bytes_after: bytes of weight and bias.
         lowering: how it is computed: "lookup", "factored" or "dense".
+        precision: "bfloat16" where lookups may round their operands; ``error`` includes that.
         reason: why it stays dense, or a remark.
         seconds_before, seconds_after: seconds in one run of the eager dense and lookup model on the example inputs, as
             :func:`~lcnn_compile.report.times.time_layers` measured them; None where it did not.
@@ -49,6 +50,7 @@ class LayerReport:
     reason: str = ""
     seconds_before: float | None = None
     seconds_after: float | None = None
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,12 @@ def _nothing(report: Report) -> str:
     return ""
 
 
+def _lowering(row: LayerReport) -> str:
+    if not row.replaced:
+        return "left dense"
+    return row.lowering if row.precision == "float32" or row.lowering != "lookup" else f"{row.lowering}, {row.precision}"
+
+
 def _worst(report: Report) -> str:
     errors = [row.error for row in report.replaced if row.error is not None]
     return f"≤ {percent(max(errors))}" if errors else ""
@@ -119,5 +125,5 @@ COLUMNS: tuple[tuple[str, Callable[[LayerReport], str], Callable[[Report], str]]
         lambda row: _change(row.bytes_before / 1e3, row.bytes_after / 1e3, 0, row.replaced),
         lambda report: _total(report.nbytes(), 1e3, 0),
     ),
-    ("lowering", lambda row: row.lowering if row.replaced else "left dense", _nothing),
+    ("lowering", _lowering, _nothing),
 )

@@ -78,7 +78,7 @@ def time_planned(report: Report, model: nn.Module, example_inputs: Any) -> Repor
             sparsity, group_size = row.taps / geometry.area, row.group_size or 1
             config = LayerConfig(dictionary_size=row.dictionary_size, sparsity=sparsity, group_size=group_size)
             weight = random_weight(geometry.groups, geometry.in_channels, geometry.out_channels, geometry.kernel_size, config)
-            new = lookup_layer(weight.to(layer.weight.device, layer.weight.dtype), layer, layer.bias, row.lowering)
+            new = lookup_layer(weight.to(layer.weight.device, layer.weight.dtype), layer, layer.bias, row.lowering, row.precision)
             lookup = replace_module(lookup, layer, new)
     found = time_layers(report, model, lookup, example_inputs)
     sized = {row.name for row in report.replaced if row.dictionary_size is not None}
