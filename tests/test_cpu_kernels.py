@@ -96,7 +96,7 @@ def random_case(rng):
 @pytest.fixture(params=sorted(cpu_build.ISA_FLAGS))
 def instruction_set(request, monkeypatch):
     """The kernels of one instruction set, where this processor has it."""
-    order = ("portable", "avx2", "avx512")
+    order = ("portable", "avx2", "avx512", "avx512bf16")
     if request.param not in order[: order.index(cpu_build.instruction_set()) + 1]:
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setenv("LCNN_CPU_ISA", request.param)
