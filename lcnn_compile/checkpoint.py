@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -126,10 +126,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         new = _module(result.get_submodule(name), name, settings, state)
         result = replace_module(result, result.get_submodule(name), new)
     _load_state(result, state)
-    rows = tuple(_row(row) for row in header.report)
-    known = {name: settings.get("precision", "float32") for name, settings in header.layers.items()}
-    rows = tuple(replace(row, precision=known.get(row.name, "float32")) for row in rows)
-    result.lcnn_report = Report(rows, title=f"lcnn: {type(model).__name__}")
+    result.lcnn_report = Report(tuple(_row(row) for row in header.report), title=f"lcnn: {type(model).__name__}")
     return result
 
 
@@ -180,6 +177,9 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         raise refusal
     for key, value in tensors.items():
         _check_finite(key, value)
+    for row in report:
+        if isinstance(row, dict) and isinstance(row.get("name"), str):
+            row["precision"] = layers.get(row["name"], {}).get("precision", "float32")
     return Header(layers, aliases, report, {key: list(value.shape) for key, value in tensors.items()}), tensors
 
 
