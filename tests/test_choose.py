@@ -60,7 +60,7 @@ def store(tmp_path, monkeypatch):
 def test_measured_once_and_remembered(store, monkeypatch):
     times = {"lookup": 3.0, "factored": 2.0, "dense": 5.0}
     asked = []
-    monkeypatch.setattr(measured, "_caller", lambda arguments, name: name)
+    monkeypatch.setattr(measured, "_caller", lambda arguments, name, precision: name)
     monkeypatch.setattr(measured, "_burst", lambda name: asked.append(name) or times[name])
     monkeypatch.setattr(measured, "HOPELESS", 1e9)
     assert measured.remembered(PROBLEM) is None
