@@ -96,7 +96,7 @@ class Plan:
         if use is None:
             raise ConversionError(f"{name}: budget='time' needs a layer to run on the example inputs; exclude it")
         geometry = geometry_of(layer)  # type: ignore[arg-type]
-        problem = self._problem(layer, use, max(1, size), geometry.out_channels * max(1, taps), group_size)  # type: ignore[arg-type]
+        problem = self._problem(name, layer, use, max(1, size), geometry.out_channels * max(1, taps), group_size)  # type: ignore[arg-type]
         found = choose.seconds(problem, has_lookup_kernel(problem.device, problem.dtype))
         wanted = self.configs[name].lowering if name in self.configs else "auto"
         lowering = "dense" if not size else wanted if wanted in found else "lookup" if "lookup" in found else "factored"
@@ -173,13 +173,14 @@ class Plan:
         wanted, use = self.configs[name].lowering, self.survey.usage.get(name)
         if wanted != "auto":
             return wanted
-        problem = self._problem(layer, use, k, taps, group_size)
+        problem = self._problem(name, layer, use, k, taps, group_size)
         return choose.cheapest(problem, has_lookup_kernel(problem.device, problem.dtype))
 
-    def _problem(self, layer: Layer, use: Usage | None, k: int, taps: int, group_size: int) -> choose.Problem:
+    def _problem(self, name: str, layer: Layer, use: Usage | None, k: int, taps: int, group_size: int) -> choose.Problem:
         """A layer of these sizes on one sample; ``taps`` of all filters."""
         geometry = geometry_of(layer)
         call, size = geometry.call(), use.size if use else (28, 28) if geometry.area > 1 else (1, 1)
+        wanted = self.configs[name].precision if name in self.configs else "float32"
         return choose.Problem(
             # Rows of numbers are pixels that a fully connected layer takes together.
             batch=use.out_pixels if use and size == (1, 1) else 1,
@@ -196,7 +197,7 @@ class Plan:
             dilation=call.dilation,
             device=layer.weight.device.type,
             dtype=layer.weight.dtype,
-            precision=choose.known_precision(self.configs[name].precision, layer.weight.device.type, layer.weight.dtype),
+            precision=choose.known_precision(wanted, layer.weight.device.type, layer.weight.dtype),
         )
 
 

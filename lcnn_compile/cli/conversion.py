@@ -55,8 +55,8 @@ def explain_command(
 
     With --time, layers of the planned sizes with random values are timed against the model's own.
     """
-    wanted = (dictionary_size, sparsity, group_size, max_error, target_speedup, budget, include, exclude, lowering, precision, seed)
-    changes = given.sizes(*wanted)
+    limits = (dictionary_size, sparsity, group_size, max_error, target_speedup, budget)
+    changes = given.sizes(*limits, include, exclude, lowering, precision, seed)
     with output(as_json) as out:
         _check_targets(html, plot)
         settings = given.configuration(config, changes)
@@ -108,8 +108,8 @@ def convert_command(
     as_json: given.AsJson = False,
 ) -> None:
     """Convert a model and save it; lcnn_compile.load(model, OUTPUT) loads it again."""
-    wanted = (dictionary_size, sparsity, group_size, max_error, target_speedup, budget, include, exclude, lowering, precision, seed)
-    changes = given.sizes(*wanted)
+    limits = (dictionary_size, sparsity, group_size, max_error, target_speedup, budget)
+    changes = given.sizes(*limits, include, exclude, lowering, precision, seed)
     if checkpoint is None and reductions is None:
         raise LcnnError("name the checkpoint to write (OUTPUT), or the reductions of a --sweep")
     if resume is not None and reductions is not None:
