@@ -175,11 +175,11 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         raise refusal
     if not all(_layer_ok(v) for v in layers.values()) or not all(isinstance(v, str) for v in aliases.values()):
         raise refusal
-    for key, value in tensors.items():
-        _check_finite(key, value)
     for row in report:
         if isinstance(row, dict) and isinstance(row.get("name"), str):
             row["precision"] = layers.get(row["name"], {}).get("precision", "float32")
+    for key, value in tensors.items():
+        _check_finite(key, value)
     return Header(layers, aliases, report, {key: list(value.shape) for key, value in tensors.items()}), tensors
 
 
