@@ -11,7 +11,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.shape_prop import ShapeProp
 
 from lcnn_compile import LcnnError, LookupConv2d, LookupWeight, passes
-from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels import cpu, program
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.programs import programs
 from lcnn_compile.testing import assert_equivalent, networks
@@ -70,10 +70,11 @@ def gathered(model, x):
 
 
 @pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
-@given(networks(), st.sampled_from(["contiguous", "channels_last", "strided", "broadcast"]), st.integers(1, 2))
-def test_programs_of_random_networks(case, layout, threads):
-    before = torch.get_num_threads()
+@given(networks(), st.sampled_from(["contiguous", "channels_last", "strided", "broadcast"]), st.integers(1, 2), st.booleans())
+def test_programs_of_random_networks(case, layout, threads, pool_early):
+    before, pool_from = torch.get_num_threads(), program.POOL_FROM
     torch.set_num_threads(threads)
+    program.POOL_FROM = 0 if pool_early else pool_from
     try:
         model, x = with_lookups(case.model), case.inputs
         gm = gathered(model, x)
@@ -84,6 +85,7 @@ def test_programs_of_random_networks(case, layout, threads):
         assert_equivalent(model, gm, x, factor=32)
     finally:
         torch.set_num_threads(before)
+        program.POOL_FROM = pool_from
 
 
 def test_passes_on_an_exported_graph():

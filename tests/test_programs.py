@@ -20,6 +20,7 @@ from lcnn_compile.kernels.program import Program, allocate
 from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, View, Window, pooled
 from lcnn_compile.passes import fuse_epilogues, gather_programs
 from lcnn_compile.passes.programs import programs
+from lcnn_compile.testing.cases import LAYOUTS, laid_out
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
 
@@ -257,6 +258,34 @@ def test_what_does_not_fit_is_refused():
         Program(Recipe(1, (View(0, (4,)),), (1,)), [])(torch.randn(1, 4, 1, 1))
 
 
+def test_one_program_takes_its_inputs_in_any_layout_in_turn():
+    conv, residual = layer(6, 8, padding=1), torch.randn(2, 8, 9, 12)
+    step = LookUp(0, 1, 6, 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "relu")
+    made = Program(Recipe(2, (step, Pool(2, Window(True, (2, 3), (1, 2)))), (3,)), [packed(conv)])
+    x = torch.randn(2, 6, 9, 12)
+    for first in LAYOUTS:
+        for second in LAYOUTS:
+            a, b = laid_out(x, first), laid_out(residual, second)
+            exact = F.conv2d(a.double(), conv.dense_weight().double(), conv.bias.double(), padding=1) + b.double()
+            assert_close(made(a, b)[0], F.avg_pool2d(F.relu(exact), (2, 3), (1, 2)).detach())
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("least", [0, 1 << 30])
+def test_pooling_of_windows_that_are_not_square_and_of_values_that_are_none(mean, least):
+    conv, x = layer(5, 9, 3, padding=1), torch.randn(2, 5, 23, 37)
+    x[1, :, 11, 20] = math.nan
+    steps = (LookUp(0, None, 5, 9, (3, 3), (1, 1), (1,) * 4, (1, 1)), Pool(1, Window(mean, (3, 2), (2, 3), (1, 0))))
+    recipe = Recipe(1, steps, (2,))
+    recipe = pooled(recipe, recipe.shapes([x.shape]), least)
+    assert len(recipe.steps) == (1 if least == 0 else 2)
+    [y] = Program(recipe, [packed(conv)])(x)
+    exact = F.conv2d(x.double(), conv.dense_weight().double(), conv.bias.double(), padding=1)
+    exact = F.avg_pool2d(exact, (3, 2), (2, 3), (1, 0)) if mean else F.max_pool2d(exact, (3, 2), (2, 3), (1, 0))
+    torch.testing.assert_close(y.double(), exact.detach(), atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert y.isnan().any()
+
+
 def attempt(given, handle, recipe):
     return torch.ops.lcnn.run_program(given, handle, recipe)
 
@@ -289,6 +318,11 @@ def test_the_operator_refuses_what_would_not_fit_in_memory():
     for inputs in ([], [x, x], [x.to("meta").squeeze(0)], [x.to_sparse()], [x.bfloat16()]):
         with pytest.raises((KernelError, NotImplementedError)):
             attempt(inputs, handle, text)
+    added = Program(Recipe(2, (replace(step, residual=1),), (2,)), [packed(layer(4, 6, padding=1))])
+    assert added(x, torch.randn(1, 6, 7, 7))[0].shape == (1, 6, 7, 7)
+    for residual in ((1, 6, 7, 6), (1, 1, 7, 7), (6, 7, 7), (1, 6, 0, 7)):
+        with pytest.raises(KernelError, match="residual"):
+            attempt([x, torch.randn(residual)], torch.tensor(added.handle), added.recipe.to_json())
     freed = torch.randn(1, 4, 7, 7)
     freed.untyped_storage().resize_(0)
     with pytest.raises(KernelError, match="memory"):

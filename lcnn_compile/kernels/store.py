@@ -32,11 +32,11 @@ def remember(path: Path, key: str, value: Any) -> None:
     """Add one entry to a file; a folder that cannot be written is not worth failing for."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"), tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        with FileLock(f"{path}.lock"), tempfile.TemporaryDirectory(dir=path.parent) as folder:
             known.cache_clear()
-            json.dump({**known(path), key: value}, file)
-            file.flush()
-            os.replace(file.name, path)
+            written = Path(folder) / path.name
+            written.write_text(json.dumps({**known(path), key: value}))
+            os.replace(written, path)
     except OSError:
         return
     known.cache_clear()
