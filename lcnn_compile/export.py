@@ -24,7 +24,7 @@ from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fuse_epilogue
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.lift import lift_functional_convolutions
-from lcnn_compile.torch_private import FakeTensorMode, module_of, pytree
+from lcnn_compile.torch_private import FakeTensorMode, compile_package, module_of, pytree
 
 Lowering = Literal["auto", "lookup", "factored", "dense"]
 PLAIN = ("factored", "dense")
@@ -142,7 +142,7 @@ def export_aot(
     program = export_program(model, example_inputs, lowering=lowering, dynamic_batch=dynamic_batch)
     with replacing(path) as made:
         try:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(made))
+            compile_package(program, str(made))
         except Exception as error:
             # Inductor runs a C++ compiler and may raise anything.
             raise ExportError(f"AOTInductor cannot compile the model: {_first_line(error)}; a C++ compiler is needed") from error

@@ -20,21 +20,26 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
+    "BatchNorm",
     "FakeTensor",
     "FakeTensorMode",
     "children_of",
+    "compile_package",
     "compile_with_inductor",
     "dynamo_signals",
     "example_of_size",
     "has_hooks",
     "inductor_modes",
     "is_users_tensor",
+    "load_package",
     "mark_static",
     "module_of",
     "move_hooks",
+    "occupy_gpu",
     "owned_by",
     "pads_of",
     "pre_hooks_of",
+    "profiled_kernels",
     "pytree",
     "tensor_names",
     "version",
@@ -47,6 +52,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", 
 _OWNED = re.compile(r"_(parameters|buffers)_")
 _OWNER = re.compile(r"\._(parameters|buffers)\['")
 _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""What all batch norms derive from."""
 
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """How often a tensor was written to in place; inference tensors have none and raise RuntimeError."""
@@ -61,6 +69,24 @@ def compile_with_inductor(graph: fx.GraphModule, inputs: list[Any], patches: dic
 
     compiled: Any = compile_fx(graph, inputs, config_patches=patches)
     return compiled
+
+
+def compile_package(program: Any, path: str) -> None:
+    """Write AOTInductor's package of an exported program."""
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """What an AOTInductor package computes."""
+    loaded: Any = torch._inductor.aoti_load_package(path)
+    return loaded
+
+
+def profiled_kernels() -> Any:
+    """A context in which Inductor compiles kernels that the profiler knows by name."""
+    from torch._inductor import config
+
+    return config.patch("cpp.enable_kernel_profile", True)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:
@@ -157,6 +183,11 @@ def without_sources() -> Iterator[None]:
 def _number(key: str) -> int:
     found = re.match(r"<eval_with_key>\.(\d+)", key)
     return int(found[1]) if found else -1
+
+
+def occupy_gpu(cycles: int) -> None:
+    """Let the current GPU wait so many cycles, in its stream."""
+    torch.cuda._sleep(cycles)
 
 
 def mark_static(tensor: Tensor) -> None:

@@ -48,3 +48,22 @@ def test_commits_are_checked_by_the_pinned_versions():
 def test_the_version_is_in_the_changelog():
     first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
     assert first == lcnn_compile.__version__
+
+
+PRIVATE = re.compile(
+    r"\btorch(?:\.\w+)*\._[a-zA-Z]\w*|\bfrom torch[\w.]* import [^\n]*\b_\w+|\bnn(?:\.\w+)+\._[a-zA-Z]\w*|\.(?:_modules|_parameters|_buffers|_version)\b"
+)
+
+
+def test_what_is_private_in_torch_is_touched_in_one_file():
+    package = ROOT / "lcnn_compile"
+    touched = {
+        f"{path.relative_to(package)}: {found}"
+        for path in package.rglob("*.py")
+        if path.name != "torch_private.py"
+        for line in path.read_text().splitlines()
+        if "``" not in line
+        for found in PRIVATE.findall(line)
+    }
+    assert touched == set()
+    assert PRIVATE.findall((package / "torch_private.py").read_text())

@@ -70,6 +70,49 @@ def gathered(model, x):
 
 
 @pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
+@pytest.mark.parametrize(
+    ("pool", "taken"),
+    [
+        (lambda y: F.max_pool2d(y, 3, 2, 1), True),
+        (lambda y: F.max_pool2d(y, (2, 3), (3, 1), (1, 0)), True),
+        (lambda y: F.max_pool2d(y, 2), True),
+        (lambda y: F.max_pool2d(y, 3, 2, 1, ceil_mode=True), False),
+        (lambda y: F.max_pool2d(y, 2, 1, dilation=2), False),
+        (lambda y: F.avg_pool2d(y, (3, 2), (1, 2)), True),
+        (lambda y: F.avg_pool2d(y, 3, 2, 1), True),
+        (lambda y: F.avg_pool2d(y, 3, 2, 1, count_include_pad=False), False),
+        (lambda y: F.avg_pool2d(y, 3, 2, count_include_pad=False), True),
+        (lambda y: F.avg_pool2d(y, 3, 2, 0, True), False),
+        (lambda y: F.avg_pool2d(y, 2, divisor_override=3), False),
+        (lambda y: F.adaptive_avg_pool2d(y, 1), True),
+        (lambda y: F.adaptive_avg_pool2d(y, (3, 2)), True),
+        (lambda y: F.adaptive_avg_pool2d(y, (4, 3)), False),
+        (lambda y: y.mean((2, 3)), True),
+        (lambda y: y.mean((3, -2), True), True),
+        (lambda y: y.mean((1, 2)), False),
+        (lambda y: y.mean((2, 3), dtype=torch.float64), False),
+        (lambda y: y.amax((-1, -2)), True),
+        (lambda y: y.amax((1, 3)), False),
+        (lambda y: F.dropout(y, 0.5, False), True),
+        (lambda y: y.flatten(2).unflatten(1, (3, 2)), True),
+    ],
+)
+def test_poolings_in_programs(pool, taken):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = LookupConv2d(4, 6, 3, padding=1, dictionary_size=2, lowering="lookup")
+
+        def forward(self, x):
+            return pool(self.conv(x))
+
+    model, x = Net().eval(), torch.randn(2, 4, 9, 14)
+    gm = gathered(model, x)
+    assert (len(programs(gm)[0].recipe.steps) > 1) == taken
+    assert_equivalent(model, gm, x, factor=16)
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
 @given(networks(), st.sampled_from(["contiguous", "channels_last", "strided", "broadcast"]), st.integers(1, 2), st.booleans())
 def test_programs_of_random_networks(case, layout, threads, pool_early):
     before, pool_from = torch.get_num_threads(), program.POOL_FROM

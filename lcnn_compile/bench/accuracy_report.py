@@ -35,7 +35,7 @@ def measure_times(study: Study, threads: int, batch: int, seconds: float) -> dic
             continue
         folder = study.work / "engines" / case.name
         folder.mkdir(parents=True, exist_ok=True)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if case.method in LOOKUPS:
             for engine in (LOOKUP_ENGINES["lcnn"], LOOKUP_ENGINES["lcnn frozen"]):
                 calls[f"{case.name}|{engine.name}"] = engine.prepare(study.load(case), example, folder)

@@ -99,7 +99,7 @@ def perform(job: Job) -> Any:
     rows = []
     for number, case in enumerate(cases):
         # Dynamo stops compiling a function after a few variants of it; every case starts afresh.
-        torch._dynamo.reset()
+        torch.compiler.reset()
         folder = Path(job.folder, f"{job.case}{number}") if job.folder else None
         if folder is not None:
             folder.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from rich.table import Table
 from lcnn_compile.bench.measure import LOOKUP_ENGINES
 from lcnn_compile.bench.networks import build, example_input
 from lcnn_compile.bench.settings import SETTINGS, lookup_network
+from lcnn_compile.torch_private import profiled_kernels
 
 CALLS = 20
 # The first kind whose word occurs in an operator's name; generated kernels carry the names of what was fused into them.
@@ -38,7 +39,7 @@ def run(case: str, batch: int) -> dict[str, Any]:
     network, setting = case.split(" ")
     torch.manual_seed(0)
     model, example = lookup_network(network, build(network), SETTINGS[setting]), example_input(batch)
-    with torch._inductor.config.patch("cpp.enable_kernel_profile", True), TemporaryDirectory() as folder:
+    with profiled_kernels(), TemporaryDirectory() as folder:
         call = LOOKUP_ENGINES["lcnn"].prepare(model, example, Path(folder)).call
         call()
     for _ in range(3):

@@ -96,7 +96,7 @@ def run(quick: bool) -> dict[str, Any]:
     points = []
     for axis, point in _points(quick):
         if point not in done:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             done[point] = _time(point, peak, threads, 0.5 if quick else 2.0)
         points.append({"axis": axis, "value": getattr(point, axis), **done[point]})
     return {"threads": threads, "peak": peak.to_dict() if peak else None, "points": points, "overhead": _overhead()}

@@ -14,6 +14,7 @@ import torch
 import triton
 
 from lcnn_compile.kernels.store import cache_folder
+from lcnn_compile.torch_private import occupy_gpu
 
 AHEAD = 400_000
 """Clock cycles that a GPU idles before a timed call, a fifth of a millisecond: launches are all queued by then, so that the time
@@ -30,7 +31,7 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     def once() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         sweep.zero_()
-        torch.cuda._sleep(AHEAD)
+        occupy_gpu(AHEAD)
         start.record()
         call()
         end.record()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lcnn_compile.errors import ConfigError, LcnnWarning
 from lcnn_compile.learning.resume import read_state, write_state
 from lcnn_compile.learning.soft import sparsity_penalty
-from lcnn_compile.torch_private import pytree
+from lcnn_compile.torch_private import BatchNorm, pytree
 
 Loss = Literal["auto", "kl", "mse"]
 
@@ -244,7 +244,7 @@ def _check(epochs: int, lr: float, loss: str, label_weight: float, temperature: 
 def _train_mode(student: nn.Module, train_batch_norm: bool) -> None:
     student.eval()
     for module in student.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.train(train_batch_norm)
 
 

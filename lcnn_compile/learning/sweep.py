@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lcnn_compile.batches import call_model
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, ConversionError
 from lcnn_compile.learning.model import FittedLayer, Progress, fit_budgets
 from lcnn_compile.learning.sampling import BATCH_IMAGES, leading
+from lcnn_compile.torch_private import pytree
 
 if TYPE_CHECKING:
     from lcnn_compile.plan import Plan
