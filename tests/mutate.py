@@ -30,8 +30,8 @@ class Mutation:
     old: str
     new: str
 
-    def apply(self, tree: Path) -> None:
-        """Break the file in ``tree``."""
+    def apply(self, tree: Path) -> str:
+        """Break the file in ``tree``; what was in it before."""
         path = tree / "lcnn_compile" / self.file
         text = path.read_text()
         if text.count(self.old) != 1:
@@ -39,10 +39,7 @@ class Mutation:
                 f"{self.file} has this text {text.count(self.old)} times, not once; mend mutations.toml:\n{self.old}"
             )
         path.write_text(text.replace(self.old, self.new))
-
-    def undo(self, tree: Path) -> None:
-        """Take the file from the original again."""
-        shutil.copy(ROOT / "lcnn_compile" / self.file, tree / "lcnn_compile" / self.file)
+        return text
 
     def __str__(self) -> str:
         def short(text: str) -> str:
@@ -57,8 +54,9 @@ def read() -> tuple[dict[str, str], list[Mutation]]:
     found = [Mutation(suite, **entry) for suite, entries in table["mutations"].items() for entry in entries]
     for mutation in found:
         with tempfile.TemporaryDirectory() as name:
-            (Path(name) / "lcnn_compile" / mutation.file).parent.mkdir(parents=True)
-            mutation.undo(Path(name))
+            copy = Path(name) / "lcnn_compile" / mutation.file
+            copy.parent.mkdir(parents=True)
+            shutil.copy(ROOT / "lcnn_compile" / mutation.file, copy)
             mutation.apply(Path(name))
     return table["suites"], found
 
@@ -93,9 +91,9 @@ def main(wanted: list[str]) -> int:
             if status := run(tree, suites[suite]):
                 raise SystemExit(f"the suite {suite!r} fails (status {status}) before anything is broken: {suites[suite]}")
         for number, mutation in enumerate(mutations, 1):
-            mutation.apply(tree)
+            text = mutation.apply(tree)
             status = run(tree, suites[mutation.suite])
-            mutation.undo(tree)
+            (tree / "lcnn_compile" / mutation.file).write_text(text)
             if 2 <= status <= 5:
                 raise SystemExit(f"pytest could not run {suites[mutation.suite]!r} (status {status}) for {mutation}")
             survivors += [] if status else [mutation]

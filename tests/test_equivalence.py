@@ -13,6 +13,7 @@ from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.ops import LOWERINGS, lookup_conv2d
 from lcnn_compile.lookup import filter_table
 from lcnn_compile.testing import assert_close, assert_equivalent, conv_layers, lookup_layers, lookup_weights, random_tensor
+from lcnn_compile.testing.cases import LAYOUTS, laid_out
 from lcnn_compile.torch_private import pads_of
 
 LOWERING = st.sampled_from([*LOWERINGS, "auto"])
@@ -60,24 +61,40 @@ def test_every_lowering_dtype_and_thread_count(case, lowering, threads):
     st.sampled_from(list(reference.ACTIVATIONS)),
     st.sampled_from([None, "first", "last"]),
     st.booleans(),
-    st.sampled_from(["contiguous", "channels_last", "broadcast"]),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(DTYPES),
+    st.tuples(
+        st.sampled_from([0, 1, 2]), st.tuples(*[st.integers(0, 3)] * 4), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2)
+    ),
     st.data(),
 )
-def test_epilogues_in_every_layout(weight, lowering, activation, residual, with_bias, layout, data):
-    x = random_tensor(data.draw, (2, 6, 9, 8))
-    bias = random_tensor(data.draw, (weight.out_channels,)) if with_bias else None
-    plain = F.conv2d(x.double(), weight.to(torch.float64).dense_weight(), bias if bias is None else bias.double(), groups=2)
-    added = random_tensor(data.draw, tuple(plain.shape)) if residual else None
-    if added is not None and layout == "channels_last":
-        added = added.contiguous(memory_format=torch.channels_last)
-    if added is not None and layout == "broadcast":
-        added = added[:, :1].expand(added.shape)
+def test_epilogues_in_every_layout(weight, lowering, activation, residual, with_bias, layout, dtype, settings, data):
+    batch, pads, threads, stride, dilation = settings
+    torch.set_num_threads(threads)
+    weight = weight.to(dtype)
+    x = laid_out(random_tensor(data.draw, (batch, 6, 10, 9), dtype), layout)
+    bias = random_tensor(data.draw, (weight.out_channels,), dtype) if with_bias else None
+    top, bottom, left, right = pads
+
+    def dense(convert):
+        padded = F.pad(convert(x), (left, right, top, bottom))
+        dense_weight = weight.to(convert(x).dtype).dense_weight()
+        return F.conv2d(padded, dense_weight, None if bias is None else convert(bias), stride, 0, dilation, 2)
+
+    plain = dense(torch.Tensor.double)
+    added = laid_out(random_tensor(data.draw, tuple(plain.shape), dtype), layout) if residual else None
     last = residual == "last"
-    wide = None if added is None else added.double()
-    truth = reference.apply_epilogue(plain, None, wide, activation, last)
-    own = reference.apply_epilogue(F.conv2d(x, weight.dense_weight(), bias, groups=2), None, added, activation, last)
-    args = (x, *weight.tensors().values(), bias, weight.out_channels, weight.kernel_size, (1, 1), (0,) * 4, (1, 1))
-    assert_close(lookup_conv2d(*args, lowering, activation, added, last), own, truth, factor=16)
+    truth = reference.apply_epilogue(plain, None, None if added is None else added.double(), activation, last)
+    own = reference.apply_epilogue(dense(lambda t: t), None, added, activation, last)
+    terms = F.conv2d(
+        F.pad(x.double().abs(), (left, right, top, bottom)),
+        reference.dense_weight(weight.dictionary.double().abs(), weight.to(torch.float64).lookup_tensor().abs()),
+        None, stride, 0, dilation, 2,
+    )  # fmt: skip
+    floor = own.double() + 4 * torch.finfo(dtype).eps * (terms.max() if terms.numel() else 0.0)
+    geometry = (weight.kernel_size, (stride, stride), pads, (dilation, dilation))
+    args = (x, *weight.tensors().values(), bias, weight.out_channels, *geometry)
+    assert_close(lookup_conv2d(*args, lowering, activation, added, last), floor.to(dtype), truth, factor=16)
 
 
 @given(lookup_layers(dtypes=[torch.float64]), LOWERING, st.data())
