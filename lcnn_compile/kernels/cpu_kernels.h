@@ -120,6 +120,22 @@ struct Lookup {
   bool stream;  // write past the caches: every vector is full and aligned
 };
 
+// The way out for epilogues that are more than a clamp. Not a part of the kernels, each of which would take its time to compile.
+static __attribute__((noinline)) void finish(const Lookup& to, const Pixels* pixels, int vectors, const int32_t* filters, int size,
+                                             const Vec* sums) {
+  for (int f = 0; f < size; ++f)
+    for (int v = 0; v < vectors; ++v, ++sums) {
+      const Pixels& p = pixels[v];
+      const int64_t target = filters[f] * to.plane + p.target;
+      Vec y = to.epilogue(p.mask == FULL ? *sums : compress(*sums, p.mask));
+      if (to.residual && to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
+      if (to.stream)
+        store_past_caches(to.y + target, y);
+      else
+        store_first(to.y + target, y, p.spills ? LANES : p.count);
+    }
+}
+
 // F filters at V vectors of pixels; `regular`: all of them are full.
 template <int F, int V>
 static inline __attribute__((always_inline)) void look_up(const Lookup& to, const Pixels* pixels, bool regular, const int32_t* offsets, const float* coefficients, int64_t width,
@@ -172,19 +188,8 @@ static inline __attribute__((always_inline)) void look_up(const Lookup& to, cons
   UNROLL for (int f = 0; f < F; ++f) {
     UNROLL for (int v = 0; v < V; ++v) sums[f][v] = acc[f][v];
   }
-  for (int f = 0; f < F; ++f)
-    for (int v = 0; v < V; ++v) {
-      const Pixels& p = pixels[v];
-      const int64_t target = filters[f] * to.plane + p.target;
-      Vec y = to.epilogue(p.mask == FULL ? sums[f][v] : compress(sums[f][v], p.mask));
-      if (to.residual && to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
-      if (to.stream)
-        store_past_caches(to.y + target, y);
-      else
-        store_first(to.y + target, y, p.spills ? LANES : p.count);
-    }
+  finish(to, pixels, V, filters, F, sums[0]);
 }
-
 
 // Filters that share their taps.
 template <int F, int V>
