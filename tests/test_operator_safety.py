@@ -185,3 +185,30 @@ def test_values_that_are_negated_when_read(name, lowering):
     negated = {**given, name: torch._neg_view(-given[name])}
     assert negated[name].is_neg()
     torch.testing.assert_close(lookup_conv2d(*negated.values()), lookup_conv2d(*given.values()))
+
+
+@pytest.mark.parametrize("lowering", ["lookup", "factored", "dense", "auto"])
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        *(("indices", place, value) for place in (0, -1) for value in (-1, 5, 2**31 - 1, -(2**31))),
+        *(("positions", place, value) for place in (0, -1) for value in (-1, 6, 2**31 - 1, -(2**31))),
+        ("offsets", 0, 1),
+        ("offsets", 0, -1),
+        ("offsets", 1, 2**31 - 1),
+        ("offsets", 1, -5),
+        ("offsets", -1, 10**6),
+        ("filters", (0, 0), 1),
+        ("filters", (0, 0), 10),
+        ("filters", (0, 0), -2),
+        ("filters", (0, 0), -1),
+        ("filters", (3, 2), 3),
+    ],
+    ids=str,
+)
+def test_one_integer_out_of_range(name, place, value, lowering):
+    given = {**arguments(), "lowering": lowering}
+    given[name] = given[name].clone()
+    given[name][place] = value
+    with pytest.raises(LcnnError):
+        lookup_conv2d(*given.values())
