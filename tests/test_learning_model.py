@@ -11,6 +11,9 @@ from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.geometry import geometry_of
 from lcnn_compile.learning import fit_model
+from lcnn_compile.learning.dictionary import fit_dictionary
+from lcnn_compile.learning.fit import _choice_of, fit_layer
+from lcnn_compile.learning.model import _Fitting
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.sampling import calibrate
 from lcnn_compile.learning.sensitivity import Sensitivity, output_sensitivity
@@ -113,9 +116,13 @@ def test_all_vectors_and_taps_are_bit_exact(zoo):
             assert layer.error < 1e-8
 
 
-def test_errors_are_those_of_the_compressed_network_on_images_that_were_held_out():
+def test_errors_are_those_of_the_compressed_network_on_images_that_were_held_out(monkeypatch):
     model, data = small().requires_grad_(False), images(10)
-    fitted = fit(model, LayerConfig(dictionary_size=0.5, sparsity=3, group_size=2), data.split(5))
+    config = LayerConfig(dictionary_size=0.5, sparsity=3, group_size=2)
+    final = fit(model, config, data.split(5))
+    monkeypatch.setattr(_Fitting, "_refit", lambda self, result, names: None)
+    fitted = fit(model, config, data.split(5))
+    assert {name: layer.error for name, layer in final.items()} == {name: layer.error for name, layer in fitted.items()}
     clone = compressed(model, fitted).requires_grad_(False)
     held = data[[0, 5]]  # two of ten, spread evenly
     for depth, name in ((1, "0"), (3, "2"), (5, "4")):
@@ -130,9 +137,8 @@ def test_coefficients_solve_least_squares_on_the_compressed_networks_inputs(monk
     model, data = small(), images(10)
     fitted = fit(model, LayerConfig(dictionary_size=0.5, sparsity=3, group_size=1), [data])
     clone = compressed(model, fitted)
-    fits = data[[1, 2, 3, 4, 6, 7, 8, 9]]
     weight = fitted["2"].weight
-    x, y = clone[:2](fits).detach(), model[:3](fits).detach()
+    x, y = clone[:2](data).detach(), model[:3](data).detach()
     s = torch.einsum("km,nmhw->nkhw", weight.dictionary[0], x)
     columns = F.unfold(s, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
     outputs = y.flatten(2).transpose(1, 2).flatten(0, 1).double()
@@ -351,3 +357,37 @@ def test_every_tap_by_number_is_as_exact_as_none():
     model = small()
     for layer, dense in zip(fit(model, LayerConfig(16, 16, 4), images(4).split(2)).values(), model[::2], strict=True):
         assert torch.equal(layer.weight.dense_weight(), dense.weight)
+
+
+def test_the_choice_of_a_weight_is_what_it_was_made_of():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(12, 14, (3, 2), groups=2)
+    geometry = geometry_of(conv)
+    basis = fit_dictionary(conv.weight, geometry, 4, None)
+    for even in (True, False):
+        weight = fit_layer(geometry, basis, None, 9, 3, even=even).weight
+        assert even or weight.offsets.diff().unique().numel() > 1
+        for group in range(2):
+            choice = _choice_of(weight, group, geometry)
+            assert (choice.filters.sort().values >= -1).all()
+            assert sorted(choice.filters[choice.filters >= 0].tolist()) == list(range(7))
+            for row in range(choice.filters.shape[0]):
+                tap = slice(int(weight.offsets[3 * group + row]), int(weight.offsets[3 * group + row + 1]))
+                wanted = weight.positions[tap].long() * 4 + weight.indices[tap].long()
+                columns = choice.columns[row].tolist()
+                assert columns[: int(choice.counts[row])] == wanted.tolist()
+                assert len(set(columns)) == len(columns)
+                assert max(columns) < 24
+
+
+def test_refitting_lowers_the_error_on_all_pixels_and_keeps_the_taps(monkeypatch):
+    model, data = small().requires_grad_(False), images(10)
+    config = LayerConfig(dictionary_size=0.5, sparsity=2, group_size=4)
+    final = fit(model, config, data.split(5))
+    monkeypatch.setattr(_Fitting, "_refit", lambda self, result, names: None)
+    first = fit(model, config, data.split(5))
+    for name in ("indices", "positions", "offsets", "filters", "dictionary"):
+        assert all(torch.equal(getattr(final[layer].weight, name), getattr(first[layer].weight, name)) for layer in final)
+    with torch.no_grad():
+        wrong = [(model(data) - compressed(model, fits)(data)).square().sum() for fits in (final, first)]
+    assert wrong[0] < 0.99 * wrong[1]

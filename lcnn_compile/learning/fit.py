@@ -61,10 +61,11 @@ class Problem:
     count: int
 
     @classmethod
-    def of(cls, sample: Sample | None, basis: Basis, group: int) -> Problem:
+    def of(cls, sample: Sample | None, basis: Basis, group: int, *, whole: bool = False) -> Problem:
         """From a sample, whose patches have at least the basis's planes, or from the weight alone.
 
-        The dense weight in terms of the basis is the solution that data may overrule.
+        The dense weight in terms of the basis is the solution that data may overrule. The moments are over the pixels that
+        are not held out, or over the ``whole`` sample.
         """
         prior = basis.lookups[group].flatten(1).T
         weights = basis.weights[group]
@@ -77,8 +78,9 @@ class Problem:
         k, filters = basis.size, prior.shape[1]
         patches = sample.patches[:, group, :, :k].flatten(1)
         outputs = sample.outputs[:, group * filters : (group + 1) * filters]
-        measures = sample.held if sample.held.any() and not sample.held.all() else torch.ones_like(sample.held)
-        fits = ~sample.held if sample.held.any() and not sample.held.all() else measures
+        split = bool(sample.held.any()) and not bool(sample.held.all())
+        measures = sample.held if split else torch.ones_like(sample.held)
+        fits = ~sample.held if split and not whole else torch.ones_like(sample.held)
         x, y = patches[fits], outputs[fits]
         patch_mean, output_mean = x.mean(0), y.mean(0)
         x, y = x - patch_mean, y - output_mean
@@ -193,6 +195,49 @@ def fit_layer(
         parts.append((choice, coefficients))
         biases.append(bias)
     return Fit(_assemble(geometry, basis.dictionary, parts), torch.cat(biases), float(errors[0] / errors[1].clamp(min=1e-30)))
+
+
+def refit_layer(geometry: Geometry, basis: Basis, sample: Sample, weight: LookupWeight) -> tuple[LookupWeight, Tensor]:
+    """The coefficients and bias [n] that the whole sample asks for at the taps of ``weight``, in float32.
+
+    Args:
+        geometry: of the layer.
+        basis: whose dictionary the weight has.
+        sample: as for :func:`fit_layer`.
+        weight: as :func:`fit_layer` made it.
+    """
+    parts, biases = [], []
+    for group in range(geometry.groups):
+        problem = Problem.of(sample, basis, group, whole=True)
+        choice = _choice_of(weight, group, geometry)
+        coefficients = problem.solve(choice)
+        biases.append(problem.bias(problem.rows(coefficients, choice)))
+        parts.append((choice, coefficients))
+    return _assemble(geometry, basis.dictionary, parts), torch.cat(biases)
+
+
+def _choice_of(weight: LookupWeight, group: int, geometry: Geometry) -> Choice:
+    """The filter groups of one convolution group and their taps: what :func:`_assemble` was given."""
+    count = weight.filters.shape[0] // geometry.groups
+    rows = slice(group * count, (group + 1) * count)
+    counts = weight.offsets.diff().long()[rows]
+    places = torch.arange(int(counts.max()), device=counts.device)
+    used = places < counts[:, None]
+    taps = torch.where(used, weight.offsets[rows, None].long() + places, 0)
+    # What a filter group does not use is never looked at, but has to be another column than those that it uses.
+    columns = (weight.positions.long() * weight.dictionary_size + weight.indices.long())[taps]
+    filters = weight.filters[rows].long()
+    filters = torch.where(filters >= 0, filters - group * geometry.filters, filters)
+    return Choice(filters, _distinct(columns, used, weight.dictionary_size * geometry.area), counts)
+
+
+def _distinct(columns: Tensor, used: Tensor, size: int) -> Tensor:
+    """The same columns where they are ``used``; elsewhere others of the ``size``, so that no row has one twice."""
+    taken = torch.zeros(columns.shape[0], size, dtype=torch.bool, device=columns.device)
+    taken.scatter_(1, torch.where(used, columns, columns[:, :1]), True)
+    free = taken.to(torch.uint8).argsort(dim=1, stable=True)
+    spare = (~used).long().cumsum(1) - 1
+    return torch.where(used, columns, free.gather(1, spare.clamp(min=0)))
 
 
 def _assemble(geometry: Geometry, dictionary: Tensor, parts: list[tuple[Choice, Tensor]]) -> LookupWeight:

@@ -19,7 +19,7 @@ from lcnn_compile.geometry import Layer
 from lcnn_compile.learning.allocate import allocate
 from lcnn_compile.learning.costs import Costs, MultiplyAdds, Seconds, Timer
 from lcnn_compile.learning.dictionary import Basis, fit_dictionary, most_vectors
-from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless
+from lcnn_compile.learning.fit import Fit, fit_layer, fit_lossless, refit_layer
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.processes import Processes
 from lcnn_compile.learning.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler, calibrate
@@ -198,9 +198,7 @@ class _Fitting:
             self.points = self._allocate(order, target_speedup, self.costs.other + sum(map(self.costs.dense, result)))
         if self.sampler is not None:
             self.sampler.remember({name: self._planes(name) for name in order if not self._stays_dense(name)})
-        step = max(1, -(-len(order) // PASSES))
-        for start in range(0, len(order), step):
-            names = order[start : start + step]
+        for names in self._steps(order):
             known = self._known(names)
             wanted = [name for name in names if name not in known and not self._stays_dense(name)]
             samples = self._samples(wanted, compressed=True)
@@ -208,12 +206,44 @@ class _Fitting:
                 result[name] = known.get(name) or self._fit(name, samples.pop(name, None))
                 if self.saved is not None and name not in known:
                     self.saved.put(name, result[name])
-                if not result[name].reason:
-                    self.network.fitted[name] = (result[name].weight.dense_weight(), result[name].bias)
-                if last:
-                    self.bases.pop(name, None)
-            self.tell("fit", start + len(names), len(order))
+                self._install(name, result[name])
+            self.tell("fit", order.index(names[-1]) + 1, len(order))
+        self._refit(result, [name for name in order if not result[name].reason and not self.lossless(name)])
+        if last:
+            self.bases.clear()
         return {name: result[name] for name in self.network.layers}
+
+    def _steps(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
+        """The layers that one run through the calibration sample serves, one run after the other."""
+        step = max(1, -(-len(names) // PASSES))
+        return (names[start : start + step] for start in range(0, len(names), step))
+
+    def _install(self, name: str, fit: FittedLayer) -> None:
+        """Let the compressed network have a fitted layer."""
+        if not fit.reason:
+            self.network.fitted[name] = (fit.weight.dense_weight(), fit.bias)
+
+    def _refit(self, result: dict[str, FittedLayer], names: Sequence[str]) -> None:
+        """Coefficients anew from the first layer on, now from all pixels: those held out have told the errors, which stay.
+
+        The errors are those of the first fit, to which none of these pixels was known in any layer.
+        """
+        if self.sampler is None:
+            return
+        self.network.fitted = {name: fitted for name, fitted in self.network.fitted.items() if name not in names}
+        self.sampler.remember({name: self._planes(name) for name in names})
+        for part in self._steps(names):
+            samples = self._samples(part, compressed=True)
+            for name in part:
+                old = result[name]
+                if name in samples:
+                    basis = self._basis(name).first(old.weight.dictionary_size)
+                    weight, bias = refit_layer(self.network.geometry[name], basis, samples.pop(name), old.weight)
+                    if torch.isfinite(weight.coefficients).all() and torch.isfinite(bias).all():
+                        like = self.network.weight(name)
+                        result[name] = replace(old, weight=weight.to(like.device, like.dtype), bias=bias.to(like))
+                self._install(name, result[name])
+            self.tell("refit", names.index(part[-1]) + 1, len(names))
 
     def _known(self, names: Sequence[str]) -> dict[str, FittedLayer]:
         """The layers that an earlier call has fitted."""
