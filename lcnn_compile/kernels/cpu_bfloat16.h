@@ -108,17 +108,23 @@ static void form_halves(const uint32_t* pixels, int64_t pitch, const uint32_t* r
   }
 }
 
-static inline void finish(const Lookup& to, const Pixels& p, int64_t filter, Vec sum) {
-  if (!p.count) return;
-  const int64_t target = filter * to.plane + p.target;
-  Vec y = p.mask == FULL ? sum : compress(sum, p.mask);
-  if (to.residual && !to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
-  y = to.epilogue(y);
-  if (to.residual && to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
-  if (to.stream)
-    store_past_caches(to.y + target, y);
-  else
-    store_first(to.y + target, y, p.count);
+// The way out of the lookup stage: as `finish` of float32, with residuals that come before the activation too.
+static __attribute__((noinline)) void finish_halves(const Lookup& to, const Pixels* pixels, int vectors, const int32_t* filters,
+                                                    int size, const Vec* sums) {
+  for (int f = 0; f < size; ++f)
+    for (int v = 0; v < vectors; ++v, ++sums) {
+      const Pixels& p = pixels[v];
+      if (!p.count) continue;
+      const int64_t target = filters[f] * to.plane + p.target;
+      Vec y = p.mask == FULL ? *sums : compress(*sums, p.mask);
+      if (to.residual && !to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
+      y = to.epilogue(y);
+      if (to.residual && to.epilogue.residual_last) y += load_first(to.residual + target, p.count);
+      if (to.stream)
+        store_past_caches(to.y + target, y);
+      else
+        store_first(to.y + target, y, p.count);
+    }
 }
 
 // F filters at V times two vectors of pixels. `coefficients` [pairs of taps][width]; an odd last tap is paired with zeros.
@@ -153,8 +159,7 @@ static void look_up_halves(const Lookup& to, const uint16_t* s, const Pixels* pi
   UNROLL for (int f = 0; f < F; ++f) {
     UNROLL for (int v = 0; v < V; ++v) in_order(acc[f][2 * v], acc[f][2 * v + 1], sums[f][2 * v], sums[f][2 * v + 1]);
   }
-  for (int f = 0; f < F; ++f)
-    for (int v = 0; v < 2 * V; ++v) finish(to, pixels[v], filters[f], sums[f][v]);
+  finish_halves(to, pixels, 2 * V, filters, F, sums[0]);
 }
 
 // Vectors of pixels, in twos, that fit the registers beside the operands.
