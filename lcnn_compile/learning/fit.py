@@ -197,7 +197,9 @@ def fit_layer(
     return Fit(_assemble(geometry, basis.dictionary, parts), torch.cat(biases), float(errors[0] / errors[1].clamp(min=1e-30)))
 
 
-def refit_layer(geometry: Geometry, basis: Basis, sample: Sample, weight: LookupWeight) -> tuple[LookupWeight, Tensor]:
+def refit_layer(
+    geometry: Geometry, basis: Basis, sample: Sample, weight: LookupWeight, *, rounded: bool = False
+) -> tuple[LookupWeight, Tensor]:
     """The coefficients and bias [n] that the whole sample asks for at the taps of ``weight``, in float32.
 
     Args:
@@ -205,13 +207,15 @@ def refit_layer(geometry: Geometry, basis: Basis, sample: Sample, weight: Lookup
         basis: whose dictionary the weight has.
         sample: as for :func:`fit_layer`.
         weight: as :func:`fit_layer` made it.
+        rounded: the bias is for coefficients rounded to bfloat16.
     """
     parts, biases = [], []
     for group in range(geometry.groups):
         problem = Problem.of(sample, basis, group, whole=True)
         choice = _choice_of(weight, group, geometry)
         coefficients = problem.solve(choice)
-        biases.append(problem.bias(problem.rows(coefficients, choice)))
+        matrix = problem.rows(to_bfloat16(coefficients) if rounded else coefficients, choice)
+        biases.append(problem.bias(matrix))
         parts.append((choice, coefficients))
     return _assemble(geometry, basis.dictionary, parts), torch.cat(biases)
 

@@ -238,7 +238,8 @@ class _Fitting:
                 old = result[name]
                 if name in samples:
                     basis = self._basis(name).first(old.weight.dictionary_size)
-                    weight, bias = refit_layer(self.network.geometry[name], basis, samples.pop(name), old.weight)
+                    geometry, rounded = self.network.geometry[name], self._rounded(name)
+                    weight, bias = refit_layer(geometry, basis, samples.pop(name), old.weight, rounded=rounded)
                     if torch.isfinite(weight.coefficients).all() and torch.isfinite(bias).all():
                         like = self.network.weight(name)
                         result[name] = replace(old, weight=weight.to(like.device, like.dtype), bias=bias.to(like))
