@@ -91,7 +91,7 @@ class Study:
         return result
 
     def _make(self, case: Case) -> nn.Module:
-        dense, calibration = self.dense(), self.images.calibration()
+        dense, calibration = self.dense(), self.images.calibration(mirrored=True)
         if case.method == "scratch":
             return self._scratch(case)
         if case.epochs:

@@ -53,9 +53,10 @@ class Images:
         with np.load(cache) as stored:
             return cls(dict(stored))
 
-    def calibration(self, images: int = CALIBRATION_IMAGES, batch: int = 64) -> list[Tensor]:
-        """Unlabelled batches of the first training images."""
-        return list(standardise(self.train[:images]).split(batch))
+    def calibration(self, images: int = CALIBRATION_IMAGES, batch: int = 64, *, mirrored: bool = False) -> list[Tensor]:
+        """Unlabelled batches of the first training images, ``mirrored``: followed by their mirror images."""
+        found = standardise(self.train[:images])
+        return list((torch.cat([found, found.flip(3)]) if mirrored else found).split(batch))
 
 
 def _decode(stream: np.ndarray, offsets: np.ndarray) -> np.ndarray:
