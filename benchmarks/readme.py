@@ -149,16 +149,22 @@ def accuracy(rows: Rows) -> str:
 
 def accuracy_short() -> str:
     """The README's table: dense, int8 and lookups of eight filters per group."""
-    rows = [row for row in accuracy_rows() if row["method"] in ("dense", "lookups", "int8") and row["group_size"] == 8]
+    rows = [row for row in accuracy_rows() if row["method"] in ("dense", "lookups", "int8") and ordinary(row)]
     return accuracy([row for row in rows if row["method"] != "dense" or not row["epochs"]])
+
+
+def ordinary(row: dict[str, Any]) -> bool:
+    """Whether a case has eight filters per group and a budget of multiply-adds."""
+    return row["group_size"] == 8 and row.get("budget", "macs") == "macs"
 
 
 def name_of(row: dict[str, Any]) -> str:
     """A case of the accuracy benchmark in words."""
     parts = [METHODS.get(row["method"], (row["method"],))[0]]
     if row["method"] not in ("dense", *LOW_PRECISION):
-        parts.append(f"budget {row['case'].split('x')[0].rpartition('-')[2]}x")
-    if "lookups" in row["method"] and row["group_size"] != 8:
+        counted = "time budget" if row.get("budget") == "time" else "budget"
+        parts.append(f"{counted} {row['case'].split('x')[0].rpartition('-')[2]}x")
+    if "lookups" in row["method"] and not ordinary(row):
         parts.append(f"g = {row['group_size']}")
     if row["epochs"]:
         parts.append(f"{row['epochs']} epochs")
@@ -202,7 +208,7 @@ def draw_accuracy(axes: Any, rows: Rows) -> None:
     """Top-1 against time of one network on CIFAR-10; lines join budgets of the same kind."""
     for method, (label, colour, marker) in METHODS.items():
         for tuned in (False, True):
-            mine = [r for r in rows if r["method"] == method and bool(r["epochs"]) == tuned and r["group_size"] == 8]
+            mine = [r for r in rows if r["method"] == method and bool(r["epochs"]) == tuned and ordinary(r)]
             points = sorted((1e3 * r["time"]["seconds"], r["top1"]) for r in mine)
             if points and not (tuned and method == "dense"):
                 text = f"{label}, fine-tuned" if tuned and method != "scratch" else label

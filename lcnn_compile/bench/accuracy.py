@@ -75,7 +75,8 @@ class Study:
         if known is not None:
             return known
         start = time.perf_counter()
-        result: dict[str, Any] = {"case": case.name, "method": case.method, "group_size": case.group_size, "epochs": case.epochs}
+        result: dict[str, Any] = {"case": case.name, "method": case.method, "group_size": case.group_size}
+        result |= {"epochs": case.epochs, "budget": case.budget}
         if case.method in ("int8", "bfloat16"):
             result |= {"top1": self._openvino(case), "macs": macs.count(self.dense(), self.example)}
         else:
@@ -97,8 +98,12 @@ class Study:
         if case.epochs:
             return self._tune(case)
         if case.method == "lookups":
-            config = LookupConfig(target_speedup=case.speedup, group_size=case.group_size)
-            return convert(dense, config, calibration=calibration)
+            config = LookupConfig(target_speedup=case.speedup, group_size=case.group_size, budget=case.budget)
+            before = torch.get_num_threads()
+            torch.set_num_threads(1 if case.budget == "time" else before)
+            converted = convert(dense, config, calibration=calibration)
+            torch.set_num_threads(before)
+            return converted
         if case.method == "uniform lookups":
             return convert(dense, self._uniform(dense, case), calibration=calibration)
         if case.method == "low rank":
@@ -139,7 +144,7 @@ class Study:
                     bias=False,
                     dictionary_size=old.dictionary_size,
                     sparsity=None,
-                    group_size=case.group_size,
+                    group_size=old.group_size,
                 )
                 taps = old.lookup_weight().taps / old.out_channels
                 soften(new, sparsity=taps / (conv.kernel_size[0] * conv.kernel_size[1]))

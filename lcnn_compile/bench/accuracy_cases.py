@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lcnn_compile.config import Budget
 from lcnn_compile.errors import ConfigError
 
 Method = Literal["dense", "lookups", "uniform lookups", "scratch", "low rank", "pruned", "int8", "bfloat16"]
@@ -17,16 +18,17 @@ class Case:
     Attributes:
         name: of the case and its files.
         method: how the dense network is changed.
-        speedup: reduction of its multiply-adds.
-        group_size: g of lookups.
+        speedup: reduction of its multiply-adds, or of its layers' time on one thread.
+        group_size: g of lookups; "auto" where a search chooses it.
         epochs: of training after that.
     """
 
     name: str
     method: Method
     speedup: float = 1.0
-    group_size: int = 8
+    group_size: int | Literal["auto"] = 8
     epochs: int = 0
+    budget: Budget = "macs"
 
     @property
     def start(self) -> str:
@@ -40,7 +42,8 @@ def _cases() -> list[Case]:
     cases = [Case("dense", "dense"), Case("int8", "int8"), Case("bfloat16", "bfloat16")]
     cases += [Case(f"lookups-{s:g}x", "lookups", s) for s in speedups]
     cases += [Case(f"uniform-{s:g}x", "uniform lookups", s) for s in (4.0, 8.0)]
-    cases += [Case(f"lookups-{s:g}x-g{g}", "lookups", s, g) for g in (1, 4, 16) for s in (4.0, 8.0)]
+    groups: tuple[int | Literal["auto"], ...] = (1, 4, 8, 16, "auto")
+    cases += [Case(f"lookups-time-{s:g}x-g{g}", "lookups", s, g, budget="time") for g in groups for s in (2.0, 4.0)]
     cases += [Case(f"{method.replace(' ', '-')}-{s:g}x", method, s) for method in ("low rank", "pruned") for s in speedups]
     cases += [
         Case("lookups-8x-5-epochs", "lookups", 8.0, epochs=5),
