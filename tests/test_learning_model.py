@@ -13,7 +13,7 @@ from lcnn_compile.geometry import geometry_of
 from lcnn_compile.learning import fit_model
 from lcnn_compile.learning.dictionary import fit_dictionary
 from lcnn_compile.learning.fit import _choice_of, fit_layer
-from lcnn_compile.learning.model import _Fitting
+from lcnn_compile.learning.fitting import Fitting
 from lcnn_compile.learning.network import Network
 from lcnn_compile.learning.sampling import calibrate
 from lcnn_compile.learning.sensitivity import Sensitivity, output_sensitivity
@@ -120,7 +120,7 @@ def test_errors_are_those_of_the_compressed_network_on_images_that_were_held_out
     model, data = small().requires_grad_(False), images(10)
     config = LayerConfig(dictionary_size=0.5, sparsity=3, group_size=2)
     final = fit(model, config, data.split(5))
-    monkeypatch.setattr(_Fitting, "_refit", lambda self, result, names: None)
+    monkeypatch.setattr(Fitting, "_refit", lambda self, result, names: None)
     fitted = fit(model, config, data.split(5))
     assert {name: layer.error for name, layer in final.items()} == {name: layer.error for name, layer in fitted.items()}
     clone = compressed(model, fitted).requires_grad_(False)
@@ -384,7 +384,7 @@ def test_refitting_lowers_the_error_on_all_pixels_and_keeps_the_taps(monkeypatch
     model, data = small().requires_grad_(False), images(10)
     config = LayerConfig(dictionary_size=0.5, sparsity=2, group_size=4)
     final = fit(model, config, data.split(5))
-    monkeypatch.setattr(_Fitting, "_refit", lambda self, result, names: None)
+    monkeypatch.setattr(Fitting, "_refit", lambda self, result, names: None)
     first = fit(model, config, data.split(5))
     for name in ("indices", "positions", "offsets", "filters", "dictionary"):
         assert all(torch.equal(getattr(final[layer].weight, name), getattr(first[layer].weight, name)) for layer in final)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from nets import SmallResNet, pictures, randomise
 
-import lcnn_compile.learning.model as fitting
 from lcnn_compile import LookupConfig, convert
 from lcnn_compile.errors import ConfigError, ConversionError
-from lcnn_compile.learning import sweep
+from lcnn_compile.learning import fitting, sweep
+from lcnn_compile.learning import model as whole
 
 torch.manual_seed(0)
 DATA, OTHER = pictures(24).split(8), pictures(2)
@@ -23,8 +23,9 @@ def points(model):
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("calibrate", "error_curve", "output_sensitivity"):
-            original = getattr(fitting, name)
-            patch.setattr(fitting, name, lambda *a, _f=original, _n=name, **k: calls.append(_n) or _f(*a, **k))
+            module = whole if name == "calibrate" else fitting
+            original = getattr(module, name)
+            patch.setattr(module, name, lambda *a, _f=original, _n=name, **k: calls.append(_n) or _f(*a, **k))
         found = sweep(model, [1.5, 3], calibration=iter(DATA), evaluate=lambda m: float(m(OTHER).sum()))
     assert calls.count("calibrate") == calls.count("output_sensitivity") == 1
     assert calls.count("error_curve") == sum(row.replaced or "budget" in row.reason for row in found[0].report)

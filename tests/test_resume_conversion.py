@@ -7,7 +7,7 @@ import torch
 from nets import SmallResNet, pictures, randomise
 
 from lcnn_compile import LcnnError, LookupConfig, convert
-from lcnn_compile.learning import model as learning
+from lcnn_compile.learning.fitting import Fitting
 
 FIXED = LookupConfig(dictionary_size=0.5, sparsity=2, group_size=3)
 SEARCHED = LookupConfig(target_speedup=1.5, group_size=2)
@@ -31,7 +31,7 @@ def test_what_was_fitted_is_not_fitted_again(dense, tmp_path, monkeypatch, confi
     options = {"calibration": calibration, "example_inputs": pictures(1)}
     plain = convert(dense, config, **options)
     fitted, measured = [], []
-    fit, curve = learning._Fitting._fit, learning._Fitting._curve
+    fit, curve = Fitting._fit, Fitting._curve
 
     def interrupted(self, name, sample):
         if len(fitted) == 3:
@@ -43,13 +43,13 @@ def test_what_was_fitted_is_not_fitted_again(dense, tmp_path, monkeypatch, confi
         measured.append(name)
         return curve(self, name, sample)
 
-    monkeypatch.setattr(learning._Fitting, "_fit", interrupted)
-    monkeypatch.setattr(learning._Fitting, "_curve", watched)
+    monkeypatch.setattr(Fitting, "_fit", interrupted)
+    monkeypatch.setattr(Fitting, "_curve", watched)
     with pytest.raises(KeyboardInterrupt):
         convert(dense, config, **options, resume=tmp_path / "fits")
     before, fitted[:], curves = list(fitted), [], list(measured)
     assert not list(tmp_path.glob("fits/.*"))
-    monkeypatch.setattr(learning._Fitting, "_fit", lambda self, name, sample: (fitted.append(name), fit(self, name, sample))[1])
+    monkeypatch.setattr(Fitting, "_fit", lambda self, name, sample: (fitted.append(name), fit(self, name, sample))[1])
     resumed = convert(dense, config, **options, resume=tmp_path / "fits")
     assert len(before) == 3
     assert not set(before) & set(fitted)

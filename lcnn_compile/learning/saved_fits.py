@@ -18,12 +18,12 @@ from torch import Tensor
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnError
 from lcnn_compile.files import replacing
+from lcnn_compile.learning.fitted import FittedLayer
 from lcnn_compile.learning.search import Point
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.torch_private import pytree
 
 if TYPE_CHECKING:
-    from lcnn_compile.learning.model import FittedLayer
     from lcnn_compile.learning.network import Network
 
 FORMAT = "lcnn_compile.fits/2"
@@ -81,8 +81,6 @@ class SavedFits:
 
     def get(self, name: str) -> FittedLayer | None:
         """The layer as it was fitted before; None if it was not."""
-        from lcnn_compile.learning.model import FittedLayer
-
         path = self._path(name, ".safetensors")
         if not path.exists():
             return None

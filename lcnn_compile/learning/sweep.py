@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lcnn_compile.batches import call_model
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, ConversionError
-from lcnn_compile.learning.model import FittedLayer, Progress, fit_budgets
+from lcnn_compile.learning.fitted import FittedLayer
+from lcnn_compile.learning.fitting import Progress
+from lcnn_compile.learning.model import fit_budgets
 from lcnn_compile.learning.sampling import BATCH_IMAGES, leading
 from lcnn_compile.torch_private import pytree
 
