@@ -173,7 +173,7 @@ struct HalfKernels {
   FormHalves form[FILTERS + 1][TILE + 1] = {};
   LookUpHalves look_up[FILTERS + 1][TILE / 2 + 1] = {};
 
-  HalfKernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
+  HalfKernels();
 
  private:
   template <int F, int V>
@@ -232,7 +232,7 @@ template <class Offsets>
 struct NarrowPairKernels {
   NarrowPairs<Offsets> at[BLOCK + 1][FEW + 1] = {};
 
-  NarrowPairKernels() { fill<BLOCK>(); }
+  NarrowPairKernels();
 
  private:
   template <int F>

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -28,6 +29,8 @@ from lcnn_compile.kernels.store import cache_folder
 
 SOURCES = (
     "cpu.cpp",
+    "cpu_kernels.cpp",
+    "cpu_bfloat16.cpp",
     "cpu_program.h",
     "cpu_pool.h",
     "cpu_run.h",
@@ -107,20 +110,31 @@ def _key(compiler: Path, flags: tuple[str, ...], sources: list[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _compile(compiler: Path, flags: tuple[str, ...], source: Path, target: Path) -> None:
-    """Compile to a name of our own, then rename: nobody ever sees half a library."""
+def _run(command: list[str]) -> str:
+    """What the compiler complains of; "" where it succeeds."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    return "" if done.returncode == 0 else done.stderr.strip() or f"exit status {done.returncode}"
+
+
+def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+    """Compile all sources at once to names of our own, link, then rename: nobody ever sees half a library."""
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         built = Path(work) / target.name
         failure = ""
         # A compiler without OpenMP still gives one fast thread, and one without bfloat16 instructions float32.
         fewer = tuple(flag for flag in flags if flag != "-mavx512bf16")
         for options in ((*flags, "-fopenmp"), (*fewer, "-fopenmp"), fewer):
-            command = [str(compiler), *options, "-o", str(built), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
-            if done.returncode == 0:
+            objects = [str(Path(work) / f"{source.stem}.o") for source in sources]
+            commands = [
+                [str(compiler), *options, "-c", "-o", made, str(source)] for source, made in zip(sources, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(len(commands)) as pool:
+                complaint = "\n".join(filter(None, pool.map(_run, commands)))
+            complaint = complaint or _run([str(compiler), *options, "-o", str(built), *objects])
+            if not complaint:
                 built.replace(target)
                 return
-            failure = failure or done.stderr.strip()
+            failure = failure or complaint
         raise OSError(f"{compiler.name} failed: {failure[-500:]}")
 
 
@@ -163,7 +177,8 @@ def build() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
             if not path.exists():
-                _compile(_compiler(), _flags(), Path(__file__).parent / SOURCES[0], path)
+                sources = [Path(__file__).parent / name for name in SOURCES if name.endswith(".cpp")]
+                _compile(_compiler(), _flags(), sources, path)
     return path
 
 

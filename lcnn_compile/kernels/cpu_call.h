@@ -6,12 +6,12 @@
 
 namespace lcnn {
 
-const Kernels kernels;
-const NarrowKernels<Channels> narrow_form;
-const NarrowKernels<const int32_t*> narrow_look_up;
-const HalfKernels half_kernels;
-const NarrowPairKernels<Channels> narrow_form_pairs;
-const NarrowPairKernels<const int32_t*> narrow_look_up_pairs;
+extern const Kernels kernels;
+extern const NarrowKernels<Channels> narrow_form;
+extern const NarrowKernels<const int32_t*> narrow_look_up;
+extern const HalfKernels half_kernels;
+extern const NarrowPairKernels<Channels> narrow_form_pairs;
+extern const NarrowPairKernels<const int32_t*> narrow_look_up_pairs;
 
 // The threads that work on one band, and the place of this one among them.
 struct Team {

@@ -214,13 +214,14 @@ using Form = decltype(&form<1, 1>);
 using LookUp = decltype(&look_up_together<1, 1>);
 using LookUpAlone = decltype(&look_up_alone<1>);
 
-// The kernels for every number of filters and vectors that fits the registers.
+// The kernels for every number of filters and vectors that fits the registers. Filled in a source file of its own, and so
+// are the other tables of kernels: they take longest to compile, and can be compiled at the same time.
 struct Kernels {
   Form form[FILTERS + 1][TILE + 1] = {};
   LookUp look_up[FILTERS + 1][TILE + 1] = {};
   LookUpAlone look_up_alone[TILE + 1] = {};
 
-  Kernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
+  Kernels();
 
  private:
   template <int F, int V>

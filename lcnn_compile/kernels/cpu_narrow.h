@@ -60,7 +60,7 @@ template <class Offsets>
 struct NarrowKernels {
   Narrow<Offsets> at[BLOCK + 1][FEW + 1] = {};
 
-  NarrowKernels() { fill<BLOCK>(); }
+  NarrowKernels();
 
  private:
   template <int F>

@@ -1,0 +1,17 @@
+// The tables of the float32 kernels.
+#include "cpu_call.h"
+
+namespace lcnn {
+
+Kernels::Kernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
+
+template <class Offsets>
+NarrowKernels<Offsets>::NarrowKernels() {
+  fill<BLOCK>();
+}
+
+const Kernels kernels;
+const NarrowKernels<Channels> narrow_form;
+const NarrowKernels<const int32_t*> narrow_look_up;
+
+}  // namespace lcnn
