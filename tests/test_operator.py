@@ -202,3 +202,31 @@ def test_bad_weights_never_reach_a_kernel(field, change, lowering):
     tensors = {**weight.tensors(), field: change(getattr(weight, field)).contiguous()}
     with pytest.raises(LcnnError):
         lookup_conv2d(torch.randn(1, 6, 8, 8), *tensors.values(), None, 10, (3, 2), (1, 1), (0,) * 4, (1, 1), lowering)
+
+
+@pytest.mark.parametrize("lowering", ["lookup", "factored", "dense", "backend"])
+@pytest.mark.parametrize("channels", [3, 16])
+def test_pixels_that_a_strided_pointwise_convolution_skips(lowering, channels):
+    layer = LookupConv2d(channels, 20, 1, stride=(2, 3), bias=True, dictionary_size=3, sparsity=2, group_size=4)
+    exact = layer.to_conv().double()
+    x = torch.randn(3, channels, 11, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    truth = x.detach().double().requires_grad_()
+    layer.lowering = "factored" if lowering == "backend" else lowering
+    if lowering == "backend":
+        with torch.no_grad():
+            y = torch.compile(layer.eval(), backend="lcnn")(x)
+        torch.testing.assert_close(y.double(), exact(truth), rtol=1e-4, atol=1e-5)
+        return
+    y, wanted = layer(x), exact(truth)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    wanted.backward(grad.double())
+    torch.testing.assert_close(x.grad.double(), truth.grad, rtol=1e-4, atol=1e-5)
+    weight = layer.lookup_weight().detach()
+    p = torch.zeros(20, 3, dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(weight.offsets) - 1), weight.offsets.diff().long())
+    for member in range(4):
+        p[weight.filters[owner, member].long(), weight.indices.long()] = weight.coefficients[:, member].double()
+    g = exact.weight.grad[:, :, 0, 0]
+    torch.testing.assert_close(layer.dictionary.grad[0].double(), p.T @ g, rtol=1e-4, atol=1e-4)

@@ -211,6 +211,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradients = triton_autograd.gradients(grad, ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3])
         return (*gradients, None, None, None, None, grad_bias, *[None] * 10)
     groups, size, _ = dictionary.shape
+    whole = input
+    skips = reference.skips_pixels(kernel_size, stride, padding)
+    if skips:
+        input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
     convolution_backward = torch.ops.aten.convolution_backward
     pointwise = reference.pointwise_weight(dictionary)
     p = reference.lookup_tensor(coefficients, indices, positions, offsets, filters, out_channels, size, kernel_size)
@@ -223,6 +227,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_input, grad_pointwise, _ = convolution_backward(
         grad_s, input, pointwise, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [*ctx.needs_input_grad[:2], False]
     )
+    if skips and grad_input is not None:
+        steps = ctx.geometry[2]
+        grad_input, grad_read = torch.zeros_like(whole), grad_input
+        grad_input[:, :, :: steps[0], :: steps[1]] = grad_read
     grad_dictionary = grad_pointwise.view_as(dictionary) if ctx.needs_input_grad[1] else None
     grad_coefficients = reference.gather_taps(grad_p, indices, positions, offsets, filters) if ctx.needs_input_grad[2] else None
     return (grad_input, grad_dictionary, grad_coefficients, None, None, None, None, grad_bias, *[None] * 10)

@@ -92,6 +92,8 @@ def lower_factored(
 ) -> Tensor:
     """S = D ∗ x, then a dense convolution with P: m·k + k·n·kh·kw multiply-adds per pixel."""
     groups = dictionary.shape[0]
+    if skips_pixels(lookups.shape[2:], stride, padding):
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     s = F.conv2d(x, pointwise_weight(dictionary), None, groups=groups)
     return convolve(s, lookups, stride, padding, dilation, groups)
 
@@ -140,6 +142,11 @@ def output_size(
     high = (size[0] + padding[0] + padding[1] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
     wide = (size[1] + padding[2] + padding[3] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
     return high, wide
+
+
+def skips_pixels(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a layer is a 1x1 convolution of every so many pixels, so that S is not needed at the others."""
+    return tuple(kernel_size) == (1, 1) and tuple(stride) != (1, 1) and not any(isinstance(p, int) and p for p in padding)
 
 
 def needed_pixels(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, cast
 
 import torch
@@ -86,6 +87,9 @@ def rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str) -> None:
     with graph.inserting_before(node):
         y: Any = x
         if pointwise is not None:
+            if reference.skips_pixels(kernel_size, stride, padding):
+                every = (slice(None), slice(None), slice(None, None, stride[0]), slice(None, None, stride[1]))
+                y, stride = graph.call_function(operator.getitem, (y, every)), (1, 1)
             y = _convolve(graph, y, pointwise, None, (1, 1), (0,) * 4, (1, 1), groups, _is_pixel(x))
         pixel = _is_pixel(x) and tuple(kernel_size) == (1, 1) and not any(padding)
         y = _convolve(graph, y, filter_bank, bias, stride, padding, dilation, groups, pixel)

@@ -235,7 +235,9 @@ def test_batch_in_chunks(group_size):
     config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1).lookups
     whole = direct(case, weight, x, config)
     image = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, 4).image(case.vectors)
-    assert torch.equal(direct(case, weight, x, config, chunk=2 * image * 4), whole)
+    parts = direct(case, weight, x, config, chunk=2 * image * 4)
+    # Which image a program works on must not matter; the interpreter's products of another shape may round otherwise.
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("group_size", [1, 16])
