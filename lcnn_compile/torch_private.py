@@ -5,11 +5,14 @@ Everything else imports it from here under a name that says what it is for. Test
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import linecache
 import operator
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,11 +67,26 @@ version: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
 def compile_with_inductor(graph: fx.GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor's callable for a graph, under changes of its configuration."""
-    from torch._inductor.compile_fx import compile_fx
+    """Inductor's callable for a graph, under changes of its configuration.
 
-    compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+    Its caches on disk know a graph by the names of our operators; the tag tells them which code those stood for.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch.compiler import config
+
+    tag = f"{config.cache_key_tag} lcnn {_source_digest()}"
+    with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        compiled: Any = compile_fx(graph, inputs, config_patches=patches)
     return compiled
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Of the operators' Python code: what tracing sees of them, forwards and backwards."""
+    digest = hashlib.sha256()
+    for source in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def compile_package(program: Any, path: str) -> None:

@@ -308,3 +308,19 @@ def test_fixed_lowerings_are_obeyed():
         assert {m.lowering for m in model.modules() if isinstance(m, LookupConv2d)} == {lowering}
         torch.compiler.reset()
         assert_equivalent(model, torch.compile(model, backend="lcnn"), x, factor=64)
+
+
+@pytest.mark.usefixtures("backend_reset")
+def test_what_was_compiled_for_other_code_of_the_operators_is_not_taken_from_the_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters = torch._dynamo.utils.counters["aot_autograd"]
+    found = []
+    for digest in ("one", "one", "other"):
+        monkeypatch.setattr("lcnn_compile.torch_private._source_digest", lambda digest=digest: digest)
+        torch.compiler.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        layer = LookupConv2d(4, 8, 3, dictionary_size=2, sparsity=1, lowering="lookup")
+        torch.compile(layer, backend="lcnn")(torch.ones(1, 4, 9, 9)).sum().backward()
+        found.append((counters["autograd_cache_hit"], counters["autograd_cache_miss"]))
+    assert found == [(0, 1), (1, 0), (0, 1)]
