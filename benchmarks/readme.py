@@ -103,21 +103,25 @@ def networks_short() -> str:
     return speed_table([row for row in rows if row["case"] in NETWORKS], "network")
 
 
-def networks_full() -> str:
+def networks_full(pattern: str = "networks*.json") -> str:
     """Every network, setting and batch."""
-    rows = comparisons("networks*.json")
+    rows = comparisons(pattern)
     batches = sorted({row["batch"] for row in rows})
     return "\n".join(f"Batch {batch}:\n\n{speed_table(rows, 'network', batch)}" for batch in batches)
 
 
-def layers() -> str:
+def layers(pattern: str = "layers*.json") -> str:
     """Every single layer."""
-    return speed_table(comparisons("layers*.json"), "layer")
+    rows = comparisons(pattern)
+    return speed_table(rows, "layer") if rows else ""
 
 
-def machine() -> str:
+def machine(pattern: str = "networks*.json") -> str:
     """One sentence: what the networks were measured on."""
-    document = documents("networks*.json")[-1]
+    found = documents(pattern)
+    if not found:
+        return ""
+    document = found[-1]
     hardware, versions = document["hardware"], document["versions"]
     return (
         f"{hardware['cpu']} ({hardware['capability']}), {hardware['cores']} cores, {hardware['system']}, torch {versions['torch']}, "
@@ -178,6 +182,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_short,
     "accuracy-full": lambda: accuracy(accuracy_rows()),
     "machine": machine,
+    "networks-avx2": lambda: networks_full("avx2/networks*.json"),
+    "layers-avx2": lambda: layers("avx2/layers*.json"),
+    "machine-avx2": lambda: machine("avx2/networks*.json"),
 }
 
 

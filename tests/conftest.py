@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from lcnn_compile.kernels import cpu, cpu_build
+
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 # Which lowering is fastest must not depend on what else the machine does during a test.
 os.environ.setdefault("LCNN_TUNE", "0")
@@ -38,3 +40,16 @@ def backend_reset():
     backend._warned.clear()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(params=sorted(cpu_build.ISA_FLAGS))
+def instruction_set(request, monkeypatch):
+    """The C++ kernels of one instruction set, where this processor has it."""
+    order = ("portable", "avx2", "avx512", "avx512bf16")
+    if request.param not in order[: order.index(cpu_build.instruction_set()) + 1]:
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("LCNN_CPU_ISA", request.param)
+    cpu_build.library.cache_clear()
+    assert cpu.is_available()
+    yield request.param
+    cpu_build.library.cache_clear()

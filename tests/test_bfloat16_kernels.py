@@ -10,26 +10,12 @@ import torch.nn.functional as F
 from test_cpu_kernels import call, random_case, random_weight
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels import cpu, cpu_build, reference
+from lcnn_compile.kernels import cpu, reference
 from lcnn_compile.kernels.program import Program
 from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Window, pooled
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
 EXACT = ("none", "relu", "relu6")
-
-
-@pytest.fixture(params=sorted(cpu_build.ISA_FLAGS))
-def instruction_set(request, monkeypatch):
-    """The kernels of one instruction set, where this processor has it, made to round activations too."""
-    order = ("portable", "avx2", "avx512", "avx512bf16")
-    if request.param not in order[: order.index(cpu_build.instruction_set()) + 1]:
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("LCNN_CPU_ISA", request.param)
-    monkeypatch.setenv("LCNN_CPU_BFLOAT16", "always")
-    cpu_build.library.cache_clear()
-    assert cpu.is_available()
-    yield request.param
-    cpu_build.library.cache_clear()
 
 
 @pytest.fixture
@@ -73,7 +59,7 @@ def integer_case(rng):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_integers_are_exact_in_any_geometry(instruction_set, seed):
+def test_integers_are_exact_in_any_geometry(instruction_set, always, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     for _ in range(20):
@@ -132,7 +118,7 @@ def test_the_environment_is_asked_at_every_call(monkeypatch):
     assert cpu.multiplies_pairs() or not torch.equal(results[0], results[1])
 
 
-def test_rounding_is_to_nearest_even_and_keeps_what_is_not_finite(instruction_set):
+def test_rounding_is_to_nearest_even_and_keeps_what_is_not_finite(instruction_set, always):
     weight = random_weight(random.Random(6), 1, 1, 1, (1, 1), 1, 1)
     one = torch.ones_like
     zero = torch.zeros(1, dtype=torch.int32)

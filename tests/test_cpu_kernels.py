@@ -93,19 +93,6 @@ def random_case(rng):
     )
 
 
-@pytest.fixture(params=sorted(cpu_build.ISA_FLAGS))
-def instruction_set(request, monkeypatch):
-    """The kernels of one instruction set, where this processor has it."""
-    order = ("portable", "avx2", "avx512", "avx512bf16")
-    if request.param not in order[: order.index(cpu_build.instruction_set()) + 1]:
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("LCNN_CPU_ISA", request.param)
-    cpu_build.library.cache_clear()
-    assert cpu.is_available()
-    yield request.param
-    cpu_build.library.cache_clear()
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_any_geometry(instruction_set, seed):
     rng = random.Random(seed)

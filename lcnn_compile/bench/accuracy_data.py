@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from lcnn_compile.errors import LcnnError
 
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 CALIBRATION_IMAGES = 512
 SHIFT = 4  # pixels of padding from which a training image is cropped
+VIEWS = 5  # of each training image, so that a teacher need not run in every epoch
 
 
 class Images:
@@ -74,9 +76,10 @@ def standardise(images: Tensor) -> Tensor:
 
 
 class TrainingBatches:
-    """Shuffled (images, labels) batches, flipped and shifted at random; the last, smaller one is left out.
+    """Shuffled ((images, keys), labels) batches, images flipped and shifted; the last, smaller one is left out.
 
-    Epoch e, set by ``set_epoch`` and counted up with each pass, is the same in every run with the same seed.
+    Every image has VIEWS ways to be flipped and shifted, drawn at random once; epoch e, set by ``set_epoch`` and counted up
+    with each pass, shows one of them and is the same in every run with the same seed. A key, int64 [N], names image and view.
     """
 
     def __init__(self, images: Images, size: int = 128, seed: int = 0) -> None:
@@ -89,23 +92,62 @@ class TrainingBatches:
     def __len__(self) -> int:
         return len(self.images.train) // self.size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        count, view = len(self.images.train), self.epoch % VIEWS
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * self.seed + self.epoch))
+        ways = Ways(count, torch.Generator().manual_seed(1000 * self.seed + 500 + view))
         self.epoch += 1
-        order = torch.randperm(len(self.images.train), generator=generator)
         for chosen in order[: len(self) * self.size].split(self.size):
-            yield standardise(augment(self.images.train[chosen], generator)), self.images.train_labels[chosen]
+            x = standardise(ways.applied(self.images.train[chosen], chosen))
+            yield (x, view * count + chosen), self.images.train_labels[chosen]
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip each image with probability 1/2 and shift it by up to SHIFT pixels, mirrored at the edges."""
-    count, _, high, wide = images.shape
-    padded = F.pad(images.float(), (SHIFT,) * 4, mode="reflect").to(images.dtype)
-    top, left = torch.randint(0, 2 * SHIFT + 1, (2, count, 1), generator=generator)
-    rows, columns = top + torch.arange(high), left + torch.arange(wide)
-    columns = torch.where(torch.rand(count, 1, generator=generator) < 0.5, columns.flip(1), columns)
-    picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)
+class Ways:
+    """How each of ``count`` images is flipped, with probability 1/2, and shifted by up to SHIFT pixels, mirrored at the edges."""
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        self.shifts = torch.randint(0, 2 * SHIFT + 1, (2, count, 1), generator=generator)
+        self.flips = torch.rand(count, 1, generator=generator) < 0.5
+
+    def applied(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """The images [N, 3, H, W], whose numbers are given, as they are seen."""
+        count, _, high, wide = images.shape
+        padded = F.pad(images.float(), (SHIFT,) * 4, mode="reflect").to(images.dtype)
+        top, left = self.shifts[:, numbers]
+        rows, columns = top + torch.arange(high), left + torch.arange(wide)
+        columns = torch.where(self.flips[numbers], columns.flip(1), columns)
+        picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return picked.permute(0, 3, 1, 2)
+
+
+class RememberedTeacher(nn.Module):
+    """A network whose outputs [N, classes] are kept by the key of each input, and in ``file``: it runs once for each.
+
+    Args:
+        network: the teacher.
+        keys: how many there may be.
+        classes: of its outputs.
+        file: read where it exists; :meth:`save` writes it.
+    """
+
+    def __init__(self, network: nn.Module, keys: int, classes: int, file: Path) -> None:
+        super().__init__()
+        self.network, self.file = network, file
+        self.outputs = load_file(file)["outputs"] if file.exists() else torch.full((keys, classes), torch.nan)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        """The outputs for images [N, 3, H, W] and keys [N]."""
+        x, keys = inputs
+        new = self.outputs[keys, 0].isnan()
+        if new.any():
+            self.outputs[keys[new]] = self.network(x[new]).float()
+        return self.outputs[keys]
+
+    def save(self) -> None:
+        """Keep what is known for the next time."""
+        partial = self.file.with_suffix(".partial")
+        save_file({"outputs": self.outputs}, partial)
+        partial.replace(self.file)
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcnn_compile.errors import WeightError
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.prepared import Prepared
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = 2**31 - 1
@@ -131,7 +133,7 @@ def check_call(
     channels = dictionary.shape[0] * dictionary.shape[2]
     if input.shape[1] != channels:
         raise WeightError(f"{name}: input has {input.shape[1]} channels; the dictionary is for {channels}")
-    _check_like(name, "dictionary", dictionary, input)
+    check_like(name, "dictionary", dictionary, input)
     for key, values in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
         if len(values) != 2 or min(values) < 1 or max(values) > LARGEST:
             # The words of nn.Conv2d for the same mistake come first: code may look for them.
@@ -159,15 +161,43 @@ def check_call(
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != out_channels:
             raise WeightError(f"{name}: bias has shape {tuple(bias.shape)}; [{out_channels}] is required")
-        _check_like(name, "bias", bias, input)
+        check_like(name, "bias", bias, input)
     if residual is not None:
         if tuple(residual.shape) != shape:
             raise WeightError(f"{name}: residual has shape {tuple(residual.shape)}; the output has {shape}")
-        _check_like(name, "residual", residual, input)
+        check_like(name, "residual", residual, input)
     return shape
 
 
-def _check_like(name: str, key: str, value: Tensor, input: Tensor) -> None:
+def check_storage(name: str, tensor: Tensor) -> None:
+    """Raise WeightError where a tensor reaches past its memory: PyTorch's own operators may crash on it."""
+    if not within_storage(tensor):
+        raise WeightError(f"{name}: a tensor of shape {tuple(tensor.shape)} reaches past its storage, which was resized")
+
+
+def check_like(name: str, key: str, value: Tensor, input: Tensor) -> None:
+    """Raise WeightError unless ``value`` has the dtype, device and layout of the input."""
     if value.dtype != input.dtype or value.device != input.device or value.layout != input.layout:
         found, wanted = (f"{t.dtype} on {t.device} ({t.layout})" for t in (value, input))
         raise WeightError(f"{name}: {key} is {found}, input {wanted}")
+
+
+def _validated(*arguments: Any) -> int:
+    indices, positions, offsets, filters, *floating, kernel_size, name = arguments
+    # Of the floating tensors only the form matters, and it outlives their values, which change at every training step.
+    for form in floating:
+        if len(form) == 1:
+            raise WeightError(f"{name}: dictionary or coefficients are {form[0]}; strided tensors are required")
+    dictionary, coefficients = (torch.empty((), dtype=kind, device=where).expand(shape) for shape, kind, where in floating)
+    check_weight(name, dictionary, coefficients, indices, positions, offsets, filters, kernel_size)
+    return int((filters >= 0).sum())
+
+
+_prepared_validated = Prepared(_validated)
+
+
+def output_channels(name: str, weight: tuple[Tensor, ...], kernel_size: tuple[int, int]) -> int:
+    """Check a weight, once until it changes, and return its number of output channels."""
+    dictionary, coefficients, *integers = weight
+    forms = [(t.shape, t.dtype, t.device) if t.layout == torch.strided else (str(t.layout),) for t in (dictionary, coefficients)]
+    return _prepared_validated(tuple(integers), *forms, kernel_size, name)

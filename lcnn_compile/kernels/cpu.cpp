@@ -6,6 +6,7 @@
 // of `pitch`, so that small images fill vectors too. Every sum has a fixed order, whatever the bands and threads are.
 #include <memory>
 
+#include "cpu_gradients.h"
 #include "cpu_program.h"
 
 // Everything the caller passes has been validated in Python; what may fail here is memory, answered by null or 1.
@@ -40,6 +41,13 @@ void lcnn_plan_free(void* plan) { delete static_cast<lcnn::Plan*>(plan); }
 int lcnn_run(const void* plan, const float* x, const float* bias, const float* residual, float* y) try {
   const auto& p = *static_cast<const lcnn::Plan*>(plan);
   lcnn::run({p, x, bias, residual, y}, int(p.g.threads));
+  return 0;
+} catch (const std::exception&) {
+  return 1;
+}
+
+int lcnn_gradients(const lcnn::GradientProblem* problem, const lcnn::GradientTensors* tensors) try {
+  lcnn::Gradients(*problem, *tensors).run();
   return 0;
 } catch (const std::exception&) {
   return 1;

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError, WeightError
-from lcnn_compile.kernels import choose, cpu, reference, triton_autograd, triton_ops
-from lcnn_compile.kernels.checks import check_call, check_weight, within_storage
+from lcnn_compile.kernels import backward, choose, cpu, reference, triton_ops
+from lcnn_compile.kernels.checks import check_call, check_storage, output_channels
 from lcnn_compile.kernels.prepared import Prepared
 from lcnn_compile.torch_private import without_autocast
 
@@ -34,27 +34,6 @@ SCHEMA = (
 )
 for _name in NAMES:
     library.define(_name + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _validated(*arguments: Any) -> int:
-    indices, positions, offsets, filters, *floating, kernel_size = arguments
-    # Of the floating tensors only the form matters, and it outlives their values, which change at every training step.
-    for form in floating:
-        if len(form) == 1:
-            raise WeightError(f"lookup_conv2d: dictionary or coefficients are {form[0]}; strided tensors are required")
-    dictionary, coefficients = (torch.empty((), dtype=kind, device=where).expand(shape) for shape, kind, where in floating)
-    check_weight("lookup_conv2d", dictionary, coefficients, indices, positions, offsets, filters, kernel_size)
-    return int((filters >= 0).sum())
-
-
-_prepared_validated = Prepared(_validated)
-
-
-def _output_channels(weight: tuple[Tensor, ...], kernel_size: tuple[int, int]) -> int:
-    """Check a weight, once until it changes, and return its number of output channels."""
-    dictionary, coefficients, *integers = weight
-    forms = [(t.shape, t.dtype, t.device) if t.layout == torch.strided else (str(t.layout),) for t in (dictionary, coefficients)]
-    return _prepared_validated(tuple(integers), *forms, kernel_size)
 
 
 _cast_weight = Prepared(Tensor.to)
@@ -123,12 +102,9 @@ def _forward(
     shape = check_call(*call)
     size = (kernel_size[0], kernel_size[1])
     for tensor in (input, dictionary, coefficients, bias, residual):
-        # PyTorch's own operators may crash on it.
-        if tensor is not None and not within_storage(tensor):
-            raise WeightError(
-                f"lookup_conv2d: a tensor of shape {tuple(tensor.shape)} reaches past its storage, which was resized"
-            )
-    known = _output_channels(weight, size)
+        if tensor is not None:
+            check_storage("lookup_conv2d", tensor)
+    known = output_channels("lookup_conv2d", weight, size)
     if known != out_channels:
         raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {known} filters")
     if lowering == "lookup" and input.is_cpu and input.dtype in cpu.DTYPES:
@@ -203,37 +179,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Gradients through the factored form, which costs k/m of the dense backward pass."""
-    input, dictionary, coefficients, indices, positions, offsets, filters = ctx.saved_tensors
-    out_channels, kernel_size, stride, padding, dilation = ctx.geometry
     grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
-    if grad.device.type == "cuda":
-        gradients = triton_autograd.gradients(grad, ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3])
-        return (*gradients, None, None, None, None, grad_bias, *[None] * 10)
-    groups, size, _ = dictionary.shape
-    whole = input
-    skips = reference.skips_pixels(kernel_size, stride, padding)
-    if skips:
-        input, stride = input[:, :, :: stride[0], :: stride[1]], (1, 1)
-    convolution_backward = torch.ops.aten.convolution_backward
-    pointwise = reference.pointwise_weight(dictionary)
-    p = reference.lookup_tensor(coefficients, indices, positions, offsets, filters, out_channels, size, kernel_size)
-    s = reference.pad_spatial(torch.nn.functional.conv2d(input, pointwise, None, groups=groups), padding)
-    grad_s, grad_p, _ = convolution_backward(
-        grad, s, p, None, stride, [0, 0], dilation, False, [0, 0], groups, [True, ctx.needs_input_grad[2], False]
-    )
-    top, _, left, _ = padding
-    grad_s = grad_s[:, :, top : top + input.shape[2], left : left + input.shape[3]]
-    grad_input, grad_pointwise, _ = convolution_backward(
-        grad_s, input, pointwise, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [*ctx.needs_input_grad[:2], False]
-    )
-    if skips and grad_input is not None:
-        steps = ctx.geometry[2]
-        grad_input, grad_read = torch.zeros_like(whole), grad_input
-        grad_input[:, :, :: steps[0], :: steps[1]] = grad_read
-    grad_dictionary = grad_pointwise.view_as(dictionary) if ctx.needs_input_grad[1] else None
-    grad_coefficients = reference.gather_taps(grad_p, indices, positions, offsets, filters) if ctx.needs_input_grad[2] else None
-    return (grad_input, grad_dictionary, grad_coefficients, None, None, None, None, grad_bias, *[None] * 10)
+    gradients = backward.gradients(grad, ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3])
+    return (*gradients, None, None, None, None, grad_bias, *[None] * 10)
 
 
 torch.library.register_autograd("lcnn::lookup_conv2d", _backward, setup_context=_setup_context, lib=library)
