@@ -1,6 +1,7 @@
 """Break the code in the ways of mutations.toml, one at a time in a copy of the tree, and see that the tests notice each.
 
-``make mutate`` runs them all, for an hour or more; ``python tests/mutate.py WORD …`` those whose suite, file or text contains a word.
+``make mutate`` runs them all, for an hour or more; ``python tests/mutate.py WORD …`` those of the suites that are named, or whose
+file or text contains a word.
 A mutation whose old text is not found exactly once is an error: the table is out of date then. So is a suite that fails
 before anything is broken. Ends with 1 where a mutation survives.
 """
@@ -80,7 +81,9 @@ def main(wanted: list[str]) -> int:
     """Run the mutations that contain one of the wanted words, or all; the number of survivors decides the exit status."""
     suites, mutations = read()
     if wanted:
-        mutations = [m for m in mutations if any(word in f"{m.suite} {m.file} {m.old}" for word in wanted)]
+        names = set(wanted) & set(suites)
+        words = set(wanted) - names
+        mutations = [m for m in mutations if m.suite in names or any(word in f"{m.file} {m.old}" for word in words)]
     survivors: list[Mutation] = []
     with tempfile.TemporaryDirectory(prefix="lcnn-mutate-") as name:
         tree = Path(name)

@@ -22,6 +22,7 @@ from emulate import interpreting
 from triton.runtime.jit import JITFunction
 
 from lcnn_compile.kernels import (
+    backward,
     choose,
     reference,
     store,
@@ -292,14 +293,15 @@ def test_gradients_of_the_operator():
     case = Case(group_size=16, groups=2, stride=(2, 1), in_channels=6, out_channels=20)
     weight, x = case.tensors()
     grad = torch.randn(case.shape(), device=DEVICE)
-    tail = (case.out_channels, case.kernel, case.stride, case.padding, case.dilation, [True, True, True])
-    args = (grad, x, *weight.tensors().values(), *tail)
-    found = torch.ops.lcnn.lookup_conv2d_backward(*args)
+    geometry = (case.out_channels, case.kernel, case.stride, case.padding, case.dilation)
+    args = (grad, x, *weight.tensors().values(), *geometry, [True, True, True])
+    ways = [torch.ops.lcnn.lookup_conv2d_backward(*args), backward._on_gpu(grad, args[1:8], geometry, [True] * 3)]
     wide = weight.to(torch.float64)
     inputs = [t.requires_grad_() for t in (x.double(), wide.dictionary, wide.coefficients)]
     truth = torch.autograd.grad(case.conv(inputs[0], wide.dense_weight()), inputs, grad.double())
-    for ours, exact in zip(found, truth, strict=True):
-        assert_close(ours, exact.float() * (1 + 1e-5), exact)
+    for found in ways:
+        for ours, exact in zip(found, truth, strict=True):
+            assert_close(ours, exact.float() * (1 + 1e-5), exact)
     torch.library.opcheck(torch.ops.lcnn.lookup_conv2d_backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
