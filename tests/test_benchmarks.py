@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lcnn_compile.bench import macs, report
+from lcnn_compile.bench import macs, report, training
 from lcnn_compile.bench.engines import ENGINES, Engine, Runnable, run_torch
 from lcnn_compile.bench.hardware import describe, versions
-from lcnn_compile.bench.layers import LayerShape, layer_case, sizes
+from lcnn_compile.bench.layers import OURS, LayerShape, layer_case, sizes
 from lcnn_compile.bench.measure import LOOKUP_ENGINES, Case, measure
 from lcnn_compile.bench.network_bench import SETTINGS_OF
 from lcnn_compile.bench.networks import NETWORKS, build
@@ -149,3 +149,18 @@ def test_roofline_is_the_slowest_resource() -> None:
     assert (limits.bound, limits.seconds) == ("arithmetic", limits.arithmetic)
     assert peak.bytes_per_second(2048) == 1e6
     assert Peak.from_dict(json.loads(json.dumps(peak.to_dict()))) == peak
+
+
+def test_a_step_of_training_is_checked_before_it_is_timed(monkeypatch) -> None:
+    rows = training.run(quick=True)
+    assert [(row["setting"], row["way"]) for row in rows[:3]] == [
+        ("dense", "dense"),
+        ("dense", "dense channels_last"),
+        (OURS, "taps"),
+    ]
+    assert len(rows) == 6
+    assert all(row["seconds"] > 0 and row["error"] < 1e-5 for row in rows)
+    console = Console(width=200, record=True, quiet=True)
+    training.show_training(rows, console)
+    monkeypatch.setattr(training, "LIMIT", 0.0)
+    assert all(row["seconds"] is None for row in training.run(quick=True))

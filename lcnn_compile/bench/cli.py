@@ -1,4 +1,4 @@
-"""The commands: ``python -m lcnn_compile.bench layers|networks|scaling|resources|all``; also ``lcnn-compile bench``."""
+"""The commands: ``python -m lcnn_compile.bench layers|networks|scaling|training|resources|all``; also ``lcnn-compile bench``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lcnn_compile.bench.profile import show_profile
 from lcnn_compile.bench.report import document, plot_comparisons, show, wide_console, write
 from lcnn_compile.bench.scaling_report import plot_scaling, show_scaling
 from lcnn_compile.bench.summary import compare
+from lcnn_compile.bench.training import show_training
 from lcnn_compile.errors import ConfigError
 
 app = typer.Typer(help="Time lookup layers and networks against dense engines.", no_args_is_help=True)
@@ -133,6 +134,16 @@ def scaling(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False
 
 
 @app.command()
+def training(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False, as_json: Json = False) -> None:
+    """A step of training of single layers, forwards and backwards."""
+    rows = [row for t in threads for row in spawn(Job("training", "", t, 1, quick))]
+    show_training(rows, _console(as_json))
+    _write(out / "training.json", document("training", _command("training", threads, None, quick), rows=rows), as_json)
+    if any(row["seconds"] is None for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
 def resources(out: Out = RESULTS, threads: Threads = ONE, quick: Quick = False, as_json: Json = False) -> None:
     """Start-up times, and peak memory of whole networks."""
     starts = [row for t in threads for row in measurements.starts(t)]
@@ -154,11 +165,12 @@ def profile(network: str, setting: str = "ours", threads: int = 1, batch: int = 
 
 @app.command(name="all")
 def everything(out: Out = RESULTS, threads: Threads = THREADS, quick: Quick = False, as_json: Json = False) -> None:
-    """Layers, networks, scaling and resources, one after the other; with --json a line for each file."""
+    """Layers, networks, scaling, training and resources, one after the other; with --json a line for each file."""
     pieces = (
         partial(layers, out, threads, ONE, EVERY, quick, as_json),
         partial(networks, EVERY, out, threads, ONE if quick else BATCHES, EVERY, quick, as_json),
         partial(scaling, out, threads, quick, as_json),
+        partial(training, out, threads, quick, as_json),
         partial(resources, out, threads[:1], quick, as_json),
     )
     failed = False

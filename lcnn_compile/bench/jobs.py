@@ -24,7 +24,7 @@ class Job:
     """One piece of a benchmark.
 
     Attributes:
-        benchmark: "layers", "networks", "scaling", "memory", "start" or "profile".
+        benchmark: "layers", "networks", "scaling", "training", "memory", "start" or "profile".
         case: a network's name, or whatever else the benchmark needs to know.
         engines: names of dense engines; empty for all.
         folder: where engines keep converted models for later jobs of the same run; none are kept by default.
@@ -83,6 +83,10 @@ def perform(job: Job) -> Any:
         from lcnn_compile.bench.profile import run
 
         return run(job.case, job.batch)
+    if job.benchmark == "training":
+        from lcnn_compile.bench import training
+
+        return training.run(job.quick)
     from lcnn_compile.bench import layers, network_bench, scaling
     from lcnn_compile.bench.engines import ENGINES
     from lcnn_compile.bench.measure import LOOKUP_ENGINES, measure
