@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 import os
@@ -14,20 +13,27 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lcnn_compile.batches import inputs_of
-from lcnn_compile.errors import ExportError, LcnnError
+from lcnn_compile.capture import PLAIN, Lowering, export_program, first_line, private_copy, unlift
+from lcnn_compile.errors import ExportError
 from lcnn_compile.files import replacing
 from lcnn_compile.modules import dense_layer, lookup_modules, replace_module
-from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fuse_epilogues, narrow_convolutions
 from lcnn_compile.passes.decompose import decompose_lookups
-from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.lift import lift_functional_convolutions
-from lcnn_compile.torch_private import FakeTensorMode, compile_package, module_of, pytree
+from lcnn_compile.torch_private import compile_package, pytree
 
-Lowering = Literal["auto", "lookup", "factored", "dense"]
-PLAIN = ("factored", "dense")
+__all__ = [
+    "check_onnx",
+    "export_aot",
+    "export_onnx",
+    "export_program",
+    "export_pt2",
+    "largest_difference",
+    "load_pt2",
+    "to_dense",
+]
+
 EXTERNAL_BYTES = 1 << 30
 """Larger ONNX models keep their weights in a file of their own; a protobuf holds 2 GiB at most."""
 
@@ -41,7 +47,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     Raises:
         ExportError: if the model has no lookup layers.
     """
-    result = _copy(model)
+    result = private_copy(model)
     for _, module in list(lookup_modules(result)):
         result = replace_module(result, module, dense_layer(module))
     if isinstance(result, fx.GraphModule):
@@ -49,40 +55,6 @@ def to_dense(model: nn.Module) -> nn.Module:
     if hasattr(result, "lcnn_report"):
         del result.lcnn_report
     return result
-
-
-def export_program(
-    model: nn.Module, example_inputs: Any, *, lowering: Lowering = "auto", dynamic_batch: bool = True
-) -> torch.export.ExportedProgram:
-    """The model as a ``torch.export`` program for inference: batch norm folded, lowerings settled, epilogues fused.
-
-    Args:
-        model: a converted model.
-        example_inputs: one batch: a tensor, a tuple of tensors, or a mapping of keyword arguments.
-        lowering: "auto" settles each layer's lowering by measurement on this machine for the batch given; "lookup" uses our
-            operator in every layer. Both make a program that calls ``torch.ops.lcnn``: the process that loads it must import
-            lcnn_compile first. "factored" (a 1x1 convolution, then a convolution with the lookup tensor) and "dense" make a
-            program of ordinary operators that needs nothing of ours.
-        dynamic_batch: let the first dimension of every input whose size it shares with the first input vary.
-
-    Raises:
-        ExportError: if the model has no lookup layers, or ``torch.export`` cannot capture it.
-    """
-    if lowering not in ("auto", "lookup", *PLAIN):
-        raise ExportError(f"lowering is {lowering!r}; allowed are 'auto', 'lookup', 'factored' and 'dense'")
-    private = _copy(model).eval().requires_grad_(False)
-    if lowering != "auto":
-        for _, module in lookup_modules(private):
-            module.lowering = lowering
-    args, kwargs = inputs_of(private, example_inputs)
-    gm = unlift(_capture(private, args, kwargs, dynamic_batch))
-    _set_shapes(gm, args, kwargs)
-    fold_batch_norm(gm)
-    if lowering in PLAIN:
-        decompose_lookups(gm, lowering)
-    else:
-        fuse_epilogues(choose_lowerings(narrow_convolutions(gm) if lowering == "auto" else gm))
-    return _capture(_without_dead_tensors(gm), args, kwargs, dynamic_batch)
 
 
 def export_pt2(
@@ -119,7 +91,7 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
             return lift_functional_convolutions(unlift(torch.export.load(path)))
     except Exception as error:
         # A damaged file fails in many ways inside zip files and JSON.
-        raise ExportError(f"{os.fspath(path)} is not a torch.export program: {_first_line(error)}") from error
+        raise ExportError(f"{os.fspath(path)} is not a torch.export program: {first_line(error)}") from error
 
 
 def export_aot(
@@ -145,7 +117,7 @@ def export_aot(
             compile_package(program, str(made))
         except Exception as error:
             # Inductor runs a C++ compiler and may raise anything.
-            raise ExportError(f"AOTInductor cannot compile the model: {_first_line(error)}; a C++ compiler is needed") from error
+            raise ExportError(f"AOTInductor cannot compile the model: {first_line(error)}; a C++ compiler is needed") from error
 
 
 def export_onnx(
@@ -180,7 +152,7 @@ def export_onnx(
             exported.save(str(made), external_data=size > EXTERNAL_BYTES)
         except Exception as error:
             # The exporter translates any operator of the user's model and may raise anything.
-            raise ExportError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
+            raise ExportError(f"torch.onnx cannot export the model: {first_line(error)}") from error
 
 
 def check_onnx(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any) -> float:
@@ -192,7 +164,7 @@ def check_onnx(path: str | os.PathLike[str], model: nn.Module, example_inputs: A
     _require("onnxruntime")
     import onnxruntime
 
-    private = _copy(model).eval()
+    private = private_copy(model).eval()
     args, kwargs = inputs_of(private, example_inputs)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -221,75 +193,6 @@ def largest_difference(found: Any, wanted: Any) -> float:
             scale = float(own.double().abs().max()) or 1.0
             worst = max(worst, float((y.double() - own.double()).abs().max()) / scale)
     return worst
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A private copy of a model that must have lookup layers."""
-    model = module_of(model)
-    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
-    if not any(True for _ in lookup_modules(model)) and not any(is_lookup(node) for node in nodes):
-        raise ExportError(
-            f"{type(model).__name__} has no lookup layers; convert it first (lcnn_compile.convert), or load a checkpoint"
-        )
-    return copy.deepcopy(model)
-
-
-def _capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool
-) -> torch.export.ExportedProgram:
-    shapes = None
-    if dynamic_batch:
-        args, kwargs, shapes = _dynamic(args, kwargs)
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except LcnnError:
-        raise
-    except Exception as error:
-        # Export runs the user's code on proxies, which may raise anything.
-        hint = "; with dynamic_batch=False the batch size may be fixed" if dynamic_batch else ""
-        raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}{hint}") from error
-
-
-def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Inputs with at least two samples, and shapes that let their number vary; a single sample would be taken for a constant."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not tensors:
-        raise ExportError("the example inputs hold no tensor with a batch dimension; use dynamic_batch=False")
-    size = tensors[0].shape[0]
-    batch, shapes = torch.export.Dim("batch", min=1), torch.export.ShapesCollection()
-
-    def vary(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or tensor.shape[0] != size:
-            return tensor
-        # A copy each: shapes are kept by object, and one tensor may be passed twice.
-        made = torch.cat([tensor, tensor]) if size == 1 else tensor.clone()
-        shapes[made] = {0: batch}
-        return made
-
-    args, kwargs = pytree.tree_map_only(Tensor, vary, (args, kwargs))
-    return args, kwargs, shapes
-
-
-def unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program as a plain GraphModule whose tensors are attributes, in evaluation mode."""
-    module: Any = program.module(check_guards=False)
-    return fx.GraphModule(module, module.graph).eval()
-
-
-def _set_shapes(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note every node's shape for the example inputs: lowerings are measured for their batch size."""
-    leaves, _ = pytree.tree_flatten((args, kwargs))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(gm, mode).propagate(*leaves)
-
-
-def _without_dead_tensors(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph over a module that holds only what it reads."""
-    gm.graph.eliminate_dead_code()
-    for node in [node for node in gm.graph.nodes if node.op == "get_attr" and not node.users]:
-        gm.graph.erase_node(node)
-    return fx.GraphModule(gm, gm.graph)
 
 
 def _name_batch(exported: Any) -> None:
@@ -336,8 +239,3 @@ def _quiet(name: str) -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lcnn_compile.capture import export_program, unlift
 from lcnn_compile.errors import ExportError
-from lcnn_compile.export import export_program, unlift
 from lcnn_compile.kernels.program import Program
 from lcnn_compile.passes import gather_programs
 from lcnn_compile.passes.programs import programs, single_program
