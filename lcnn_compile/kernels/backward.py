@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import cpu_backward, reference, triton_ops
-from lcnn_compile.kernels.checks import check_call, check_like, check_storage, output_channels
+from lcnn_compile.kernels.checks import check_call, check_like, check_present, check_storage, output_channels
 
 NAME = "lookup_conv2d_backward"
 library = torch.library.Library("lcnn", "FRAGMENT")
@@ -173,6 +173,7 @@ def _check(grad: Tensor, saved: tuple[Tensor, ...], geometry: tuple[Any, ...]) -
 
 def _check_forms(grad: Tensor, saved: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> None:
     """What shapes, dtypes and devices tell; this serves the fake too."""
+    check_present(NAME, grad, *saved)
     input, dictionary, *lookups = saved
     out_channels, kernel_size, stride, padding, dilation = geometry
     fused = ("none", None)

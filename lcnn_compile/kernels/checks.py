@@ -169,6 +169,13 @@ def check_call(
     return shape
 
 
+def check_present(name: str, *tensors: Tensor | None) -> None:
+    """Raise WeightError for None, which the dispatcher lets pass for a tensor."""
+    for tensor in tensors:
+        if tensor is None:
+            raise WeightError(f"{name}: a tensor of the input or of the weight is None")
+
+
 def check_storage(name: str, tensor: Tensor) -> None:
     """Raise WeightError where a tensor reaches past its memory: PyTorch's own operators may crash on it."""
     if not within_storage(tensor):

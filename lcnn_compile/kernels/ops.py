@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import backward, choose, cpu, reference, triton_ops
-from lcnn_compile.kernels.checks import check_call, check_storage, output_channels
+from lcnn_compile.kernels.checks import check_call, check_present, check_storage, output_channels
 from lcnn_compile.kernels.prepared import Prepared
 from lcnn_compile.torch_private import without_autocast
 
@@ -52,13 +52,6 @@ def has_lookup_kernel(device: str, dtype: torch.dtype) -> bool:
     return cpu.usable(device, dtype) or triton_ops.usable(device, dtype)
 
 
-def _check_present(*tensors: Tensor | None) -> None:
-    # The dispatcher lets None pass for a tensor.
-    for tensor in tensors:
-        if tensor is None:
-            raise WeightError("lookup_conv2d: input, dictionary, coefficients, indices, positions, offsets or filters are None")
-
-
 def _check_precision(precision: str) -> None:
     if precision not in cpu.PRECISIONS:
         raise KernelError(f"lookup_conv2d: precision is {precision!r}; allowed are {cpu.PRECISIONS}")
@@ -84,7 +77,7 @@ def _forward(
     residual_last: bool = False,
     precision: str = "float32",
 ) -> Tensor:
-    _check_present(input, dictionary, coefficients, indices, positions, offsets, filters)
+    check_present("lookup_conv2d", input, dictionary, coefficients, indices, positions, offsets, filters)
     _check_precision(precision)
     call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     weight = (dictionary, coefficients, indices, positions, offsets, filters)
@@ -151,7 +144,7 @@ def _fake(
     residual_last: bool = False,
     precision: str = "float32",
 ) -> Tensor:
-    _check_present(input, dictionary, coefficients, indices, positions, offsets, filters)
+    check_present("lookup_conv2d", input, dictionary, coefficients, indices, positions, offsets, filters)
     _check_precision(precision)
     shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
     # This also runs where one argument is on the meta device; the others are real then, and so would be the empty output.
