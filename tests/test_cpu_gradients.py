@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcnn_compile import LcnnError, LookupConv2d
-from lcnn_compile.kernels import cpu_backward, reference
+from lcnn_compile.kernels import backward, cpu_backward, reference
 from lcnn_compile.kernels.ops import lookup_conv2d
 from lcnn_compile.testing.cases import laid_out, random_lookup_weight
 
@@ -129,6 +129,16 @@ def test_only_what_is_wanted(always, wanted):
         assert asked or ours.numel() == 0
         if asked:
             check([ours], [exact])
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_both_ways_through_the_dictionary(groups):
+    dictionary, x = torch.randn(groups, 5, 4), torch.randn(2, 4 * groups, 3, 7).contiguous(memory_format=torch.channels_last)
+    grad_s = torch.randn(2, 5 * groups, 3, 7)
+    ways = [way(grad_s, x, dictionary, (True, True)) for way in (backward._by_convolution, backward._by_product)]
+    for a, b in zip(*ways, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert backward._by_product(grad_s, x, dictionary, (False, True))[0] is None
 
 
 class Called(TorchDispatchMode):

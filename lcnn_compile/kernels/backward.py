@@ -80,13 +80,20 @@ def factored(grad: Tensor, saved: Sequence[Tensor], geometry: Sequence[Any], wan
 
 def _through_dictionary(grad_s: Tensor, x: Tensor, dictionary: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradients of x and of the dictionary from that of S."""
+    return (_by_convolution if dictionary.is_cpu else _by_product)(grad_s, x, dictionary, wanted)
+
+
+def _by_convolution(grad_s: Tensor, x: Tensor, dictionary: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    grad_x, grad_pointwise, _ = torch.ops.aten.convolution_backward(
+        *(grad_s, x, reference.pointwise_weight(dictionary), None, [1, 1], [0, 0], [1, 1], False, [0, 0], dictionary.shape[0]),
+        [*wanted[:2], False],
+    )
+    return grad_x, grad_pointwise.view_as(dictionary) if wanted[1] else None
+
+
+def _by_product(grad_s: Tensor, x: Tensor, dictionary: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """As matrix products, which are the same at every run on a GPU too."""
     groups, size, per_group = dictionary.shape
-    if dictionary.is_cpu:
-        pointwise = reference.pointwise_weight(dictionary)
-        grad_x, grad_pointwise, _ = torch.ops.aten.convolution_backward(
-            grad_s, x, pointwise, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [*wanted[:2], False]
-        )
-        return grad_x, grad_pointwise.view_as(dictionary) if wanted[1] else None
     flat = grad_s.unflatten(1, (groups, size)).flatten(3)
     channels = x.unflatten(1, (groups, per_group)).flatten(3)
     return (
