@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and digests of what is in files."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,3 +46,11 @@ def check_target(path: Path) -> None:
         raise LcnnError(
             f"{path} cannot be written: {path.parent} is no folder that can be written; make it first, or name another"
         )
+
+
+def digest(texts: Iterable[str], files: Iterable[Path] = ()) -> str:
+    """24 hexadecimal digits that differ where the texts, or the contents of the files, do."""
+    found = hashlib.sha256("\0".join(texts).encode())
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()[:24]

@@ -6,7 +6,6 @@ Everything else imports it from here under a name that says what it is for. Test
 from __future__ import annotations
 
 import functools
-import hashlib
 import linecache
 import operator
 import re
@@ -21,6 +20,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import graph_module as _graph_module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+from lcnn_compile.files import digest
 
 __all__ = [
     "BatchNorm",
@@ -83,10 +84,7 @@ def compile_with_inductor(graph: fx.GraphModule, inputs: list[Any], patches: dic
 @functools.cache
 def _source_digest() -> str:
     """Of the operators' Python code: what tracing sees of them, forwards and backwards."""
-    digest = hashlib.sha256()
-    for source in sorted((Path(__file__).parent / "kernels").glob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest((), sorted((Path(__file__).parent / "kernels").glob("*.py")))
 
 
 def compile_package(program: Any, path: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shutil
@@ -25,6 +24,7 @@ import filelock
 import torch
 
 from lcnn_compile.errors import KernelError, LcnnWarning
+from lcnn_compile.files import digest
 from lcnn_compile.kernels.store import cache_folder
 
 SOURCES = (
@@ -105,10 +105,7 @@ def _key(compiler: Path, flags: tuple[str, ...], sources: list[Path]) -> str:
     """A digest of all that decides what the library contains; the compiler is known by its file, which is quicker to ask."""
     stat = compiler.stat()
     parts = [str(compiler), str(stat.st_size), str(stat.st_mtime_ns), platform.machine(), platform.system(), *flags]
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:24]
+    return digest(parts, sources)
 
 
 def _run(command: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import statistics
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcnn_compile.files import digest
 from lcnn_compile.kernels.choose import Problem, estimate, estimated_seconds
 from lcnn_compile.kernels.cpu import packed_weight
 from lcnn_compile.kernels.program import Program
@@ -32,14 +32,13 @@ HOPELESS = 4.0
 def _file() -> Path:
     """The file for this processor, torch and version of the kernels."""
     sources = sorted([*Path(__file__).parent.glob("cpu*"), *Path(__file__).parent.glob("choose.py")])
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources if source.is_file()))
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        digest.update("".join(line for line in lines if line.startswith(("model", "flags", "Features")))[:10_000].encode())
+        processor = "".join(line for line in lines if line.startswith(("model", "flags", "Features")))[:10_000]
     except OSError:
-        digest.update(platform.processor().encode())
-    digest.update(f"{platform.machine()} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}".encode())
-    return cache_folder() / "lowerings" / f"cpu-{digest.hexdigest()[:16]}.json"
+        processor = platform.processor()
+    texts = (processor, platform.machine(), torch.__version__, torch.backends.cpu.get_cpu_capability())
+    return cache_folder() / "lowerings" / f"cpu-{digest(texts, [source for source in sources if source.is_file()])}.json"
 
 
 def _key(problem: Problem) -> str:

@@ -3,7 +3,6 @@ version of these kernels."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import statistics
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 import triton
 
+from lcnn_compile.files import digest
 from lcnn_compile.kernels.store import cache_folder
 from lcnn_compile.torch_private import occupy_gpu
 
@@ -50,7 +50,7 @@ def may_measure(device: torch.device) -> bool:
 @cache
 def _digest() -> str:
     sources = sorted(Path(__file__).parent.glob("triton_*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    return digest((), sources)
 
 
 def store_of(device: torch.device) -> Path:
