@@ -5,13 +5,13 @@ namespace lcnn {
 
 HalfKernels::HalfKernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
 
-template <class Offsets>
-NarrowPairKernels<Offsets>::NarrowPairKernels() {
+template <class Kind, class Offsets>
+NarrowKernels<Kind, Offsets>::NarrowKernels() {
   fill<BLOCK>();
 }
 
 const HalfKernels half_kernels;
-const NarrowPairKernels<Channels> narrow_form_pairs;
-const NarrowPairKernels<const int32_t*> narrow_look_up_pairs;
+const NarrowKernels<Pairs, Channels> narrow_form_pairs;
+const NarrowKernels<Pairs, const int32_t*> narrow_look_up_pairs;
 
 }  // namespace lcnn

@@ -189,60 +189,39 @@ struct HalfKernels {
   }
 };
 
-// Products of a pair of coefficients for each of F filters with two values; lanes that are too many are read and left alone.
-template <int F>
-inline void add_pair(Sums<F>& low, Sums<F>& high, const uint32_t* pairs, float a, float b) {
-  using Type = typename Sums<F>::Width::Type;
-  typedef uint32_t Words __attribute__((vector_size(sizeof(Type)), may_alias));
-  typedef uint32_t Unaligned __attribute__((vector_size(sizeof(Type)), aligned(4), may_alias));
-  const Words words = *reinterpret_cast<const Unaligned*>(pairs);
-  low.at += (Type)(words << 16) * a;
-  high.at += (Type)(words & 0xffff0000u) * b;
-}
+// Pairs of bfloat16 coefficients [pairs of taps][F]; values stay in float32: memory is what bounds it.
+struct Pairs {
+  using Coefficient = uint32_t;
 
-// As `narrow`, with coefficients in pairs [pairs of taps][F], and values in float32: memory is what bounds it.
-template <int F, int P, class Offsets>
-static void narrow_pairs(const float* const* bases, Offsets offsets, const uint32_t* pairs, int64_t taps, float* sums) {
-  constexpr int TURNS = 8 / P;
-  const float* base[P];
-  UNROLL for (int p = 0; p < P; ++p) base[p] = bases[p];
-  Sums<F> acc[TURNS][P];
-  int64_t t = 0;
-  for (; t + TURNS <= taps; t += TURNS)
-    UNROLL for (int turn = 0; turn < TURNS; turn += 2, pairs += F) {
-      const int64_t a = offsets[t + turn], b = offsets[t + turn + 1];
-      UNROLL for (int p = 0; p < P; ++p) add_pair<F>(acc[turn][p], acc[turn + 1][p], pairs, base[p][a], base[p][b]);
-    }
-  for (; t < taps; t += 2, pairs += F) {
-    const bool both = t + 1 < taps;
-    UNROLL for (int p = 0; p < P; ++p)
-        add_pair<F>(acc[0][p], acc[1][p], pairs, base[p][offsets[t]], both ? base[p][offsets[t + 1]] : 0.0f);
-  }
-  UNROLL for (int p = 0; p < P; ++p) {
-    UNROLL for (int turn = 1; turn < TURNS; ++turn) acc[0][p].add(acc[turn][p]);
-    for (int f = 0; f < F; ++f) sums[p * F + f] = acc[0][p][f];
-  }
-}
-
-template <class Offsets>
-using NarrowPairs = void (*)(const float* const*, Offsets, const uint32_t*, int64_t, float*);
-
-// The kernels for 1 to BLOCK filters, at 1, 2 or FEW pixels.
-template <class Offsets>
-struct NarrowPairKernels {
-  NarrowPairs<Offsets> at[BLOCK + 1][FEW + 1] = {};
-
-  NarrowPairKernels();
-
- private:
+  // Products of a pair of coefficients for each of F filters with two values; lanes that are too many are read and left alone.
   template <int F>
-  void fill() {
-    if constexpr (F > 0) {
-      at[F][1] = narrow_pairs<F, 1, Offsets>;
-      at[F][2] = narrow_pairs<F, 2, Offsets>;
-      at[F][FEW] = narrow_pairs<F, FEW, Offsets>;
-      fill<F - 1>();
+  static inline void add(Sums<F>& low, Sums<F>& high, const uint32_t* pairs, float a, float b) {
+    using Type = typename Sums<F>::Width::Type;
+    typedef uint32_t Words __attribute__((vector_size(sizeof(Type)), may_alias));
+    typedef uint32_t Unaligned __attribute__((vector_size(sizeof(Type)), aligned(4), may_alias));
+    const Words words = *reinterpret_cast<const Unaligned*>(pairs);
+    low.at += (Type)(words << 16) * a;
+    high.at += (Type)(words & 0xffff0000u) * b;
+  }
+
+  template <int F, int P, class Offsets>
+  static void add_up(const float* const* bases, Offsets offsets, const uint32_t* pairs, int64_t taps, float* sums) {
+    constexpr int TURNS = 8 / P;
+    const float* base[P];
+    UNROLL for (int p = 0; p < P; ++p) base[p] = bases[p];
+    Sums<F> acc[TURNS][P];
+    int64_t t = 0;
+    for (; t + TURNS <= taps; t += TURNS)
+      UNROLL for (int turn = 0; turn < TURNS; turn += 2, pairs += F) {
+        const int64_t a = offsets[t + turn], b = offsets[t + turn + 1];
+        UNROLL for (int p = 0; p < P; ++p) add<F>(acc[turn][p], acc[turn + 1][p], pairs, base[p][a], base[p][b]);
+      }
+    for (; t < taps; t += 2, pairs += F) {
+      const bool both = t + 1 < taps;
+      UNROLL for (int p = 0; p < P; ++p)
+          add<F>(acc[0][p], acc[1][p], pairs, base[p][offsets[t]], both ? base[p][offsets[t + 1]] : 0.0f);
     }
+    add_turns(acc, sums);
   }
 };
 

@@ -5,13 +5,13 @@ namespace lcnn {
 
 Kernels::Kernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
 
-template <class Offsets>
-NarrowKernels<Offsets>::NarrowKernels() {
+template <class Kind, class Offsets>
+NarrowKernels<Kind, Offsets>::NarrowKernels() {
   fill<BLOCK>();
 }
 
 const Kernels kernels;
-const NarrowKernels<Channels> narrow_form;
-const NarrowKernels<const int32_t*> narrow_look_up;
+const NarrowKernels<Singles, Channels> narrow_form;
+const NarrowKernels<Singles, const int32_t*> narrow_look_up;
 
 }  // namespace lcnn

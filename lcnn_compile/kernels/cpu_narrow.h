@@ -30,35 +30,44 @@ struct Sums {
   float operator[](int f) const { return at[f]; }
 };
 
-// sums[p * F + f] = sum over t of coefficients[t][f] * base[p][offsets[t]]; taps take turns among a few partial sums,
-// so that one addition need not wait for the last.
-template <int F, int P, class Offsets>
-static void narrow(const float* const* bases, Offsets offsets, const float* coefficients, int64_t taps, float* sums) {
-  constexpr int TURNS = 8 / P;
-  const float* base[P];
-  UNROLL for (int p = 0; p < P; ++p) base[p] = bases[p];
-  Sums<F> acc[TURNS][P];
-  int64_t t = 0;
-  for (; t + TURNS <= taps; t += TURNS)
-    UNROLL for (int turn = 0; turn < TURNS; ++turn) {
-      const int64_t offset = offsets[t + turn];
-      UNROLL for (int p = 0; p < P; ++p) acc[turn][p].add(coefficients + (t + turn) * F, base[p][offset]);
-    }
-  for (; t < taps; ++t)
-    UNROLL for (int p = 0; p < P; ++p) acc[0][p].add(coefficients + t * F, base[p][offsets[t]]);
+// What taps in turns among partial sums come to: sums[p * F + f].
+template <int F, int P, int TURNS>
+static inline void add_turns(Sums<F> (&acc)[TURNS][P], float* sums) {
   UNROLL for (int p = 0; p < P; ++p) {
     UNROLL for (int turn = 1; turn < TURNS; ++turn) acc[0][p].add(acc[turn][p]);
     for (int f = 0; f < F; ++f) sums[p * F + f] = acc[0][p][f];
   }
 }
 
-template <class Offsets>
-using Narrow = void (*)(const float* const*, Offsets, const float*, int64_t, float*);
+// Float32 coefficients.
+struct Singles {
+  using Coefficient = float;
 
-// The kernels for 1 to BLOCK filters, at 1, 2 or FEW pixels.
-template <class Offsets>
+  // sums[p * F + f] = sum over t of coefficients[t][f] * base[p][offsets[t]]; taps take turns among a few partial sums,
+  // so that one addition need not wait for the last.
+  template <int F, int P, class Offsets>
+  static void add_up(const float* const* bases, Offsets offsets, const float* coefficients, int64_t taps, float* sums) {
+    constexpr int TURNS = 8 / P;
+    const float* base[P];
+    UNROLL for (int p = 0; p < P; ++p) base[p] = bases[p];
+    Sums<F> acc[TURNS][P];
+    int64_t t = 0;
+    for (; t + TURNS <= taps; t += TURNS)
+      UNROLL for (int turn = 0; turn < TURNS; ++turn) {
+        const int64_t offset = offsets[t + turn];
+        UNROLL for (int p = 0; p < P; ++p) acc[turn][p].add(coefficients + (t + turn) * F, base[p][offset]);
+      }
+    for (; t < taps; ++t)
+      UNROLL for (int p = 0; p < P; ++p) acc[0][p].add(coefficients + t * F, base[p][offsets[t]]);
+    add_turns(acc, sums);
+  }
+};
+
+// The kernels for 1 to BLOCK filters, at 1, 2 or FEW pixels, of one kind of coefficients.
+template <class Kind, class Offsets>
 struct NarrowKernels {
-  Narrow<Offsets> at[BLOCK + 1][FEW + 1] = {};
+  using Kernel = void (*)(const float* const*, Offsets, const typename Kind::Coefficient*, int64_t, float*);
+  Kernel at[BLOCK + 1][FEW + 1] = {};
 
   NarrowKernels();
 
@@ -66,9 +75,9 @@ struct NarrowKernels {
   template <int F>
   void fill() {
     if constexpr (F > 0) {
-      at[F][1] = narrow<F, 1, Offsets>;
-      at[F][2] = narrow<F, 2, Offsets>;
-      at[F][FEW] = narrow<F, FEW, Offsets>;
+      at[F][1] = Kind::template add_up<F, 1, Offsets>;
+      at[F][2] = Kind::template add_up<F, 2, Offsets>;
+      at[F][FEW] = Kind::template add_up<F, FEW, Offsets>;
       fill<F - 1>();
     }
   }
