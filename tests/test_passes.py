@@ -165,6 +165,22 @@ def test_lift_shares_a_module_between_calls_of_the_same_geometry():
     assert_equivalent(model, gm, pictures(2))
 
 
+def test_lift_makes_a_module_for_each_geometry():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.kernel, padding=1) + F.conv2d(x, self.kernel, padding=2, dilation=2)
+
+    model, x = Twice().eval(), pictures(2, 9, 4)
+    gm = passes.lift_functional_convolutions(fx.symbolic_trace(model))
+    convs = [m for m in gm.modules() if isinstance(m, nn.Conv2d)]
+    assert [conv.dilation for conv in convs] == [(1, 1), (2, 2)]
+    assert_equivalent(model, gm, x)
+
+
 def test_lift_of_a_weight_that_two_convolutions_of_an_exported_graph_share():
     class Tied(nn.Module):
         def __init__(self):
@@ -194,6 +210,29 @@ def test_lift_leaves_computed_weights_alone():
 
     gm = passes.lift_functional_convolutions(fx.symbolic_trace(Hyper()))
     assert F.conv2d in targets(gm)
+
+
+def test_functional_leaves_writes_that_others_see():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            x = x + 1
+            return self.relu(x) + 3 * x
+
+    model, x = Net().eval(), torch.randn(2, 4, 5, 5) - 1
+    assert_equivalent(model, passes.to_functional(fx.symbolic_trace(model)), x)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d, LookupConv2d])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_functional_pads_as_the_module_does(layer, mode):
+    model = nn.Sequential(layer(4, 6, (3, 4), padding=(1, 2), padding_mode=mode)).eval()
+    gm = passes.to_functional(fx.symbolic_trace(model))
+    assert not list(gm.graph.find_nodes(op="call_module"))
+    assert_equivalent(model, gm, torch.randn(2, 4, 7, 6))
 
 
 def test_fold_leaves_what_it_may_not_fold():
@@ -274,7 +313,7 @@ def test_fuse_does_not_move_a_read_past_a_write():
 @pytest.mark.parametrize("lowering", ["lookup", "factored", "dense", "auto"])
 @pytest.mark.parametrize("padding", [1, "same", (2, 0)])
 def test_choose(lowering, padding):
-    model = nn.Sequential(LookupConv2d(8, 16, (4, 3), padding=padding, groups=2, lowering=lowering)).eval()
+    model = nn.Sequential(LookupConv2d(8, 16, (4, 2), padding=padding, groups=2, lowering=lowering)).eval()
     x = torch.randn(2, 8, 12, 9)
     gm = passes.choose_lowerings(traced(model, x))
     convolutions = targets(gm).count(F.conv2d)
