@@ -286,6 +286,41 @@ def test_pooling_of_windows_that_are_not_square_and_of_values_that_are_none(mean
     assert y.isnan().any()
 
 
+def test_poolings_that_cannot_be_done_before_writing():
+    conv, again = layer(4, 4, padding=1), layer(4, 5, padding=1)
+    x, residual = torch.randn(2, 4, 9, 12), torch.randn(2, 4, 9, 12)
+    first, second = (
+        lambda t, c=c: F.conv2d(t, c.dense_weight().double(), c.bias.double(), padding=1).detach() for c in (conv, again)
+    )
+    geometry = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    window = Window(False, (2, 2), (2, 2))
+    y = first(x.double())
+    cases = [
+        # A residual is added to what was not pooled yet.
+        (Recipe(2, (LookUp(0, 1, 4, 4, *geometry), Pool(2, window)), (3,)), 2, [F.max_pool2d(y + residual.double(), 2)]),
+        # The result is wanted unpooled too: by the caller, by another step.
+        (Recipe(1, (LookUp(0, None, 4, 4, *geometry), Pool(1, window)), (1, 2)), 2, [y, F.max_pool2d(y, 2)]),
+        (
+            Recipe(1, (LookUp(0, None, 4, 4, *geometry), Pool(1, window), LookUp(1, None, 4, 5, *geometry)), (2, 3)),
+            3,
+            [F.max_pool2d(y, 2), second(y)],
+        ),
+        # Only the first of two can be.
+        (
+            Recipe(1, (LookUp(0, None, 4, 4, *geometry), Pool(1, window), Pool(2, window)), (3,)),
+            2,
+            [F.max_pool2d(F.max_pool2d(y, 2), 2)],
+        ),
+    ]
+    for recipe, steps, truth in cases:
+        given = [x, residual][: recipe.inputs]
+        made = pooled(recipe, recipe.shapes([t.shape for t in given]), 0)
+        assert len(made.steps) == steps
+        weights = [packed(c) for c, _ in zip((conv, again), [s for s in recipe.steps if isinstance(s, LookUp)], strict=False)]
+        for found, exact in zip(Program(made, weights)(*given), truth, strict=True):
+            assert_close(found, exact)
+
+
 def attempt(given, handle, recipe):
     return torch.ops.lcnn.run_program(given, handle, recipe)
 
