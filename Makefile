@@ -40,7 +40,7 @@ sanitize: $(VENV)/ready
 	LCNN_CPU_SANITIZE=1 CXX=$${CXX:-g++} \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_program*.py tests/test_operator_safety.py tests/test_passes.py \
+	$(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_cpu_gradients.py tests/test_program*.py tests/test_operator_safety.py tests/test_passes.py \
 		-k "not without_kernels and not damaged and not concurrent"
 
 # Break the code in known ways, one at a time in a copy, and see that the tests notice; an hour or two. See tests/mutate.py.
