@@ -63,7 +63,7 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
     window = _window(node, shape, out)
     if window is None:
         return None
-    known = window.shape(shape)
+    known = window.shape(shape)  # differs where ceil_mode adds a window
     return [lambda x: Pool(x, window)] if all(_same(a, b) for a, b in zip(known, out, strict=True)) else None
 
 
@@ -118,8 +118,8 @@ def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Wind
         return Window(False, _pair(kernel), _pair(stride or kernel), _pair(padding))
     if node.target in MEAN_POOL:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        _, kernel, stride, padding, ceil, counted, divisor = bound(node, names, (None, None, None, 0, False, True, None))
-        if ceil or divisor is not None or not (counted or _pair(padding) == (0, 0)):
+        _, kernel, stride, padding, _, counted, divisor = bound(node, names, (None, None, None, 0, False, True, None))
+        if divisor is not None or not (counted or _pair(padding) == (0, 0)):
             return None
         return Window(True, _pair(kernel), _pair(stride or kernel), _pair(padding))
     if node.target in ADAPTIVE:
