@@ -148,6 +148,20 @@ def test_huge_numbers_are_refused(name, value, lowering):
         lookup_conv2d(*given.values())
 
 
+@pytest.mark.parametrize("lowering", ["lookup", "factored", "dense", "auto"])
+@pytest.mark.parametrize("channels", [2**40, 9, 11, 0, -1])
+def test_another_number_of_filters_is_refused(channels, lowering):
+    with pytest.raises(LcnnError):
+        lookup_conv2d(*{**arguments(), "out_channels": channels, "bias": None, "lowering": lowering}.values())
+
+
+@pytest.mark.parametrize("lowering", ["lookup", "factored", "dense", "auto"])
+@pytest.mark.parametrize("channels", [1, 5, 7, 12])
+def test_another_number_of_channels_is_refused(channels, lowering):
+    with pytest.raises(LcnnError, match="channels"):
+        lookup_conv2d(*{**arguments(), "input": torch.randn(2, channels, 9, 8), "lowering": lowering}.values())
+
+
 @pytest.mark.parametrize("lowering", ["lookup", "factored", "dense"])
 def test_the_largest_stride(lowering):
     given = {**arguments(), "lowering": lowering}
