@@ -264,10 +264,9 @@ def _module(old: nn.Module, name: str, settings: Mapping[str, Any], state: Mappi
     kernel = (settings["kernel_size"][0], settings["kernel_size"][1])
     bias = state.get(f"{prefix}bias")
     try:
-        weight = LookupWeight(**factors, kernel_size=kernel).validate(name)
-        return lookup_layer(
-            weight.to(dense.weight.device), dense, bias, settings["lowering"], settings.get("precision", "float32")
-        )
+        weight = LookupWeight(**factors, kernel_size=kernel).to(dense.weight.device)
+        # This validates the weight.
+        return lookup_layer(weight, dense, bias, settings["lowering"], settings.get("precision", "float32"))
     except LcnnError as error:
         raise CheckpointError(f"{name}: {error}") from error
 

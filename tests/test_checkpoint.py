@@ -1,5 +1,6 @@
 """save() and load(): equal models, atomic files, and nothing damaged or hostile gets in."""
 
+import copy
 import json
 import os
 import struct
@@ -7,11 +8,12 @@ import struct
 import pytest
 import torch
 from nets import Functional, SmallResNet, Untraceable, pictures, randomise
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lcnn_compile import LcnnError, LookupConfig, convert, load, save
-from lcnn_compile.checkpoint import read_header
+from lcnn_compile.checkpoint import MAX_HEADER, _digest, read_header
 
 SMALL = LookupConfig(dictionary_size=3, sparsity=2, group_size=4)
 
@@ -69,8 +71,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, saved, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
+    other = copy.deepcopy(saved[0])
+    with torch.no_grad():
+        other.fc.bias.add_(1)
     with pytest.raises(LcnnError, match="disk full"):
-        save(saved[0], path)
+        save(other, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -83,8 +88,6 @@ def test_a_file_that_does_not_fit(saved, skeleton):
 
 def rewritten(path, target, change_tensors=None, change_body=None, digest=True):
     """A file with changed contents and, unless told otherwise, a checksum that fits them."""
-    from lcnn_compile.checkpoint import _digest
-
     tensors = load_file(path)
     with open(path, "rb") as file:
         size = struct.unpack("<Q", file.read(8))[0]
@@ -156,6 +159,37 @@ def test_wrong_checksum_and_foreign_files(saved, tmp_path):
     for path in (tmp_path / "missing", tmp_path, huge):
         with pytest.raises(LcnnError, match="not a readable"):
             load(SmallResNet(8), path)
+    # A header of this size would be read if the rest of the file were there.
+    with open(huge, "wb") as file:
+        file.write(struct.pack("<Q", MAX_HEADER + 1))
+        file.truncate(MAX_HEADER + 100)
+    with pytest.raises(LcnnError, match=r"bytes; \d+ are allowed"):
+        load(SmallResNet(8), huge)
+
+
+def test_a_description_nested_deeper_than_python_follows(saved, tmp_path):
+    tensors, text = load_file(saved[1]), "[" * 200_000 + "]" * 200_000
+    save_file(tensors, tmp_path / "m", {"lcnn": text, "digest": _digest(text, tensors)})
+    with pytest.raises(LcnnError, match="not JSON"):
+        load(SmallResNet(8), tmp_path / "m")
+
+
+SAME_BYTES = {
+    "another shape": lambda t: t.update({"fc.weight": t["fc.weight"].reshape(16, 10)}),
+    "another dtype": lambda t: t.update({f"{LAYER}.indices": t[f"{LAYER}.indices"].view(torch.float32)}),
+    "another name": lambda t: t.update({"fc.weights": t.pop("fc.weight")}),
+}
+
+
+@pytest.mark.parametrize("name", SAME_BYTES)
+def test_the_checksum_covers_names_dtypes_and_shapes(saved, tmp_path, name):
+    tensors = load_file(saved[1])
+    with safe_open(saved[1], framework="pt") as file:
+        metadata = file.metadata()
+    SAME_BYTES[name](tensors)
+    save_file(tensors, tmp_path / "m", metadata)
+    with pytest.raises(LcnnError, match="checksum"):
+        load(SmallResNet(8), tmp_path / "m")
 
 
 def test_header(saved):
