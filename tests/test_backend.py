@@ -12,6 +12,7 @@ from nets import Functional, SmallResNet, Untraceable, pictures, randomise
 from torch import nn
 
 from lcnn_compile import LcnnError, LcnnWarning, LookupConfig, LookupConv2d, convert
+from lcnn_compile.graphs import bind_weights, weight_placeholders
 from lcnn_compile.testing import assert_equivalent
 
 pytestmark = pytest.mark.usefixtures("backend_reset")
@@ -264,6 +265,46 @@ def test_two_models_with_the_same_names_in_one_graph(options):
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(compiled(x), function(x), atol=1e-4, rtol=1e-4)
+
+
+def test_weights_keep_their_names_and_those_of_their_objects_where_there_are_several():
+    class Net(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.layer = name
+            setattr(self, name, nn.Conv2d(3, 4, 3, bias=False))
+
+        def forward(self, x):
+            return getattr(self, self.layer)(x)
+
+    def names_of(one, two):
+        found = []
+
+        def backend(gm, inputs):
+            found.extend(bind_weights(gm, inputs, weight_placeholders(gm, inputs)).state_dict())
+            return gm.forward
+
+        torch.compiler.reset()
+        torch.compile(lambda x: one(x) + two(x), backend=backend)(torch.randn(1, 3, 8, 8))
+        return found
+
+    alone, other = Net("a"), Net("b")
+    assert names_of(alone, alone) == ["a.weight"]
+    first, second = names_of(alone, other)
+    assert first.endswith(".a.weight")
+    assert second.endswith(".b.weight")
+    assert first.split(".")[0] != second.split(".")[0]
+
+
+def test_another_parameter_over_the_same_memory_is_noticed():
+    model, x = converted(), pictures(2)
+    layer = next(m for m in model.modules() if isinstance(m, LookupConv2d))
+    compiled = torch.compile(model, backend="lcnn")
+    with torch.no_grad():
+        compiled(x)
+        layer.coefficients.data.mul_(2)  # which nothing can notice
+        layer.coefficients = nn.Parameter(layer.coefficients.data)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 def test_a_graph_without_convolutions_and_nothing_gained():
