@@ -126,7 +126,7 @@ SHAPES = [
     Case(kernel=(1, 1), padding=(0, 0, 0, 0), size=(5, 8), in_channels=3),
     Case(fill=0.0, batch=1),
     Case(kernel=(9, 1), padding=(4, 4, 0, 0), size=(9, 1), vectors=17, in_channels=33),
-    Case(stride=(2, 1), dilation=(2, 1), size=(19, 6)),
+    Case(stride=(2, 1), dilation=(2, 1), size=(25, 6)),
 ]
 
 
