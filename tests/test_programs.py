@@ -286,6 +286,25 @@ def test_pooling_of_windows_that_are_not_square_and_of_values_that_are_none(mean
     assert y.isnan().any()
 
 
+@pytest.mark.parametrize("window", [((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (0, 1)), ((4, 2), (1, 2), (2, 0))])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pooling_of_many_bands(window, mean, threads):
+    kernel, stride, padding = window
+    conv, x = layer(6, 9, 3, padding=1), torch.randn(2, 6, 151, 303)
+    recipe = Recipe(1, (LookUp(0, None, 6, 9, (3, 3), (1, 1), (1,) * 4, (1, 1)), Pool(1, Window(mean, *window))), (2,))
+    recipe = pooled(recipe, recipe.shapes([x.shape]), 0)
+    assert len(recipe.steps) == 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        [y] = Program(recipe, [packed(conv)])(x)
+    finally:
+        torch.set_num_threads(before)
+    exact = F.conv2d(x.double(), conv.dense_weight().double(), conv.bias.double(), padding=1).detach()
+    assert_close(y, (F.avg_pool2d if mean else F.max_pool2d)(exact, kernel, stride, padding))
+
+
 def test_poolings_that_cannot_be_done_before_writing():
     conv, again = layer(4, 4, padding=1), layer(4, 5, padding=1)
     x, residual = torch.randn(2, 4, 9, 12), torch.randn(2, 4, 9, 12)

@@ -235,9 +235,11 @@ def test_batch_in_chunks(group_size):
     case = Case(group_size=group_size, batch=5)
     weight, x = case.tensors()
     config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1).lookups
-    whole = direct(case, weight, x, config)
+    tail = {"residual": torch.randn(case.shape(), device=DEVICE), "bias": torch.randn(case.out_channels, device=DEVICE)}
+    whole = direct(case, weight, x, config, **tail)
     image = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, 4).image(case.vectors)
-    parts = direct(case, weight, x, config, chunk=2 * image * 4)
+    parts = direct(case, weight, x, config, chunk=2 * image * 4, **tail)
+    check(case, weight, x, parts, activation="relu", **tail)
     # Which image a program works on must not matter; the interpreter's products of another shape may round otherwise.
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6 * float(whole.abs().max()))
 
