@@ -168,6 +168,21 @@ def test_memory_format_follows_the_input():
     assert call(weight, x.contiguous()).is_contiguous()
 
 
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (9, 21)])
+@pytest.mark.parametrize("group_size", [1, 5, 8])
+def test_values_that_are_not_finite_pass_through_activations(instruction_set, activation, size, group_size):
+    weight = random_weight(random.Random(1), 6, 20, 4, (1, 1), 3, group_size)
+    x, bias = torch.randn(2, 6, *size), torch.randn(20)
+    special = [torch.nan, *([torch.inf, -torch.inf] if activation in ("none", "relu", "relu6") else [])]
+    bias[: len(special)] = torch.tensor(special)
+    bias[-1] = torch.nan
+    y = call(weight, x, bias, activation=activation)
+    torch.testing.assert_close(y.double(), truth_of(weight, x, bias, activation=activation), rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert y[:, [0, -1]].isnan().all()
+    assert y[:, len(special) : -1].isfinite().all()
+
+
 def test_empty_batch():
     weight = random_weight(random.Random(4), 8, 16, 4, (3, 3), 5, 8)
     assert call(weight, torch.randn(0, 8, 9, 11)).shape == (0, 16, 7, 9)
