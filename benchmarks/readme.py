@@ -130,9 +130,9 @@ def machine(pattern: str = "networks*.json") -> str:
     )
 
 
-def accuracy_rows() -> Rows:
+def accuracy_rows(pattern: str = "accuracy*.json") -> Rows:
     """Every case of the accuracy benchmark, as measured last; none before it has run."""
-    found = documents("accuracy*.json")
+    found = documents(pattern)
     return found[-1]["rows"] if found else []
 
 
@@ -162,6 +162,28 @@ def ordinary(row: dict[str, Any]) -> bool:
     return row["group_size"] == 8 and row.get("budget", "macs") == "macs"
 
 
+def training(pattern: str) -> str:
+    """A step of training of single layers: lookups at their taps against the faster dense one."""
+    found = documents(pattern)
+    rows: Rows = found[-1]["rows"] if found else []
+    times_of: dict[tuple[str, str, int], float] = {}
+    for row in rows:
+        if row["seconds"] is not None:
+            key = (row["case"], "dense" if row["setting"] == "dense" else f"{row['setting']}|{row['way']}", row["threads"])
+            times_of[key] = min(row["seconds"], times_of.get(key, row["seconds"]))
+    threads = sorted({row["threads"] for row in rows})
+    lines = []
+    for case, batch, setting in dict.fromkeys((r["case"], r["batch"], r["setting"]) for r in rows if r["setting"] != "dense"):
+        cells = [case, setting, str(batch)]
+        for way in ("taps", "factored"):
+            for count in threads:
+                dense, ours = times_of.get((case, "dense", count)), times_of.get((case, f"{setting}|{way}", count))
+                cells.append(times(dense / ours if dense and ours else None))
+        lines.append(cells)
+    heading = [f"{way}, {n} thread{'s' * (n > 1)}" for way in ("at the taps", "factored") for n in threads]
+    return markdown(["layer", "sizes", "batch", *heading], lines) if lines else ""
+
+
 def name_of(row: dict[str, Any]) -> str:
     """A case of the accuracy benchmark in words."""
     parts = [METHODS.get(row["method"], (row["method"],))[0]]
@@ -185,6 +207,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "networks-avx2": lambda: networks_full("avx2/networks*.json"),
     "layers-avx2": lambda: layers("avx2/layers*.json"),
     "machine-avx2": lambda: machine("avx2/networks*.json"),
+    "accuracy-avx2": lambda: accuracy(accuracy_rows("avx2/accuracy*.json")),
+    "training-avx2": lambda: training("avx2/training*.json"),
 }
 
 
