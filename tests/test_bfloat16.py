@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import SmallResNet, pictures, randomise
-from torch import nn
+from torch import fx, nn
 from typer.testing import CliRunner
 
 from lcnn_compile import LcnnError, LookupConfig, LookupConv2d, LookupLinear, convert, explain, freeze, load, save
@@ -18,8 +18,8 @@ from lcnn_compile.kernels import choose, cpu, measured, reference
 from lcnn_compile.kernels.ops import lookup_conv2d
 from lcnn_compile.learning.sampling import to_bfloat16
 from lcnn_compile.modules import lookup_modules
-from lcnn_compile.passes import set_precision
-from lcnn_compile.passes.find import find_convolutions, precision_of
+from lcnn_compile.passes import choose_lowerings, set_precision
+from lcnn_compile.passes.find import find_convolutions, is_lookup, precision_of
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
 SMALL = LookupConfig(dictionary_size=3, sparsity=2, group_size=4, lowering="lookup")
@@ -291,3 +291,12 @@ def test_autocast_and_bfloat16_models(always):
         F.conv2d(x.double(), layer.dense_weight().double()), layer.bias.double(), None, "none", False
     )
     assert float((mixed.double() - exact).norm()) < 0.01 * float(exact.norm())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lowering", ["lookup", "auto"])
+def test_choosing_lowerings_keeps_the_precision(precision, lowering):
+    layer = LookupConv2d(9, 12, 3, dictionary_size=5, sparsity=2, group_size=3, lowering=lowering, precision=precision)
+    gm = choose_lowerings(fx.symbolic_trace(nn.Sequential(layer).eval()))
+    [node] = [node for node in gm.graph.nodes if is_lookup(node)]
+    assert precision_of(node) == precision
