@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,13 @@ def test_values_that_are_not_finite_pass_through_activations(instruction_set, ac
     torch.testing.assert_close(y.double(), truth_of(weight, x, bias, activation=activation), rtol=1e-4, atol=1e-5, equal_nan=True)
     assert y[:, [0, -1]].isnan().all()
     assert y[:, len(special) : -1].isfinite().all()
+
+
+def test_places_of_absent_filters_may_come_first():
+    weight, x = random_weight(random.Random(2), 6, 21, 4, (3, 3), 9, 8), torch.randn(2, 6, 9, 11)
+    flipped = replace(weight, filters=weight.filters.flip(1).contiguous(), coefficients=weight.coefficients.flip(1).contiguous())
+    assert int(flipped.validate().filters[-1, 0]) == -1
+    check(call(flipped, x), truth_of(weight, x))
 
 
 def test_empty_batch():
