@@ -18,7 +18,7 @@ from lcnn_compile.bench.gpu_layers import lookup_of
 from lcnn_compile.bench.gpu_machine import set_mode
 from lcnn_compile.bench.gpu_networks import wide
 from lcnn_compile.bench.networks import build, example_input
-from lcnn_compile.kernels.ops import output_format
+from lcnn_compile.kernels.reference import output_format
 
 
 class Call(NamedTuple):

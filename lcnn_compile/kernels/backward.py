@@ -37,15 +37,6 @@ def _deterministic() -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
-def _read(
-    input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[Tensor, Sequence[int]]:
-    """What a layer reads of its input, and the stride that is left: a 1x1 convolution may skip pixels."""
-    if not reference.skips_pixels(kernel_size, stride, padding):
-        return input, stride
-    return input[:, :, :: stride[0], :: stride[1]], (1, 1)
-
-
 def _spread(read: Tensor, like: Tensor, stride: Sequence[int]) -> Tensor:
     """The gradient of the input from that of what was read of it."""
     if read.shape == like.shape:
@@ -60,7 +51,7 @@ def factored(grad: Tensor, saved: Sequence[Tensor], geometry: Sequence[Any], wan
     input, dictionary, coefficients, indices, positions, offsets, filters = saved
     out_channels, kernel_size, stride, padding, dilation = geometry
     groups, size, _ = dictionary.shape
-    x, step = _read(input, kernel_size, stride, padding)
+    x, step = reference.read_pixels(input, kernel_size, stride, padding)
     pointwise = reference.pointwise_weight(dictionary)
     p = reference.lookup_tensor(coefficients, indices, positions, offsets, filters, out_channels, size, kernel_size)
     s = reference.pad_spatial(torch.nn.functional.conv2d(x, pointwise, None, groups=groups), padding)
@@ -119,10 +110,10 @@ def _on_cpu(
 ) -> tuple[Tensor | None, ...]:
     """All gradients at the taps, by the C++ kernels where they are faster."""
     input, dictionary, coefficients, indices, positions, offsets, filters = saved
-    out_channels, kernel_size, stride, padding, dilation = geometry
+    _, kernel_size, stride, padding, dilation = geometry
     lookups = (coefficients, indices, positions, offsets, filters)
-    x, step = _read(input, kernel_size, stride, padding)
-    if cpu_backward.pays(dictionary, coefficients, out_channels, kernel_size, step):
+    if cpu_backward.pays(dictionary, coefficients, geometry):
+        x, _ = reference.read_pixels(input, kernel_size, stride, padding)
         s = torch.nn.functional.conv2d(x, reference.pointwise_weight(dictionary), None, groups=dictionary.shape[0])
         made = cpu_backward.gradients(grad, s, lookups, dictionary.shape[0], kernel_size, padding, dilation)
         if made is not None:
@@ -131,41 +122,28 @@ def _on_cpu(
     return factored(grad, saved, geometry, wanted)
 
 
-def _backward(
-    grad: Tensor,
-    input: Tensor,
-    dictionary: Tensor,
-    coefficients: Tensor,
-    indices: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    filters: Tensor,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    saved = (input, dictionary, coefficients, indices, positions, offsets, filters)
-    geometry = (out_channels, tuple(kernel_size), stride, padding, dilation)
+Arguments = tuple[tuple[Tensor, ...], tuple[Any, ...], Sequence[bool]]
+"""Of the operator after ``grad``: what the forward operator was given, its geometry, and which gradients are wanted."""
+
+
+def _parts(arguments: tuple[Any, ...]) -> Arguments:
+    out_channels, kernel_size, stride, padding, dilation, wanted = arguments[7:]
+    return arguments[:7], (out_channels, tuple(kernel_size), stride, padding, dilation), wanted
+
+
+def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    saved, geometry, wanted = _parts(arguments)
     _check(grad, saved, geometry)
     made = (_on_cpu if grad.is_cpu else _on_gpu)(grad, saved, geometry, wanted)
-    results = _results(input, dictionary, coefficients, wanted)
-    return tuple(  # type: ignore[return-value]
-        result if found is None or not asked else found if found.stride() == result.stride() else result.copy_(found)
-        for found, result, asked in zip(made, results, wanted, strict=True)
+    return tuple(
+        found.contiguous(memory_format=format) if found is not None and asked else grad.new_empty(0)
+        for found, format, asked in zip(made, _formats(saved), wanted, strict=True)
     )
 
 
-def _results(input: Tensor, dictionary: Tensor, coefficients: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors with the shapes and strides of the results: the input's memory format, empty where nothing is asked for."""
-    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    formats = (torch.channels_last if last else torch.contiguous_format, *[torch.contiguous_format] * 2)
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(t, memory_format=format) if asked else input.new_empty(0)
-        for t, format, asked in zip((input, dictionary, coefficients), formats, wanted, strict=True)
-    )
+def _formats(saved: tuple[Tensor, ...]) -> tuple[torch.memory_format, ...]:
+    """Of the three results."""
+    return reference.output_format(saved[0]), torch.contiguous_format, torch.contiguous_format
 
 
 def _check(grad: Tensor, saved: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> None:
@@ -197,25 +175,13 @@ library.impl("lookup_conv2d_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lcnn::lookup_conv2d_backward", lib=library)
-def _fake(
-    grad: Tensor,
-    input: Tensor,
-    dictionary: Tensor,
-    coefficients: Tensor,
-    indices: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    filters: Tensor,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    saved = (input, dictionary, coefficients, indices, positions, offsets, filters)
-    _check_forms(grad, saved, (out_channels, kernel_size, stride, padding, dilation))
-    return _results(input, dictionary, coefficients, wanted)
+def _fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    saved, geometry, wanted = _parts(arguments)
+    _check_forms(grad, saved, geometry)
+    return tuple(
+        torch.empty_like(like, memory_format=format) if asked else grad.new_empty(0)
+        for like, format, asked in zip(saved[:3], _formats(saved), wanted, strict=True)
+    )
 
 
 def gradients(
@@ -225,9 +191,7 @@ def gradients(
 
     ``saved`` are the operator's first seven arguments, ``geometry`` (out_channels, kernel_size, stride, padding, dilation).
     """
-    skips = reference.skips_pixels(geometry[1], geometry[2], geometry[3])
-    stride = (1, 1) if skips else geometry[2]
-    ours = grad.is_cuda or cpu_backward.pays(saved[1], saved[2], geometry[0], geometry[1], stride)
+    ours = grad.is_cuda or cpu_backward.pays(saved[1], saved[2], geometry)
     if torch.is_grad_enabled() or not ours:
         return factored(grad, saved, geometry, wanted)
     made = torch.ops.lcnn.lookup_conv2d_backward(grad, *saved, *geometry, list(wanted))

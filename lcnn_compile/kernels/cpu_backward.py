@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcnn_compile.kernels import cpu_build
 from lcnn_compile.kernels.cpu import address_of, is_available
+from lcnn_compile.kernels.reference import skips_pixels
 from lcnn_compile.kernels.threads import thread_count
 
 SHARE = 0.6
@@ -23,24 +25,10 @@ class _Problem(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *(
-                "batch",
-                "groups",
-                "k",
-                "n",
-                "height",
-                "width",
-                "out_height",
-                "out_width",
-                "kernel_width",
-                "top",
-                "left",
-                "down",
-                "right",
-            ),
-            *("filter_groups", "size", "taps", "threads"),
+            "batch", "groups", "k", "n", "height", "width", "out_height", "out_width", "kernel_width", "top", "left", "down",
+            "right", "filter_groups", "size", "taps", "threads",
         )
-    )
+    )  # fmt: skip
 
 
 class _Tensors(ctypes.Structure):
@@ -52,9 +40,14 @@ class _Tensors(ctypes.Structure):
     )
 
 
-def pays(dictionary: Tensor, coefficients: Tensor, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether these kernels take the backward pass of such a layer, and are faster than dense convolutions; by shapes alone."""
-    if not dictionary.is_cpu or dictionary.dtype != torch.float32 or tuple(stride) != (1, 1):
+def pays(dictionary: Tensor, coefficients: Tensor, geometry: Sequence[Any]) -> bool:
+    """Whether these kernels take the backward pass of such a layer, and are faster than dense convolutions; by shapes alone.
+
+    ``geometry`` is (out_channels, kernel_size, stride, padding, dilation).
+    """
+    out_channels, kernel_size, stride, padding, _ = geometry
+    whole = tuple(stride) == (1, 1) or skips_pixels(kernel_size, stride, padding)
+    if not dictionary.is_cpu or dictionary.dtype != torch.float32 or not whole:
         return False
     entries = out_channels * dictionary.shape[1] * math.prod(kernel_size)
     return coefficients.shape[0] * coefficients.shape[1] <= SHARE * entries and is_available()

@@ -41,12 +41,6 @@ _lookups = Prepared(reference.lookup_tensor)
 _dense_weights = Prepared(lambda dictionary, *rest: reference.dense_weight(dictionary, reference.lookup_tensor(*rest)))
 
 
-def output_format(input: Tensor) -> torch.memory_format:
-    """The memory format of the output for this input."""
-    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def has_lookup_kernel(device: str, dtype: torch.dtype) -> bool:
     """Whether the lookup lowering runs on a kernel of ours for this device type and dtype."""
     return cpu.usable(device, dtype) or triton_ops.usable(device, dtype)
@@ -91,7 +85,7 @@ def _forward(
     if lowering == "lookup" and cpu.takes(input, dictionary, kernel_size):
         precision = "bfloat16" if input.dtype == torch.bfloat16 else precision
         y = cpu.packed_weight(weight, tuple(kernel_size), precision)(*call, residual_last)
-        return y.contiguous(memory_format=output_format(input))
+        return y.contiguous(memory_format=reference.output_format(input))
     shape = check_call(*call)
     size = (kernel_size[0], kernel_size[1])
     for tensor in (input, dictionary, coefficients, bias, residual):
@@ -103,7 +97,7 @@ def _forward(
     if lowering == "lookup" and input.is_cpu and input.dtype in cpu.DTYPES:
         lowering = "factored"  # the kernels are unavailable, and have said so, or the kernel is huge
     if lowering == "lookup" and input.device.type == "cuda":
-        format = output_format(input)
+        format = reference.output_format(input)
         fused = (activation, residual, residual_last)
         made = triton_ops.forward(input, weight, bias, shape, size, stride, padding, dilation, *fused, format)
         if made is not None:
@@ -121,7 +115,7 @@ def _forward(
         y = reference.apply_epilogue(y, bias, residual, activation, residual_last)
     else:
         raise KernelError(f"lookup_conv2d: lowering is {lowering!r}; allowed are {LOWERINGS}")
-    return y.contiguous(memory_format=output_format(input))
+    return y.contiguous(memory_format=reference.output_format(input))
 
 
 def _fake(
@@ -151,7 +145,7 @@ def _fake(
     for tensor in (coefficients, indices, positions, offsets, filters):
         if tensor.device != input.device:
             raise WeightError(f"lookup_conv2d: the weight has tensors on {tensor.device}, the input is on {input.device}")
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=reference.output_format(input))
 
 
 for _name in NAMES:

@@ -30,6 +30,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def output_format(input: Tensor) -> torch.memory_format:
+    """The memory format of what has the input's: channels_last where only that fits it, else contiguous."""
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def tap_filter_groups(offsets: Tensor, taps: int) -> Tensor:
     """The filter group of each tap: int64 [T], without a data-dependent shape."""
     numbers = torch.arange(taps, device=offsets.device, dtype=offsets.dtype)
@@ -92,8 +98,7 @@ def lower_factored(
 ) -> Tensor:
     """S = D ∗ x, then a dense convolution with P: m·k + k·n·kh·kw multiply-adds per pixel."""
     groups = dictionary.shape[0]
-    if skips_pixels(lookups.shape[2:], stride, padding):
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    x, stride = read_pixels(x, lookups.shape[2:], stride, padding)
     s = F.conv2d(x, pointwise_weight(dictionary), None, groups=groups)
     return convolve(s, lookups, stride, padding, dilation, groups)
 
@@ -147,6 +152,15 @@ def output_size(
 def skips_pixels(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
     """Whether a layer is a 1x1 convolution of every so many pixels, so that S is not needed at the others."""
     return tuple(kernel_size) == (1, 1) and tuple(stride) != (1, 1) and not any(isinstance(p, int) and p for p in padding)
+
+
+def read_pixels(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Sequence[int]]:
+    """What a layer reads of its input, and the stride that is left: a 1x1 convolution may skip pixels."""
+    if not skips_pixels(kernel_size, stride, padding):
+        return x, stride
+    return x[:, :, :: stride[0], :: stride[1]], (1, 1)
 
 
 def needed_pixels(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int]) -> int:
