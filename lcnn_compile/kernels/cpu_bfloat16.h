@@ -204,12 +204,9 @@ struct Pairs {
     high.at += (Type)(words & 0xffff0000u) * b;
   }
 
-  template <int F, int P, class Offsets>
-  static void add_up(const float* const* bases, Offsets offsets, const uint32_t* pairs, int64_t taps, float* sums) {
-    constexpr int TURNS = 8 / P;
-    const float* base[P];
-    UNROLL for (int p = 0; p < P; ++p) base[p] = bases[p];
-    Sums<F> acc[TURNS][P];
+  template <int F, int P, int TURNS, class Offsets>
+  static inline __attribute__((always_inline)) void accumulate(Sums<F> (&acc)[TURNS][P], const float* const (&base)[P],
+                                                               Offsets offsets, const uint32_t* pairs, int64_t taps) {
     int64_t t = 0;
     for (; t + TURNS <= taps; t += TURNS)
       UNROLL for (int turn = 0; turn < TURNS; turn += 2, pairs += F) {
@@ -221,7 +218,6 @@ struct Pairs {
       UNROLL for (int p = 0; p < P; ++p)
           add<F>(acc[0][p], acc[1][p], pairs, base[p][offsets[t]], both ? base[p][offsets[t + 1]] : 0.0f);
     }
-    add_turns(acc, sums);
   }
 };
 

@@ -30,27 +30,14 @@ struct Sums {
   float operator[](int f) const { return at[f]; }
 };
 
-// What taps in turns among partial sums come to: sums[p * F + f].
-template <int F, int P, int TURNS>
-static inline void add_turns(Sums<F> (&acc)[TURNS][P], float* sums) {
-  UNROLL for (int p = 0; p < P; ++p) {
-    UNROLL for (int turn = 1; turn < TURNS; ++turn) acc[0][p].add(acc[turn][p]);
-    for (int f = 0; f < F; ++f) sums[p * F + f] = acc[0][p][f];
-  }
-}
-
 // Float32 coefficients.
 struct Singles {
   using Coefficient = float;
 
-  // sums[p * F + f] = sum over t of coefficients[t][f] * base[p][offsets[t]]; taps take turns among a few partial sums,
-  // so that one addition need not wait for the last.
-  template <int F, int P, class Offsets>
-  static void add_up(const float* const* bases, Offsets offsets, const float* coefficients, int64_t taps, float* sums) {
-    constexpr int TURNS = 8 / P;
-    const float* base[P];
-    UNROLL for (int p = 0; p < P; ++p) base[p] = bases[p];
-    Sums<F> acc[TURNS][P];
+  // Adds the products of all taps, which take turns among the partial sums.
+  template <int F, int P, int TURNS, class Offsets>
+  static inline __attribute__((always_inline)) void accumulate(Sums<F> (&acc)[TURNS][P], const float* const (&base)[P],
+                                                               Offsets offsets, const float* coefficients, int64_t taps) {
     int64_t t = 0;
     for (; t + TURNS <= taps; t += TURNS)
       UNROLL for (int turn = 0; turn < TURNS; ++turn) {
@@ -59,9 +46,24 @@ struct Singles {
       }
     for (; t < taps; ++t)
       UNROLL for (int p = 0; p < P; ++p) acc[0][p].add(coefficients + t * F, base[p][offsets[t]]);
-    add_turns(acc, sums);
   }
 };
+
+// sums[p * F + f] = sum over t of coefficients[t][f] * base[p][offsets[t]], in a few partial sums, so that one addition need
+// not wait for the last.
+template <class Kind, int F, int P, class Offsets>
+static void narrow(const float* const* bases, Offsets offsets, const typename Kind::Coefficient* coefficients, int64_t taps,
+                   float* sums) {
+  constexpr int TURNS = 8 / P;
+  const float* base[P];
+  UNROLL for (int p = 0; p < P; ++p) base[p] = bases[p];
+  Sums<F> acc[TURNS][P];
+  Kind::accumulate(acc, base, offsets, coefficients, taps);
+  UNROLL for (int p = 0; p < P; ++p) {
+    UNROLL for (int turn = 1; turn < TURNS; ++turn) acc[0][p].add(acc[turn][p]);
+    for (int f = 0; f < F; ++f) sums[p * F + f] = acc[0][p][f];
+  }
+}
 
 // The kernels for 1 to BLOCK filters, at 1, 2 or FEW pixels, of one kind of coefficients.
 template <class Kind, class Offsets>
@@ -75,9 +77,9 @@ struct NarrowKernels {
   template <int F>
   void fill() {
     if constexpr (F > 0) {
-      at[F][1] = Kind::template add_up<F, 1, Offsets>;
-      at[F][2] = Kind::template add_up<F, 2, Offsets>;
-      at[F][FEW] = Kind::template add_up<F, FEW, Offsets>;
+      at[F][1] = narrow<Kind, F, 1, Offsets>;
+      at[F][2] = narrow<Kind, F, 2, Offsets>;
+      at[F][FEW] = narrow<Kind, F, FEW, Offsets>;
       fill<F - 1>();
     }
   }
