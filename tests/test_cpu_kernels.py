@@ -110,6 +110,7 @@ def test_any_geometry(instruction_set, seed):
         ((4, 64), 3, (224, 224), (1, 1), 1),  # aligned copies, output past the caches
         ((16, 40), 2, (14, 48), (1, 1), 1),  # aligned copies
         ((16, 40), 2, (9, 47), (2, 3), 1),  # aligned copies of phases
+        ((16, 80), 2, (9, 31), (2, 2), 1),  # with taps a stride further
         ((70, 20), 37, (90, 300), (1, 1), 8),  # several bands, packed and direct
         ((300, 40), 37, (28, 28), (2, 2), 4),  # phases
         ((1100, 24), 37, (7, 7), (1, 1), 24),  # narrower tiles
@@ -301,3 +302,9 @@ def test_taps_outside_of_few_pixels(instruction_set, group_size, size, kernel, s
         rest = {"residual": torch.randn(3, 29, *out), "residual_last": residual_last, "activation": activation, **geometry}
         x, bias = torch.randn(3, 37, *size), torch.randn(29)
         check(call(weight, x, bias=bias, **rest), truth_of(weight, x, bias=bias, **rest))
+
+
+def test_few_pixels_in_several_bands(instruction_set):
+    weight = random_weight(random.Random(3), 5, 19, 200, (30, 30), 60, 8)
+    x = torch.randn(2, 5, 31, 31)
+    check(call(weight, x), truth_of(weight, x))

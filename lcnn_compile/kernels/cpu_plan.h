@@ -132,9 +132,7 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
   layout(1);
   const int64_t one = scratch(), budget = S_BYTES / 4;
   layout(std::min<int64_t>(2, rows));
-  int64_t most = 1 + (budget - one) / std::max<int64_t>(1, scratch() - one);
-  // A few pixels are summed in turns that depend on how many there are, so that no image of theirs is cut.
-  most = few ? rows : std::clamp<int64_t>(most, 1, rows);
+  const int64_t most = std::clamp<int64_t>(1 + (budget - one) / std::max<int64_t>(1, scratch() - one), 1, rows);
   int64_t count = ceil_div(rows, most);
   cooperate = g.batch * count < g.threads;
   if (!few && !cooperate && g.batch * count < 8 * g.threads)
