@@ -128,6 +128,19 @@ class LookupWeight:
         inverse = torch.argsort(order).to(self.indices)
         return replace(self, dictionary=self.dictionary[:, order], indices=inverse[self.indices.long()])
 
+    def balanced(self) -> LookupWeight:
+        """The same W with ‖D‖ and ‖C‖ at most a factor of two apart, to learn from.
+
+        The gradient of each factor of P·D is as large as the other one, so that descent would throw the smaller about and
+        leave the larger where it is. The factor between them is a power of two: nothing is rounded.
+        """
+        large, small = self.dictionary.double().norm(), self.coefficients.double().norm()
+        exponent = ((small / large).log2() / 2).round()
+        if not torch.isfinite(exponent):
+            return self
+        factor = float(exponent.exp2())
+        return replace(self, dictionary=self.dictionary * factor, coefficients=self.coefficients / factor)
+
     @classmethod
     def from_lookup_tensor(
         cls, dictionary: Tensor, lookups: Tensor, *, group_size: int = 1, filters: Tensor | None = None

@@ -189,6 +189,13 @@ def test_repeated_runs_agree_to_the_bit():
         assert all(torch.equal(t, other.weight.tensors()[key]) for key, t in layer.weight.tensors().items())
 
 
+def test_both_factors_come_ready_to_learn():
+    fitted = fit(small(), LayerConfig(dictionary_size=0.5, sparsity=3, group_size=4), [images(10)])
+    for layer in fitted.values():
+        norms = layer.weight.dictionary.norm(), layer.weight.coefficients.norm()
+        assert max(norms) <= 2.001 * min(norms)
+
+
 def test_max_error_leaves_a_layer_dense_and_says_why():
     fitted = fit(small(), LayerConfig(dictionary_size=2, sparsity=1, group_size=8, max_error=0.01), images().split(4))
     assert all("is over max_error 0.01" in layer.reason for layer in fitted.values())

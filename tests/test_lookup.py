@@ -49,6 +49,15 @@ def test_permuting_the_dictionary_changes_nothing(weight, random):
     torch.testing.assert_close(permuted.dense_weight(), wide.dense_weight())
 
 
+@given(lookup_weights(), st.integers(-20, 20))
+def test_balancing_makes_norms_alike_and_rounds_nothing(weight, exponent):
+    lopsided = dataclasses.replace(weight, dictionary=weight.dictionary * 2.0**exponent)
+    balanced = lopsided.balanced().validate()
+    assert torch.equal(balanced.dense_weight(), lopsided.dense_weight())
+    norms = balanced.dictionary.double().norm(), balanced.coefficients.double().norm()
+    assert min(norms) == 0 or max(norms) <= 2.001 * min(norms)
+
+
 @pytest.mark.parametrize(("groups", "group_size"), [(1, 1), (1, 8), (2, 4), (5, 2)])
 def test_lossless_is_bit_exact(groups, group_size):
     dense = torch.randn(10, 6, 3, 2)

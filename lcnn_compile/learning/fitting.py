@@ -91,7 +91,11 @@ class Fitting:
         self._refit(result, [name for name in order if not result[name].reason and not self.lossless(name)])
         if last:
             self.bases.clear()
-        return {name: result[name] for name in self.network.layers}
+        return {name: self._to_learn(name, result[name]) for name in self.network.layers}
+
+    def _to_learn(self, name: str, fit: FittedLayer) -> FittedLayer:
+        """The fit as it is given away: until here, S is white."""
+        return fit if fit.reason or self.lossless(name) else replace(fit, weight=fit.weight.balanced())
 
     def _steps(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
         """The layers that one run through the calibration sample serves, one run after the other."""
@@ -128,15 +132,9 @@ class Fitting:
 
     def _known(self, names: Sequence[str]) -> dict[str, FittedLayer]:
         """The layers that an earlier call has fitted."""
-        found = {} if self.saved is None else {name: self.saved.get(name) for name in names}
-        like = {name: self.network.weight(name) for name in found}
-        return {
-            name: replace(
-                fit, weight=fit.weight.to(like[name].device), bias=None if fit.bias is None else fit.bias.to(like[name])
-            )
-            for name, fit in found.items()
-            if fit is not None
-        }
+        if self.saved is None:
+            return {}
+        return {name: fit for name in names if (fit := self.saved.get(name, self.network.weight(name)))}
 
     def _allocate(self, names: Sequence[str], target_speedup: float, other: float) -> dict[str, Point]:
         if not self.curves:

@@ -79,8 +79,8 @@ class SavedFits:
     def _path(self, name: str, suffix: str) -> Path:
         return self._folder / f"layer-{quote(name, safe='')}{suffix}"
 
-    def get(self, name: str) -> FittedLayer | None:
-        """The layer as it was fitted before; None if it was not."""
+    def get(self, name: str, like: Tensor) -> FittedLayer | None:
+        """The layer as it was fitted before, on the device of ``like`` and its bias of that dtype; None if it was not."""
         path = self._path(name, ".safetensors")
         if not path.exists():
             return None
@@ -90,7 +90,8 @@ class SavedFits:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
             high, wide = plain["kernel_size"]
             weight = LookupWeight(**{key: tensors[key] for key in FACTORS}, kernel_size=(high, wide))
-            return FittedLayer(weight.validate(name), tensors.get("bias"), plain["error"], plain["reason"])
+            bias = tensors["bias"].to(like) if "bias" in tensors else None
+            return FittedLayer(weight.validate(name).to(like.device), bias, plain["error"], plain["reason"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, LcnnError) as error:
             raise ConversionError(f"{path} is damaged: {error}; remove it and the layer is fitted again") from error
 
