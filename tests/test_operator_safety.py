@@ -50,7 +50,7 @@ def one_element(t, *shape):
 
 
 CHANGES = {
-    "cut": lambda t, rng: t[: rng.randrange(3)],
+    "cut": lambda t, rng: t[: rng.randrange(3)] if t.dim() else t,
     "one more dimension": lambda t, rng: t.unsqueeze(0),
     "another dtype": lambda t, rng: t.to(rng.choice(KINDS)),
     "another device": lambda t, rng: t.to("meta"),
