@@ -38,7 +38,7 @@ def arguments():
 
 
 def one_value(t, rng):
-    t = t.clone()
+    t = t.clone(memory_format=torch.contiguous_format)
     if t.numel():
         t.view(-1)[rng.randrange(t.numel())] = rng.choice(VALUES)
     return t
@@ -50,7 +50,7 @@ def one_element(t, *shape):
 
 
 CHANGES = {
-    "cut": lambda t, rng: t[: rng.randrange(3)] if t.dim() else t,
+    "cut": lambda t, rng: t[: rng.randrange(3)],
     "one more dimension": lambda t, rng: t.unsqueeze(0),
     "another dtype": lambda t, rng: t.to(rng.choice(KINDS)),
     "another device": lambda t, rng: t.to("meta"),
@@ -79,7 +79,7 @@ def spoil(given, rng):
         if not isinstance(value, torch.Tensor):
             value = torch.randn(2, 10, 7, 7)
         how = rng.choice(list(CHANGES))
-        ordinary = value.numel() < 10**6 and value.layout == torch.strided and value.device.type == "cpu"
+        ordinary = value.dim() and value.numel() < 10**6 and value.layout == torch.strided and value.device.type == "cpu"
         given[name] = CHANGES[how](value, rng) if ordinary else value
         return f"{name}: {how}"
     if isinstance(value, list):
