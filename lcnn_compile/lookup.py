@@ -132,7 +132,8 @@ class LookupWeight:
         """The same W with ‖D‖ and ‖C‖ at most a factor of two apart, to learn from.
 
         The gradient of each factor of P·D is as large as the other one, so that descent would throw the smaller about and
-        leave the larger where it is. The factor between them is a power of two: nothing is rounded.
+        leave the larger where it is. The factor between them is a power of two: nothing is rounded, short of
+        underflow.
         """
         large, small = self.dictionary.double().norm(), self.coefficients.double().norm()
         exponent = ((small / large).log2() / 2).round()

@@ -30,9 +30,7 @@ from lcnn_compile.kernels import cpu
 from lcnn_compile.learning import distill, harden, soften
 from lcnn_compile.modules import LookupConv2d, LookupModule
 
-TUNE: dict[str, Any] = {"lr": 0.06, "label_weight": 0.5}
-BRIEF = 10  # epochs
-TUNE_BRIEFLY: dict[str, Any] = {**TUNE, "lr": 0.03}
+TUNE: dict[str, Any] = {"label_weight": 0.5}
 SCRATCH: dict[str, Any] = {"lr": 0.1, "label_weight": 1.0}
 COMMON: dict[str, Any] = {"weight_decay": 5e-4, "max_norm": None, "warm_up": 0.1}
 LOOKUPS = ("lookups", "uniform lookups", "scratch")
@@ -126,7 +124,8 @@ class Study:
     def _tune(self, case: Case) -> nn.Module:
         start = CASES[case.start]
         self.run(start)
-        return self._train(self.load(start, masked=True), case, TUNE if case.epochs > BRIEF else TUNE_BRIEFLY)
+        rate = 0.06 if case.epochs > 10 else 0.03
+        return self._train(self.load(start, masked=True), case, {**TUNE, "lr": rate})
 
     def _scratch(self, case: Case) -> nn.Module:
         """Random weights, the sizes of the converted network, supports found while training."""

@@ -88,14 +88,13 @@ class Fitting:
                     self.saved.put(name, result[name])
                 self._install(name, result[name])
             self.tell("fit", order.index(names[-1]) + 1, len(order))
-        self._refit(result, [name for name in order if not result[name].reason and not self.lossless(name)])
+        lossy = [name for name in order if not result[name].reason and not self.lossless(name)]
+        self._refit(result, lossy)
+        for name in lossy:  # S has been white until here, which a fit wants and descent does not
+            result[name] = replace(result[name], weight=result[name].weight.balanced())
         if last:
             self.bases.clear()
-        return {name: self._to_learn(name, result[name]) for name in self.network.layers}
-
-    def _to_learn(self, name: str, fit: FittedLayer) -> FittedLayer:
-        """The fit as it is given away: until here, S is white."""
-        return fit if fit.reason or self.lossless(name) else replace(fit, weight=fit.weight.balanced())
+        return {name: result[name] for name in self.network.layers}
 
     def _steps(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
         """The layers that one run through the calibration sample serves, one run after the other."""
