@@ -272,22 +272,29 @@ def test_kernels_of_ours_are_summed():
     def event(key, microseconds):
         return SimpleNamespace(key=key, self_device_time_total=microseconds)
 
-    events = [event("dictionary_kernel", 400.0), event("grouped_kernel", 800.0), event("cudnn", 9.0), event("fused_kernel", 4.0)]
-    assert gpu_machine.sum_kernels(events, 4) == {"dictionary": 0.1, "lookups": 0.2, "fused": 0.001}
+    events = [
+        event("dictionary_kernel", 400.0),
+        event("grouped_kernel", 800.0),
+        event("cudnn", 9.0),
+        event("permute_kernel", 4.0),
+    ]
+    assert gpu_machine.sum_kernels(events, 4) == {"dictionary": 0.1, "lookups": 0.2, "permute": 0.001}
 
 
 def test_floors_are_counted():
-    ceilings = {"copy": 1e12, "l1": 1e13, "float32": 1e13, "tf32": 1e14, "float16": 1e15, "bfloat16": 1e15}
+    ceilings = {"copy": 1e12, "l2": 8e12, "l1": 1e13, "float32": 1e13, "tf32": 1e14, "float16": 1e15, "bfloat16": 1e15}
     found = gpu_floors.floors(Layer(256, 256, 56), Sizes(0.25, 192, 64), "float16", 64, ceilings)
     pixels = 64 * 56 * 56
     assert found["dictionary"].memory == 2 * 256 * pixels
     assert found["dictionary"].flop == 2 * 256 * 64 * pixels
     assert found["lookups"].l1 == 2 * pixels * (2 * 4 * 192 + 256)
+    assert found["lookups"].l2 == 2 * pixels * (4 * 192 + 256)
     assert found["lookups"].flop == 2 * 256 * 192 * pixels
     assert found["lookups"].milliseconds == pytest.approx(1e3 * max(2 * 256 * pixels / 1e12, found["lookups"].l1 / 1e13))
     single = gpu_floors.floors(NARROW, NARROW_SIZES, "float32", 1, ceilings)["lookups"]
+    assert single.l2 == 4 * 224**2 * 128
     assert (single.l1, single.bound) == (4 * 224**2 * 128 * 10, "memory")
-    ratios = gpu_floors.over_floor({"dictionary": 1.0, "fused": 9.0}, 5.0, found)
+    ratios = gpu_floors.over_floor({"dictionary": 1.0, "permute": 9.0}, 5.0, found)
     assert set(ratios) == {"dictionary", "call"}
     assert ratios["call"] == pytest.approx(5.0 / sum(floor.milliseconds for floor in found.values()))
 

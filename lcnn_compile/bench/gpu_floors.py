@@ -8,29 +8,32 @@ from lcnn_compile.bench.gpu_cases import MODES, Layer, Sizes
 
 
 class Floor(NamedTuple):
-    """One kernel: bytes to and from memory, bytes through L1, floating-point operations, and the time they take at least.
+    """One kernel: bytes to and from memory, the second-level cache and L1, floating-point operations, and the least time they take.
 
-    S stays in the second-level cache and counts as L1 traffic alone; what goes through shared memory counts a second time.
+    S stays in the second-level cache. What is copied there straight into shared memory passes by L1, and is then read there.
     """
 
     memory: int
+    l2: int
     l1: int
     flop: int
     milliseconds: float
     bound: str
 
 
-def _floor(memory: int, l1: int, flop: int, rate: float, ceilings: dict[str, float]) -> Floor:
-    seconds = {"memory": memory / ceilings["copy"], "l1": l1 / ceilings["l1"], "arithmetic": flop / rate}
+def _floor(memory: int, l2: int, l1: int, flop: int, rate: float, ceilings: dict[str, float]) -> Floor:
+    seconds = {
+        "memory": memory / ceilings["copy"], "l2": l2 / ceilings["l2"], "l1": l1 / ceilings["l1"], "arithmetic": flop / rate
+    }  # fmt: skip
     bound = max(seconds, key=lambda name: seconds[name])
-    return Floor(memory, l1, flop, 1e3 * seconds[bound], bound)
+    return Floor(memory, l2, l1, flop, 1e3 * seconds[bound], bound)
 
 
 def floors(layer: Layer, sizes: Sizes, mode: str, batch: int, ceilings: dict[str, float]) -> dict[str, Floor]:
     """For both kernels of a lookup layer, "dictionary" (S from the input) and "lookups" (the output from S).
 
     Matrix products of float32 take three products of TF32. Where g = 1, vector units multiply: at least float32's rate, or
-    two operations for each 4 bytes that L1 can deliver.
+    two operations for each 4 bytes that L1 can deliver; a tap may then find S in L1.
     """
     item = MODES[mode].itemsize
     pixels = batch * (-(-layer.side // layer.stride)) ** 2
@@ -42,13 +45,15 @@ def floors(layer: Layer, sizes: Sizes, mode: str, batch: int, ceilings: dict[str
     return {
         "dictionary": _floor(
             item * sources * layer.channels,
-            item * sources * (2 * layer.channels + 3 * vectors),
+            item * sources * (layer.channels + 3 * vectors),
+            item * sources * (layer.channels + 3 * vectors),
             2 * layer.channels * vectors * sources,
             matrix,
             ceilings,
         ),
         "lookups": _floor(
             item * pixels * layer.filters,
+            (0 if alone else gathered) + item * pixels * layer.filters,
             gathered * (1 if alone else 2) + item * pixels * layer.filters,
             2 * layer.filters * sizes.taps * pixels,
             vector if alone else matrix,

@@ -22,7 +22,7 @@ REPLAYS = 9
 MOST_INPUTS = 256
 KERNELS = {
     "dictionary_kernel": "dictionary", "lookup_kernel": "lookups", "grouped_kernel": "lookups",
-    "permute_kernel": "permute", "fused_kernel": "fused",
+    "permute_kernel": "permute",
 }  # fmt: skip
 """Kernels of ours and what tables call them."""
 
@@ -45,7 +45,7 @@ class Machine(Protocol):
         """Milliseconds of each kernel of ours in one call."""
 
     def ceilings(self) -> dict[str, float]:
-        """What this device reaches: "copy" and "l1" in bytes/s, each mode in flop/s."""
+        """What this device reaches: "copy", "l2" and "l1" in bytes/s, each mode in flop/s."""
 
     def usable(self) -> bool:
         """Whether it still computes after something failed."""
@@ -122,7 +122,7 @@ class Gpu:
 
     @torch.no_grad()
     def kernel_times(self, call: Callable[[Tensor], Any], inputs: list[Tensor]) -> dict[str, float]:
-        """Milliseconds of each kernel of ours in one call, by the profiler; a fused launch is a kernel of its own."""
+        """Milliseconds of each kernel of ours in one call, by the profiler."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for x in inputs:
                 call(x)
@@ -130,10 +130,14 @@ class Gpu:
         return sum_kernels(profile.key_averages(), len(inputs))
 
     def ceilings(self) -> dict[str, float]:
-        """A large copy, a large product in each mode, and L1 at 128 bytes per clock and multiprocessor."""
+        """A large copy, a copy within the second-level cache, a large product in each mode, and L1 at 128 bytes per clock and
+        multiprocessor."""
         a = torch.randn(1 << 28, device=self.device)
         found = {"copy": 8 * a.numel() / self.milliseconds(lambda x: x.clone(), [a]) * 1e3}
-        del a
+        part = a[: self.properties.L2_cache_size // 16]
+        room = torch.empty_like(part)
+        found["l2"] = 8 * part.numel() / self.milliseconds(room.copy_, [part] * 32) * 1e3
+        del a, part, room
         for mode in MODES:
             x = torch.randn(4096, 4096, device=self.device).to(set_mode(mode))
             found[mode] = 2 * 4096**3 / self.milliseconds(lambda x: x @ x, [x, x]) * 1e3
@@ -188,7 +192,7 @@ class Rehearsal:
 
     def ceilings(self) -> dict[str, float]:
         """An H100's by its datasheet."""
-        return {"copy": 3e12, "l1": 3e13, "float32": 5e13, "tf32": 4e14, "float16": 8e14, "bfloat16": 8e14}
+        return {"copy": 3e12, "l2": 5.5e12, "l1": 3e13, "float32": 5e13, "tf32": 4e14, "float16": 8e14, "bfloat16": 8e14}
 
     def usable(self) -> bool:
         """Always."""

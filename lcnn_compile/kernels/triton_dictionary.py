@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton_pack import Geometry, vector
+from lcnn_compile.kernels.triton_pack import INT32, Geometry, vector
+from lcnn_compile.kernels.triton_tiles import let_next_start, starts_early
 
 
 class DictionaryConfig(NamedTuple):
@@ -88,15 +89,16 @@ def dictionary_block(
 
 
 @triton.jit
-def store_shifted(s, p_s, planes, n, r, column, m_k, m_p, image, PLANE, PITCH, KW, STRIDE_W, DILATION_W):
+def store_shifted(s, p_s, planes, n, r, column, m_k, m_p, image, PLANE, PITCH, KW, STRIDE_W, DILATION_W, WIDE: tl.constexpr):
     """Store a tile [vectors, pixels] of S into the KW shifted copies of each of its ``planes`` (rows of the whole D)."""
-    o_k = planes.to(tl.int64) * (KW * PLANE)
+    o_k = (planes.to(tl.int64) if WIDE else planes) * (KW * PLANE)
     o_p = n * image + r * PITCH
     for c in range(KW):
         shifted = column - c * DILATION_W
         w = shifted // STRIDE_W
         m_w = m_p & (shifted >= 0) & (w * STRIDE_W == shifted) & (w < PITCH)
-        tl.store(p_s + (o_k + c * PLANE)[:, None] + (o_p + w)[None, :], s, mask=m_k[:, None] & m_w[None, :])
+        o_w = tl.max_contiguous(o_p + w, 8)
+        tl.store(p_s + (o_k + c * PLANE)[:, None] + o_w[None, :], s, mask=m_k[:, None] & m_w[None, :])
 
 
 @triton.jit(
@@ -143,6 +145,8 @@ def dictionary_kernel(
     STRIDE_W,
     DILATION_W,
     PRECISION: tl.constexpr,
+    WIDE_S: tl.constexpr,
+    EARLY: tl.constexpr,
     VEC: tl.constexpr,
     B_K: tl.constexpr,
     B_M: tl.constexpr,
@@ -150,13 +154,14 @@ def dictionary_kernel(
     STAGES: tl.constexpr,
 ):
     """One block of vectors and padded pixels of S."""
+    let_next_start(EARLY)
     pid = tl.program_id(0)
     n, r, column, o_x, m_x, m_p = source_pixels(
         pid // blocks, images, H, W, ROWS, WIDE, PITCH_X, TOP, LEFT, x_n, x_h, x_w, VEC, B_P
     )
     s, planes, m_k = dictionary_block(p_x, p_d, pid % blocks, o_x, m_x, K, M, x_c, PRECISION, VEC, B_K, B_M, STAGES)
     s = s.to(p_s.dtype.element_ty)
-    store_shifted(s, p_s, planes, n, r, column, m_k, m_p, image, ROWS * PITCH, PITCH, KW, STRIDE_W, DILATION_W)
+    store_shifted(s, p_s, planes, n, r, column, m_k, m_p, image, ROWS * PITCH, PITCH, KW, STRIDE_W, DILATION_W, WIDE_S)
 
 
 def input_vector(x: Tensor, where: Geometry) -> int:
@@ -199,6 +204,8 @@ def launch_dictionary(
         where.stride[1],
         where.dilation[1],
         PRECISION=precision,
+        WIDE_S=s.numel() >= INT32,
+        EARLY=starts_early(x),
         VEC=lanes,
         B_K=config.block_vectors,
         B_M=config.block_channels,

@@ -1,4 +1,4 @@
-"""The forward pass on a GPU: S for as many images as stay in the cache, their lookups, and on to the next."""
+"""The forward pass on a GPU: S of all images, or of as many as stay in the cache, their lookups, and on to the next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, launch_dictionary
-from lcnn_compile.kernels.triton_fused import FusedConfig, band_of, launch_fused
 from lcnn_compile.kernels.triton_grouped import GroupedConfig, launch_grouped
 from lcnn_compile.kernels.triton_lookup import LookupConfig, launch_lookup
 from lcnn_compile.kernels.triton_pack import INT32, Epilogue, Geometry, Packed
@@ -16,6 +15,8 @@ from lcnn_compile.kernels.triton_permute import launch_permute
 
 CHUNK = 24 << 20
 """Bytes of S formed before they are read, so that they are still in the second-level cache; half of an H100's."""
+WHOLE = 2**40
+"""More bytes than S ever has. The larger launches have been worth more than the cache on an H100, most often."""
 
 
 class ForwardConfig(NamedTuple):
@@ -24,6 +25,12 @@ class ForwardConfig(NamedTuple):
     dictionary: DictionaryConfig
     lookups: LookupConfig | GroupedConfig
     chunk: int
+
+
+def images_at_once(x: Tensor, planes: int, where: Geometry, chunk: int) -> int:
+    """Images whose S takes at most ``chunk`` bytes and offsets of 32 bits; at least one."""
+    image = where.image(planes)
+    return max(1, min(x.shape[0], chunk // (image * x.element_size()), (INT32 - 1) // image))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -64,18 +71,12 @@ def run(
     groups: int,
     epilogue: Epilogue,
     where: Geometry,
-    config: ForwardConfig | FusedConfig,
+    config: ForwardConfig,
 ) -> Tensor:
-    """Write y [N, n, H, W], contiguous or channels_last, and return it; in two launches where a fused one has no room for S."""
+    """Write y [N, n, H, W], contiguous or channels_last, and return it."""
     planes = weight.dictionary.shape[0]
-    if isinstance(config, FusedConfig):
-        band = band_of(where, x.shape[0], planes, config.room // x.element_size())
-        if band is not None:
-            launch_fused(x, y, weight, groups, epilogue, where, precision(x.dtype), band, config)
-            return y
-        config = ForwardConfig(config.dictionary, config.lookups, CHUNK)
     image = where.image(planes)
-    chunk = max(1, min(x.shape[0], config.chunk // (image * x.element_size()), (INT32 - 1) // image))
+    chunk = images_at_once(x, planes, where, config.chunk)
     digits = precision(x.dtype)
     room = empty_planes(x, planes, chunk, where)
     for first in range(0, x.shape[0], chunk):

@@ -12,18 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, vector
-from lcnn_compile.kernels.triton_tiles import output_arguments, output_pixels, store_tile, tap_offsets
+from lcnn_compile.kernels.triton_tiles import (
+    output_arguments,
+    output_pixels,
+    starts_early,
+    store_tile,
+    tap_offsets,
+    wait_for_last,
+)
 
 
 class GroupedConfig(NamedTuple):
-    """Block sizes over taps and pixels, filter groups of a program, warps, and pipeline depth.
-
-    A program that goes through many filter groups finds S in its multiprocessor's own cache.
-    """
+    """Block sizes over taps and pixels, warps, and pipeline depth."""
 
     block_taps: int
     block_pixels: int
-    span: int
     warps: int
     stages: int
 
@@ -54,59 +57,10 @@ def grouped_tile(
         m_t = o_t < end
         codes = tl.load(p_codes + o_t, mask=m_t, other=0)
         o_plane = tap_offsets(codes, plane, row_step, WIDE, LANES, ROW_BITS)
-        s = tl.load(p_s + o_plane[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0, cache_modifier=".ca")
+        s = tl.load(p_s + o_plane[:, None] + o_s[None, :], mask=m_t[:, None], other=0.0)
         c = tl.load(p_c + o_t.to(tl.int64)[:, None] * G + o_g[None, :], mask=m_t[:, None], other=0.0)
         acc = tl.dot(tl.trans(c), s, acc, input_precision=PRECISION)
     return acc
-
-
-@triton.jit
-def grouped_block(
-    p_s,
-    p_codes,
-    p_c,
-    p_offsets,
-    p_filters,
-    p_bias,
-    p_residual,
-    p_y,
-    i_b,
-    size,
-    plane,
-    row_step,
-    o_s,
-    o_y,
-    m_p,
-    y_c,
-    ORDERED: tl.constexpr,
-    RESIDUAL_LAST: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    VEC_C: tl.constexpr,
-    ROW_BITS: tl.constexpr,
-    G: tl.constexpr,
-    B_G: tl.constexpr,
-    B_T: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Block i_b of B_G filters of one filter group at the pixels o_s, up to the output."""
-    i_f = i_b // (G // B_G)
-    o_g = i_b % (G // B_G) * B_G + tl.arange(0, B_G)
-    first, m_c = i_f * size, o_g < size
-    if VEC_C > 1:
-        first = tl.multiple_of(first, VEC_C)
-        m_c = tl.max_constancy(m_c, VEC_C)
-    start = tl.load(p_offsets + i_f)
-    end = tl.load(p_offsets + i_f + 1)
-    acc = grouped_tile(p_s, p_codes, p_c, start, end, o_g, o_s, plane, row_step, PRECISION, WIDE, LANES, ROW_BITS, G, B_T, STAGES)
-    channels = first + o_g
-    if not ORDERED:
-        channels = tl.load(p_filters + i_f * G + o_g)
-        m_c = channels >= 0
-    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
 
 
 @triton.jit(do_not_specialize=["F", "images", "image", "OH", "OW", "ROWS", "PITCH", "STRIDE_H", "DILATION_H"])
@@ -147,19 +101,28 @@ def grouped_kernel(
     B_T: tl.constexpr,
     B_P: tl.constexpr,
     STAGES: tl.constexpr,
-    SPAN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """SPAN filter groups, or parts of B_G filters of larger ones, on one block of output pixels."""
+    """One filter group, or a part of B_G filters of a larger one, on one block of output pixels."""
     pid = tl.program_id(0)
     blocks = F * (G // B_G)
-    programs = tl.cdiv(blocks, SPAN)
-    o_s, o_y, m_p = output_pixels(pid // programs, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
-    for i_b in range(pid % programs * SPAN, min((pid % programs + 1) * SPAN, blocks)):
-        grouped_block(
-            p_s, p_codes, p_c, p_offsets, p_filters, p_bias, p_residual, p_y, i_b, size, ROWS * PITCH, DILATION_H * PITCH,
-            o_s, o_y, m_p, y_c, ORDERED, RESIDUAL_LAST, ACTIVATION, PRECISION, WIDE, LANES, VEC, VEC_C, ROW_BITS, G, B_G, B_T,
-            STAGES,
-        )  # fmt: skip
+    o_s, o_y, m_p = output_pixels(pid // blocks, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
+    i_f = pid % blocks // (G // B_G)
+    o_g = pid % (G // B_G) * B_G + tl.arange(0, B_G)
+    first, m_c = i_f * size, o_g < size
+    if VEC_C > 1:
+        first = tl.multiple_of(first, VEC_C)
+        m_c = tl.max_constancy(m_c, VEC_C)
+    start = tl.load(p_offsets + i_f)
+    end = tl.load(p_offsets + i_f + 1)
+    plane, row_step = ROWS * PITCH, DILATION_H * PITCH
+    wait_for_last(EARLY)
+    acc = grouped_tile(p_s, p_codes, p_c, start, end, o_g, o_s, plane, row_step, PRECISION, WIDE, LANES, ROW_BITS, G, B_T, STAGES)
+    channels = first + o_g
+    if not ORDERED:
+        channels = tl.load(p_filters + i_f * G + o_g)
+        m_c = channels >= 0
+    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
 
 
 def block_filters(padded: int, y: Tensor) -> int:
@@ -181,7 +144,8 @@ def launch_grouped(
     block = block_filters(padded, y)
     pixels = y.shape[0] * where.out_height * where.pitch
     image = s.numel() // y.shape[0]
-    grid = (-(-count * (padded // block) // config.span) * -(-pixels // config.block_pixels),)
+    early = starts_early(s)
+    grid = (count * (padded // block) * -(-pixels // config.block_pixels),)
     grouped_kernel[grid](
         s,
         weight.taps.codes,
@@ -203,6 +167,7 @@ def launch_grouped(
         B_T=config.block_taps,
         B_P=config.block_pixels,
         STAGES=config.stages,
-        SPAN=config.span,
+        EARLY=early,
         num_warps=config.warps,
+        launch_pdl=early,
     )

@@ -15,14 +15,10 @@ from lcnn_compile.kernels.triton_tiles import output_arguments, output_pixels, s
 
 
 class LookupConfig(NamedTuple):
-    """Block sizes over filters and pixels, filter blocks of a program, taps in flight, and warps.
-
-    A program that goes through many filters finds S in its multiprocessor's own cache.
-    """
+    """Block sizes over filters and pixels, taps in flight, and warps."""
 
     block_filters: int
     block_pixels: int
-    span: int
     unroll: int
     warps: int
 
@@ -54,43 +50,6 @@ def lookup_tile(
         s = tl.load(p_s + o_t[:, None] + o_s[None, :])
         acc += c[:, None] * s.to(tl.float32)
     return acc
-
-
-@triton.jit
-def lookup_block(
-    p_s,
-    p_table,
-    p_offsets,
-    p_filters,
-    p_bias,
-    p_residual,
-    p_y,
-    i_b,
-    F,
-    plane,
-    row_step,
-    o_s,
-    o_y,
-    m_p,
-    y_c,
-    ORDERED: tl.constexpr,
-    WIDE: tl.constexpr,
-    RESIDUAL_LAST: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    ROW_BITS: tl.constexpr,
-    B_F: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """Block i_b of B_F filters at the pixels o_s, up to the output."""
-    o_f = i_b * B_F + tl.arange(0, B_F)
-    acc = lookup_tile(p_s, p_table, p_offsets, o_f, o_s, F, plane, row_step, WIDE, LANES, ROW_BITS, UNROLL)
-    channels, m_c = o_f, o_f < F
-    if not ORDERED:
-        channels = tl.load(p_filters + o_f, mask=m_c, other=-1)
-        m_c = channels >= 0
-    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
 
 
 @triton.jit(do_not_specialize=["images", "image", "OH", "OW", "ROWS", "PITCH", "STRIDE_H", "DILATION_H"])
@@ -125,17 +84,19 @@ def lookup_kernel(
     B_F: tl.constexpr,
     B_P: tl.constexpr,
     UNROLL: tl.constexpr,
-    SPAN: tl.constexpr,
 ):
-    """SPAN blocks of filters on one block of output pixels."""
+    """One block of filters on one block of output pixels."""
     pid = tl.program_id(0)
-    programs = tl.cdiv(F, B_F * SPAN)
-    o_s, o_y, m_p = output_pixels(pid // programs, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
-    for i_b in range(pid % programs * SPAN, min((pid % programs + 1) * SPAN, tl.cdiv(F, B_F))):
-        lookup_block(
-            p_s, p_table, p_offsets, p_filters, p_bias, p_residual, p_y, i_b, F, ROWS * PITCH, DILATION_H * PITCH,
-            o_s, o_y, m_p, y_c, ORDERED, WIDE, RESIDUAL_LAST, ACTIVATION, LANES, VEC, ROW_BITS, B_F, UNROLL,
-        )  # fmt: skip
+    blocks = tl.cdiv(F, B_F)
+    o_s, o_y, m_p = output_pixels(pid // blocks, images, image, OH, OW, PITCH, STRIDE_H, y_n, y_h, y_w, LANES, VEC, B_P)
+    o_f = pid % blocks * B_F + tl.arange(0, B_F)
+    plane, row_step = ROWS * PITCH, DILATION_H * PITCH
+    acc = lookup_tile(p_s, p_table, p_offsets, o_f, o_s, F, plane, row_step, WIDE, LANES, ROW_BITS, UNROLL)
+    channels, m_c = o_f, o_f < F
+    if not ORDERED:
+        channels = tl.load(p_filters + o_f, mask=m_c, other=-1)
+        m_c = channels >= 0
+    store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
 
 
 def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, where: Geometry, config: LookupConfig) -> None:
@@ -143,7 +104,7 @@ def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, wher
     count = weight.taps.filters.shape[0]
     pixels = y.shape[0] * where.out_height * where.pitch
     image = s.numel() // y.shape[0]
-    grid = (-(-count // (config.block_filters * config.span)) * -(-pixels // config.block_pixels),)
+    grid = (-(-count // config.block_filters) * -(-pixels // config.block_pixels),)
     lookup_kernel[grid](
         s,
         weight.coefficients,
@@ -159,6 +120,5 @@ def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, wher
         B_F=config.block_filters,
         B_P=config.block_pixels,
         UNROLL=config.unroll,
-        SPAN=config.span,
         num_warps=config.warps,
     )

@@ -16,8 +16,8 @@ from lcnn_compile.files import digest
 from lcnn_compile.kernels.store import cache_folder
 from lcnn_compile.torch_private import occupy_gpu
 
-AHEAD = 400_000
-"""Clock cycles that a GPU idles before a timed call, a fifth of a millisecond: launches are all queued by then, so that the time
+AHEAD = 2_000_000
+"""Clock cycles that a GPU idles before a timed call, a millisecond: launches are all queued by then, so that the time
 of the kernels counts and not that of the interpreter that launches them."""
 SHORT, LONG = 15, 5
 """Repetitions of calls below a millisecond, and of others."""

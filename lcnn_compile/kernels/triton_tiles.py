@@ -4,11 +4,35 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Geometry, vector
+
+
+def starts_early(x: Tensor) -> bool:
+    """Whether a kernel may be launched before the one it waits for has ended, which hides its launch: from Hopper on."""
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device) >= (9, 0)
+    driver = triton.runtime.driver
+    return driver._active is not None and driver.active.get_current_target().arch >= 90
+
+
+@triton.jit
+def let_next_start(EARLY: tl.constexpr):
+    """From here on the next kernel may be launched; what it reads of this one it waits for by :func:`wait_for_last`."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(EARLY: tl.constexpr):
+    """Until the kernel before has ended and all that it wrote is visible."""
+    if EARLY:
+        gdc_wait()
 
 
 def output_arguments(y: Tensor, where: Geometry, image: int) -> dict[str, int | bool]:

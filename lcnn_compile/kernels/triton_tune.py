@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import product
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +12,7 @@ from triton.errors import TritonError
 
 from lcnn_compile.kernels.store import known, remember
 from lcnn_compile.kernels.triton_dictionary import DictionaryConfig, empty_planes, input_vector, launch_dictionary
-from lcnn_compile.kernels.triton_forward import CHUNK, ForwardConfig, launch_lookups, precision, run
-from lcnn_compile.kernels.triton_fused import FusedConfig, band_of
+from lcnn_compile.kernels.triton_forward import CHUNK, WHOLE, ForwardConfig, images_at_once, launch_lookups, precision, run
 from lcnn_compile.kernels.triton_grouped import GroupedConfig
 from lcnn_compile.kernels.triton_lookup import LookupConfig
 from lcnn_compile.kernels.triton_pack import Epilogue, Geometry, Packed, padded_group
@@ -23,68 +21,37 @@ from lcnn_compile.kernels.triton_store import may_measure, milliseconds, store_o
 T = TypeVar("T")
 
 
-ROOMS = ((128 << 10, 2), (256 << 10, 1))
-"""Bytes of S of a fused program and programs per multiprocessor; on an H100 they too fill half of the cache."""
-
-
 def dictionary_configs(size: int, element_size: int) -> list[DictionaryConfig]:
     """Configurations for a dictionary of ``size`` vectors, the safest first."""
-    vectors = min(128, max(16, 1 << (size - 1).bit_length()))
+    vectors = min(64, max(16, 1 << (size - 1).bit_length()))
     if element_size == 4:
-        return [
-            DictionaryConfig(min(vectors, 64), 32, 128, 8, 3),
-            DictionaryConfig(min(vectors, 32), 32, 128, 4, 3),
-            DictionaryConfig(min(vectors, 64), 16, 64, 4, 4),
-        ]
+        few = min(vectors, 32)
+        return [DictionaryConfig(few, 32, 64, 4, 3), DictionaryConfig(few, 32, 128, 4, 3)]
     return [
-        DictionaryConfig(vectors, 32, 128, 8, 4),
-        DictionaryConfig(vectors, 64, 128, 8, 3),
-        DictionaryConfig(min(vectors, 64), 32, 64, 4, 4),
+        DictionaryConfig(vectors, 64, 64, 4, 4),
+        DictionaryConfig(vectors, 64, 128, 4, 3),
+        DictionaryConfig(vectors, 128, 64, 4, 3),
     ]
 
 
 def lookup_configs(element_size: int) -> list[LookupConfig]:
-    """Configurations where g = 1: many small programs, or few large ones that keep S in their own cache."""
+    """Configurations where g = 1."""
     lanes = 16 // element_size
     return [
+        LookupConfig(16, 32 * lanes, 4, 4),
+        LookupConfig(16, 64 * lanes, 4, 8),
         # A fourth tap in flight makes Triton 3.6 spill float32.
-        LookupConfig(8, 64 * lanes, 1, 3 if element_size == 4 else 4, 4),
-        LookupConfig(4, 128 * lanes, 1, 4, 4),
-        LookupConfig(32, 32 * lanes, 8, 4, 8),
-        LookupConfig(16, 32 * lanes, 16, 4, 8),
+        LookupConfig(8, 64 * lanes, 3 if element_size == 4 else 4, 4),
     ]
 
 
 def grouped_configs(size: int, element_size: int) -> list[GroupedConfig]:
-    """Configurations for groups of ``size`` filters: a group per program, or several that find S in their own cache.
-
-    That cache is what shared memory leaves: fewer stages keep more of S in it.
-    """
+    """Configurations for groups of ``size`` filters."""
     if element_size == 4:
-        return [GroupedConfig(16, 128, 1, 4, 4), GroupedConfig(32, 64, 1, 4, 4), GroupedConfig(16, 128, 8, 4, 4)]
+        return [GroupedConfig(16, 128, 4, 4), GroupedConfig(32, 64, 4, 4)]
     if padded_group(size) < 64:
-        return [
-            GroupedConfig(32, 128, 1, 4, 4),
-            GroupedConfig(32, 256, 1, 4, 4),
-            GroupedConfig(32, 256, 16, 8, 4),
-            GroupedConfig(64, 128, 4, 4, 4),
-            GroupedConfig(32, 256, 32, 8, 2),
-        ]
-    return [
-        GroupedConfig(32, 128, 1, 4, 4),
-        GroupedConfig(64, 128, 1, 4, 4),
-        GroupedConfig(64, 256, 1, 8, 4),
-        GroupedConfig(64, 128, 4, 4, 4),
-        GroupedConfig(32, 256, 8, 8, 2),
-    ]
-
-
-def fused_config(
-    dictionary: DictionaryConfig, lookups: LookupConfig | GroupedConfig, element_size: int, room: int, programs: int
-) -> FusedConfig:
-    """Both stages in one program: S takes smaller blocks, as registers hold the state of both."""
-    vectors = min(dictionary.block_vectors, 128 // element_size)
-    return FusedConfig(DictionaryConfig(vectors, 32, 64, lookups.warps, 2), lookups, room, programs)
+        return [GroupedConfig(32, 128, 4, 4), GroupedConfig(32, 256, 4, 4)]
+    return [GroupedConfig(32, 128, 4, 6), GroupedConfig(64, 128, 4, 4), GroupedConfig(32, 64, 4, 6)]
 
 
 def _candidates(x: Tensor, weight: Packed, groups: int) -> tuple[list[DictionaryConfig], list[Any]]:
@@ -97,7 +64,7 @@ def _candidates(x: Tensor, weight: Packed, groups: int) -> tuple[list[Dictionary
 def guess(x: Tensor, weight: Packed, groups: int) -> ForwardConfig:
     """The configuration that is fair everywhere."""
     first, second = _candidates(x, weight, groups)
-    return ForwardConfig(first[0], second[0], CHUNK)
+    return ForwardConfig(first[0], second[0], WHOLE)
 
 
 def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
@@ -114,13 +81,11 @@ def _fastest(configs: Iterable[T], launch: Callable[[T], object], device: torch.
     return min(configs, key=lambda config: _milliseconds(lambda: launch(config), device))
 
 
-def measure(
-    x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry
-) -> ForwardConfig | FusedConfig:
+def measure(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry) -> ForwardConfig:
     """The fastest configuration for this call; overwrites y. S by its kernel alone, lookups right after it, then whole calls by chunk."""
     first, second = _candidates(x, weight, groups)
     planes = weight.dictionary.shape[0]
-    images = max(1, min(x.shape[0], CHUNK // (where.image(planes) * x.element_size())))
+    images = images_at_once(x, planes, where, WHOLE)
     s = empty_planes(x, planes, images, where)
     part, target = x[:images], y[:images]
     tail = epilogue if epilogue.residual is None else epilogue._replace(residual=epilogue.residual[:images])
@@ -132,12 +97,9 @@ def measure(
         launch_lookups(s, weight, target, tail, where, digits, config)
 
     lookups = _fastest(second, launch, x.device)
-    whole: list[ForwardConfig | FusedConfig] = [ForwardConfig(dictionary, lookups, CHUNK)]
-    if images < x.shape[0]:
-        whole.append(ForwardConfig(dictionary, lookups, 2**40))
-    for room, programs in ROOMS:
-        if band_of(where, x.shape[0], planes, room // x.element_size()) is not None:
-            whole.append(fused_config(dictionary, lookups, x.element_size(), room, programs))
+    whole = [ForwardConfig(dictionary, lookups, WHOLE)]
+    if images_at_once(x, planes, where, CHUNK) < images:
+        whole.append(ForwardConfig(dictionary, lookups, CHUNK))
     return _fastest(whole, lambda config: run(x, y, weight, groups, epilogue, where, config), x.device)
 
 
@@ -146,31 +108,25 @@ def candidates(
 ) -> list[Callable[[], object]]:
     """Launches of every kernel that :func:`measure` may try for this call, to have them compiled before."""
     first, second = _candidates(x, weight, groups)
-    forms: list[ForwardConfig | FusedConfig] = [ForwardConfig(dictionary, second[0], 2**40) for dictionary in first]
-    forms += [ForwardConfig(first[0], lookups, 2**40) for lookups in second[1:]]
-    for room, programs in ROOMS:
-        if band_of(where, x.shape[0], weight.dictionary.shape[0], room // x.element_size()) is not None:
-            forms += [fused_config(*pair, x.element_size(), room, programs) for pair in product(first, second)]
+    forms: list[ForwardConfig] = [ForwardConfig(dictionary, second[0], WHOLE) for dictionary in first]
+    forms += [ForwardConfig(first[0], lookups, WHOLE) for lookups in second[1:]]
     return [partial(run, x, y, weight, groups, epilogue, where, form) for form in forms]
 
 
-def _stored(config: ForwardConfig | FusedConfig) -> list[Any]:
+def _stored(config: ForwardConfig) -> list[Any]:
     return [list(part) if isinstance(part, tuple) else part for part in config]
 
 
-def _restored(stored: list[Any], group_size: int) -> ForwardConfig | FusedConfig:
-    first, second, *rest = stored
+def _restored(stored: list[Any], group_size: int) -> ForwardConfig:
+    first, second, chunk = stored
     form = LookupConfig if group_size == 1 else GroupedConfig
-    blocks = (DictionaryConfig(*first), form(*second))
-    return ForwardConfig(*blocks, *rest) if len(rest) == 1 else FusedConfig(*blocks, *rest)
+    return ForwardConfig(DictionaryConfig(*first), form(*second), chunk)
 
 
-_chosen: dict[tuple[Any, ...], ForwardConfig | FusedConfig] = {}
+_chosen: dict[tuple[Any, ...], ForwardConfig] = {}
 
 
-def configuration(
-    x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry
-) -> ForwardConfig | FusedConfig:
+def configuration(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry) -> ForwardConfig:
     """The configuration for this call; the first of its kind on a device measures, where it can.
 
     Calls whose number of pixels has as many bits are of one kind, so images of any size need few measurements; nor does the

@@ -15,7 +15,6 @@ from emulate import compiling, resources
 from lcnn_compile.kernels import triton_backward, triton_tune
 from lcnn_compile.kernels.triton_dictionary import empty_planes, launch_dictionary
 from lcnn_compile.kernels.triton_forward import precision
-from lcnn_compile.kernels.triton_fused import band_of, launch_fused
 from lcnn_compile.kernels.triton_grouped import launch_grouped
 from lcnn_compile.kernels.triton_lookup import launch_lookup
 from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
@@ -65,6 +64,39 @@ class Layer:
         return Epilogue(bias, torch.zeros_like(self.y) if full else None, "silu" if full else "relu", full)
 
 
+def test_shifted_copies_are_stored_along_pixels():
+    """A warp writes 32 neighbouring pixels of a plane at a time; along planes the same stores took nine times as long."""
+    for format in FORMATS:
+        layer = Layer(1, torch.float16, format)
+        with compiling(90) as kernels:
+            config = triton_tune.dictionary_configs(64, 2)[0]
+            launch_dictionary(layer.x, layer.packed.dictionary, layer.s, 1, layer.where, layer.digits, config)
+        (kernel,) = kernels
+        (name,) = re.findall(r"tt\.store .*!tt\.ptr<f16>, #(\w+)>", kernel.asm["ttgir"])
+        (layout,) = re.findall(rf"^#{name} = .*threadsPerWarp = \[(\d+, \d+)\]", kernel.asm["ttgir"], re.M)
+        assert layout == "1, 32"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_lookups_start_before_their_dictionary_ends(capability):
+    """Programmatic dependent launch, which only Hopper and later have; whoever starts early must wait before it reads S."""
+    layer = Layer(64, torch.float16, FORMATS[1])
+    config = triton_tune.guess(layer.x, layer.packed, 1)
+    with compiling(capability) as kernels:
+        launch_dictionary(layer.x, layer.packed.dictionary, layer.s, 1, layer.where, layer.digits, config.dictionary)
+        tail = (layer.packed, layer.y, layer.epilogue(False), layer.where, layer.digits, config.lookups)
+        launch_grouped(layer.s, *tail)
+    dictionary, lookups = (kernel.asm["ptx"] for kernel in kernels)
+    early = capability >= 90
+    assert ("griddepcontrol.launch_dependents" in dictionary) == early
+    assert kernels[1].metadata.launch_pdl == early
+    if early:
+        body = lookups.split("griddepcontrol.wait")
+        assert len(body) == 2
+        assert "cp.async" not in body[0]
+        assert "cp.async" in body[1]
+
+
 def compiled(capability, launch, *args):
     """Resources of the one kernel that this launch compiles; it must not spill, and must fit a multiprocessor."""
     with compiling(capability) as kernels:
@@ -83,16 +115,18 @@ def compiled(capability, launch, *args):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_dictionary(capability, dtype, index, format):
-    config = triton_tune.dictionary_configs(64, dtype.itemsize)[index]
+    configs = triton_tune.dictionary_configs(64, dtype.itemsize)
+    if index >= len(configs):
+        pytest.skip("fewer configurations for this element size")
     layer = Layer(1, dtype, format)
-    args = (layer.x, layer.packed.dictionary, layer.s, 1, layer.where, layer.digits, config)
+    args = (layer.x, layer.packed.dictionary, layer.s, 1, layer.where, layer.digits, configs[index])
     found = compiled(capability, launch_dictionary, *args)
     assert set(found["async"]) == {16}, found
     assert not found["load"], found
     assert set(found["matrix"]) & MATRIX[capability], found
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_lookups(capability, dtype, index):
@@ -106,7 +140,7 @@ def test_lookups(capability, dtype, index):
     assert min(found["store"]) >= 8, found
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("group_size", [16, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -123,23 +157,6 @@ def test_grouped(capability, dtype, group_size, index):
     assert sum(found["load"].values()) <= 24, found
     assert set(found["matrix"]) & MATRIX[capability], found
     assert set(found["store"]) == {16}, found
-
-
-@pytest.mark.parametrize("group_size", [1, 16, 64])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_fused(capability, dtype, group_size):
-    layer = Layer(group_size, dtype, FORMATS[group_size == 16])
-    dictionary = triton_tune.dictionary_configs(64, dtype.itemsize)[0]
-    config = triton_tune.guess(layer.x, layer.packed, 1).lookups
-    band = band_of(layer.where, 2, 64, (256 << 10) // dtype.itemsize)
-    fused = triton_tune.fused_config(dictionary, config, dtype.itemsize, 256 << 10, 1)
-    args = (layer.x, layer.y, layer.packed, 1, layer.epilogue(False), layer.where, layer.digits, band, fused)
-    found = compiled(capability, launch_fused, *args)
-    narrow = sum(count for width, count in found["load"].items() if width < 8)
-    assert found["async"][16] + found["load"].get(16, 0) >= 8, found
-    assert narrow <= 16, found
-    assert max(found["store"]) == 16, found
 
 
 @pytest.mark.parametrize("group_size", [1, 64])
@@ -160,7 +177,7 @@ def test_gradient_of_coefficients(capability, dtype, group_size):
     assert set(found["matrix"]) & MATRIX[capability], found
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(2))
 def test_small_groups_store_whole_vectors_of_channels(index):
     """Groups of 8, half of a product's rows, in all configurations of both forms."""
     layer = Layer(8, torch.float16, FORMATS[1])
@@ -169,12 +186,6 @@ def test_small_groups_store_whole_vectors_of_channels(index):
     found = compiled(90, launch_grouped, *args)
     assert set(found["store"]) == {16}, found
     assert found["async"][16] >= 4, found
-    dictionary = triton_tune.dictionary_configs(64, 2)[index % 3]
-    room, programs = triton_tune.ROOMS[index % 2]
-    fused = triton_tune.fused_config(dictionary, config, 2, room, programs)
-    band = band_of(layer.where, 2, 64, room // 2)
-    args = (layer.x, layer.y, layer.packed, 1, layer.epilogue(False), layer.where, layer.digits, band, fused)
-    assert max(compiled(90, launch_fused, *args)["store"]) == 16
 
 
 @pytest.mark.parametrize("precise", ["bfloat16", "tf32"])

@@ -29,7 +29,6 @@ from lcnn_compile.kernels import (
     triton_backward,
     triton_choose,
     triton_forward,
-    triton_fused,
     triton_ops,
     triton_store,
     triton_tune,
@@ -184,15 +183,13 @@ CONFIGS = [
 ]
 
 
-def direct(case, weight, x, config, chunk=1 << 20, room=None, **epilogue):
-    """The forward pass with this configuration, in one launch where ``room`` bytes for S are given."""
+def direct(case, weight, x, config, chunk=1 << 20, **epilogue):
+    """The forward pass with this configuration."""
     tail = Epilogue(**{"bias": None, "residual": None, "activation": "relu", "residual_last": False, **epilogue})
     y = torch.empty(case.shape(), dtype=x.dtype, device=x.device, memory_format=case.format)
     where = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, x.element_size())
     dictionary = triton_tune.dictionary_configs(case.vectors, x.element_size())[-1]
     form = triton_forward.ForwardConfig(dictionary, config, chunk)
-    if room is not None:
-        form = triton_fused.FusedConfig(dictionary, config, room, 1)
     return triton_forward.run(x, y, pack(tuple(weight.tensors().values()), case.kernel[1]), case.groups, tail, where, form)
 
 
@@ -204,27 +201,11 @@ def test_configurations(group_size, element_size, config):
     check(case, weight, x, direct(case, weight, x, config), activation="relu")
 
 
-@pytest.mark.parametrize("rows", [4, 5, 1000])
-@pytest.mark.parametrize("group_size", [1, 24])
-@pytest.mark.parametrize("shape", range(len(SHAPES)))
-def test_fused(shape, group_size, rows):
-    format = FORMATS[(shape + rows) % 2]
-    case = replace(SHAPES[shape], group_size=group_size, batch=3, format=format, dtype=DTYPES[rows % len(DTYPES)])
-    weight, x = case.tensors()
-    where = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, x.element_size())
-    band = (min(rows, where.out_height) - 1) * case.stride[0] + where.rows - (where.out_height - 1) * case.stride[0]
-    room = case.vectors * case.groups * case.kernel[1] * band * where.pitch * x.element_size() * (2 if rows == 1000 else 1)
-    tail = {"bias": torch.randn(case.out_channels, device=DEVICE).to(case.dtype), "activation": "hardswish"}
-    tail["residual"] = torch.randn(case.shape(), device=DEVICE).to(case.dtype).contiguous(memory_format=format)
-    config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), case.kernel[1]), case.groups).lookups
-    check(case, weight, x, direct(case, weight, x, config, room=room, **tail), **tail)
-
-
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_dictionary_configurations(dtype, index, monkeypatch):
     configs = triton_tune.dictionary_configs
-    monkeypatch.setattr(triton_tune, "dictionary_configs", lambda *sizes: [configs(*sizes)[index]])
+    monkeypatch.setattr(triton_tune, "dictionary_configs", lambda *sizes: [configs(*sizes)[index % len(configs(*sizes))]])
     case = Case(dtype=dtype, vectors=40, in_channels=70, size=(4, 8))
     weight, x = case.tensors()
     check(case, weight, x, result_of(case, weight, x))
@@ -350,22 +331,15 @@ def test_choices_survive_on_disk(tmp_path):
     case = Case()
     weight, x = case.tensors()
     choice = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1)
-    fused = triton_tune.fused_config(choice.dictionary, choice.lookups, 4, 1 << 17, 2)
-    for name, config in (("layer", choice), ("other", fused)):
+    other = choice._replace(chunk=3)
+    for name, config in (("layer", choice), ("other", other)):
         store.remember(path, name, triton_tune._stored(config))
     store.known.cache_clear()
-    for name, config in (("layer", choice), ("other", fused)):
+    for name, config in (("layer", choice), ("other", other)):
         assert triton_tune._restored(store.known(path)[name], 1) == config
     path.write_text("{half")
     store.known.cache_clear()
     assert store.known(path) == {}
-
-
-def test_fused_choice_without_room_runs_in_two_launches():
-    case = Case(size=(20, 8))
-    weight, x = case.tensors()
-    config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1).lookups
-    check(case, weight, x, direct(case, weight, x, config, room=16), activation="relu")
 
 
 def test_lowering_is_chosen_by_measurement(tmp_path, monkeypatch):
