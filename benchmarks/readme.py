@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md and docs/benchmarks.md, and the README's picture, from results/*.json.
+"""Write the measured tables of README.md, docs/benchmarks.md and docs/gpu.md, and the README's picture, from results/*.json.
 
     python benchmarks/readme.py            # rewrite what stands between the markers, draw the picture
     python benchmarks/readme.py --check    # exit code 1 if a table is not what the results say
@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import readme_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gpu.md")
 PICTURE = ROOT / "docs" / "images" / "measured.png"
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[\w-]+) -->\n).*?(<!-- measured: end -->)", re.DOTALL)
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet", "mobilenet": "MobileNet"}
@@ -209,6 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "machine-avx2": lambda: machine("avx2/networks*.json"),
     "accuracy-avx2": lambda: accuracy(accuracy_rows("avx2/accuracy*.json")),
     "training-avx2": lambda: training("avx2/training*.json"),
+    **readme_gpu.TABLES,
 }
 
 

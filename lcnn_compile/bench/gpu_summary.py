@@ -53,10 +53,13 @@ def document(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _best(name: str, least: float, rows: Rows) -> Verdict:
+    """Rows of one layer: the fastest lookups against the fastest dense result, whatever row it was measured for."""
     if not rows:
         return Verdict(name, least, None)
-    best = max(rows, key=lambda row: row["speedup"])
-    return Verdict(name, least, best["speedup"], f"{best['sizes']} {best['format']}")
+    best = min(rows, key=lambda row: row["ms"]["lookup"])
+    ways = {milliseconds: way for row in rows for way, milliseconds in row["dense_ms"].items()}
+    detail = f"{best['sizes']} {best['format']} against {ways[min(ways)]}"
+    return Verdict(name, least, min(ways) / best["ms"]["lookup"], detail)
 
 
 def verdicts(rows: Rows) -> list[Verdict]:

@@ -51,7 +51,8 @@ def select(only: Sequence[str], rehearse: bool) -> list[Job]:
 def _small(chosen: list[Job]) -> list[Job]:
     """Two or three of each kind, at sizes for a CPU."""
     of_kind = {kind: [job for job in chosen if job.kind == kind] for kind in KINDS}
-    taken = [*of_kind["check"][:4], *of_kind["ceilings"], *of_kind["layer"][:3], *of_kind["network"][:1]]
+    halves = [job for job in of_kind["layer"] if job.arguments["mode"] == "float16"]
+    taken = [*of_kind["check"][:4], *of_kind["ceilings"], *of_kind["layer"][:1], *halves[:2], *of_kind["network"][:1]]
     return [rehearsal(job) for job in taken]
 
 
