@@ -45,7 +45,7 @@ def backend_reset():
 @pytest.fixture(params=sorted(cpu_build.ISA_FLAGS))
 def instruction_set(request, monkeypatch):
     """The C++ kernels of one instruction set, where this processor has it."""
-    order = ("portable", "avx2", "avx512", "avx512bf16")
+    order = ("portable", "avx2", "avx512", "avx512bf16", "amx")
     if request.param not in order[: order.index(cpu_build.instruction_set()) + 1]:
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setenv("LCNN_CPU_ISA", request.param)

@@ -19,9 +19,9 @@ class TwoOutputs(nn.Module):
         return {"scores": self.net(x), "map": (self.conv(x) * scale, scale)}
 
 
-def lookups(model, lowering="lookup"):
+def lookups(model, lowering="lookup", precision="float32"):
     batches = [torch.randn(4, 3, 16, 16)]
-    config = LookupConfig(dictionary_size=0.5, sparsity=4, group_size=4, lowering=lowering)
+    config = LookupConfig(dictionary_size=0.5, sparsity=4, group_size=4, lowering=lowering, precision=precision)
     return convert(
         randomise(model).eval(),
         config,
@@ -40,6 +40,17 @@ def test_frozen_is_the_model(lowering):
             model.float()
         torch.testing.assert_close(frozen(x).double(), exact, rtol=1e-4, atol=1e-4)
     assert not frozen(x).requires_grad
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
+def test_rounding_leaves_one_program():
+    model, x = lookups(SmallResNet(8), precision="bfloat16"), torch.randn(2, 3, 16, 16)
+    frozen = freeze(model, x)
+    with torch.no_grad():
+        expected = model.eval()(x)
+    assert frozen.alone == freeze(lookups(SmallResNet(8)), x).alone
+    assert not any("batch_norm" in str(node.target) for node in frozen.graph.graph.nodes)
+    torch.testing.assert_close(frozen(x), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
 def test_structured_outputs_and_several_inputs():

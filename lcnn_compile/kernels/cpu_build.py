@@ -2,7 +2,7 @@
 
 Environment variables:
     LCNN_CACHE_DIR: directory of the compiled libraries, instead of the user's cache directory.
-    LCNN_CPU_ISA: "avx512bf16", "avx512", "avx2" or "portable", instead of what the processor supports.
+    LCNN_CPU_ISA: "amx", "avx512bf16", "avx512", "avx2" or "portable", instead of what the processor supports.
     LCNN_CPU_SANITIZE: "1" builds with the address and undefined-behaviour sanitizers.
     CXX: the compiler, instead of the first of c++, g++ and clang++.
 """
@@ -36,12 +36,14 @@ SOURCES = (
     "cpu_pool.h",
     "cpu_run.h",
     "cpu_bfloat16_stages.h",
+    "cpu_matrix_stages.h",
     "cpu_stages.h",
     "cpu_look_up.h",
     "cpu_form.h",
     "cpu_call.h",
     "cpu_plan.h",
     "cpu_weight.h",
+    "cpu_matrix.h",
     "cpu_bfloat16.h",
     "cpu_narrow.h",
     "cpu_kernels.h",
@@ -49,8 +51,10 @@ SOURCES = (
 )
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
+BFLOAT16, MATRIX = ("-mavx512bf16",), ("-mamx-tile", "-mamx-bf16")
 ISA_FLAGS = {
-    "avx512bf16": (*AVX512, "-mavx512bf16"),
+    "amx": (*AVX512, *BFLOAT16, *MATRIX),
+    "avx512bf16": (*AVX512, *BFLOAT16),
     "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
@@ -68,19 +72,21 @@ def instruction_set() -> str:
     chosen = os.environ.get("LCNN_CPU_ISA")
     if chosen is None:
         found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
-        return "avx512bf16" if found == "avx512" and _multiplies_pairs() else found
+        if found == "avx512" and " avx512_bf16" in _processor_flags():
+            return "amx" if all(f" {flag}" in _processor_flags() for flag in ("amx_tile", "amx_bf16")) else "avx512bf16"
+        return found
     if chosen not in ISA_FLAGS:
         raise KernelError(f"LCNN_CPU_ISA is {chosen!r}; allowed are {sorted(ISA_FLAGS)}")
     return chosen
 
 
 @functools.cache
-def _multiplies_pairs() -> bool:
-    """Whether the processor has AVX-512 BF16, as Linux tells."""
+def _processor_flags() -> str:
+    """What Linux tells of the processor; "" elsewhere."""
     try:
-        return " avx512_bf16" in Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
+        return ""
 
 
 def cache_directory() -> Path:
@@ -120,8 +126,9 @@ def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target
         built = Path(work) / target.name
         failure = ""
         # A compiler without OpenMP still gives one fast thread, and one without bfloat16 instructions float32.
-        fewer = tuple(flag for flag in flags if flag != "-mavx512bf16")
-        for options in ((*flags, "-fopenmp"), (*fewer, "-fopenmp"), fewer):
+        vectors = tuple(flag for flag in flags if flag not in MATRIX)
+        fewer = tuple(flag for flag in vectors if flag not in BFLOAT16)
+        for options in ((*flags, "-fopenmp"), (*vectors, "-fopenmp"), (*fewer, "-fopenmp"), fewer):
             objects = [str(Path(work) / f"{source.stem}.o") for source in sources]
             commands = [
                 [str(compiler), *options, "-c", "-o", made, str(source)] for source, made in zip(sources, objects, strict=True)

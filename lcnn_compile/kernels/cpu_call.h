@@ -52,8 +52,13 @@ struct Call {
   void lookup_stage(int64_t group, int64_t first_row, int64_t rows, const float* s, float* to_y, const float* to_residual, int64_t plane, Team team) const;
   void pack_halves(const float* origin, const Pixels* pixels, int64_t count, const Phase& at, const Grid& grid, int64_t first,
                    uint32_t* packed) const;
-  void form_halves(const float* origin, int64_t group, const Phase& at, const Grid& grid, uint16_t* plane, uint32_t* packed,
-                   Team team) const;
+  template <class S>
+  void form_rows(int64_t group, int64_t unit, const Pixels* pixels, int64_t count, const uint32_t* packed, S* plane) const;
+  template <class S>
+  void form_rounded(const float* origin, int64_t group, const Phase& at, const Grid& grid, S* plane, uint32_t* packed,
+                    Team team) const;
+  void look_up_joint(const Lookup& to, const uint16_t* s, int64_t group, int64_t per_row, int64_t twos, int64_t rows,
+                     Team team) const;
   void look_up_halves(const Lookup& to, const uint16_t* s, int64_t group, int64_t rows, Team team) const;
   void pool_band(int64_t image, int64_t first, int64_t end, const float* from, float* row, Team team) const;
 };

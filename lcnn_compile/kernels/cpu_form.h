@@ -120,8 +120,12 @@ inline void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_r
       continue;
     }
     if (p.halves) {
-      form_halves(origin, group, at, grid, reinterpret_cast<uint16_t*>(s) + phase * p.phase_plane,
-                  reinterpret_cast<uint32_t*>(packed), team);
+      form_rounded(origin, group, at, grid, reinterpret_cast<uint16_t*>(s) + phase * p.phase_plane,
+                   reinterpret_cast<uint32_t*>(packed), team);
+      continue;
+    }
+    if (p.matrix_forms) {
+      form_rounded(origin, group, at, grid, plane, reinterpret_cast<uint32_t*>(packed), team);
       continue;
     }
     for (int64_t i = w.k * team.rank / team.size; i < w.k * (team.rank + 1) / team.size; ++i) {

@@ -48,7 +48,7 @@ struct Plan {
   Geometry g;
   std::vector<Phase> phases;
   std::vector<Shift> shifts;     // that the taps read
-  std::vector<int32_t> offsets;  // of the taps, in S
+  std::vector<int32_t> offsets, joint_offsets;  // of the taps in S, and of those of `joint`
   std::vector<int32_t> first_of_row;  // for few pixels: of each block, the first tap of each kernel row and the end
   int64_t step[2];               // between the pixels of a phase
   int64_t skip[2];               // pixels of a phase from one output to the next: 1 unless S is split
@@ -67,6 +67,9 @@ struct Plan {
   bool connected;  // a fully connected layer: images become the pixels of one row, and lie next to their filters in y
   bool few;        // too few pixels for vectors
   bool halves;     // S is kept in bfloat16, and pixels go by twos of vectors
+  bool matrix;     // a matrix unit looks up, where filters share their taps
+  bool matrix_forms;  // it forms S
+  bool joint;      // it looks up all taps of a group at once
   bool aligned;    // S is copied for each column, so that vectors seldom cross cache lines
   bool copied;     // S is copied to be read: it is split, or aligned
   bool by_rows;    // vectors of output pixels start at each row, rather than anywhere
@@ -85,7 +88,7 @@ struct Plan {
   // Rows of the convolution that these rows of the output need.
   int64_t first_row(int64_t row) const { return pool ? pool->first_row(row) : row; }
   int64_t end_row(int64_t end) const { return pool ? pool->end_row(end - 1) : end; }
-  int64_t packed() const { return w.m * tile * LANES; }
+  int64_t packed() const { return (matrix_forms ? std::max(w.m, w.row_chunks() * SIDE) : w.m) * tile * LANES; }
   int64_t vectors(int64_t rows, int64_t row_pitch) const { return whole((rows - 1) * row_pitch + g.out_width); }
   // Vectors of so many pixels.
   int64_t whole(int64_t pixels) const { return halves ? 2 * ceil_div(pixels, 2 * LANES) : ceil_div(pixels, LANES); }
@@ -116,7 +119,12 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
     g.batch = g.stride[0] = g.stride[1] = 1;
   }
   few = connected || g.out_height * g.out_width <= FEW;
-  halves = w.rounded && g.pairs && !few;
+  matrix = w.rounded && g.pairs && !few && has_matrix_unit();
+  if (matrix) w.tile();
+  matrix_forms = matrix && w.m >= FEW_CHANNELS;
+  joint = matrix && !w.joint_tiles.empty();
+  // Where a matrix unit has formed S, lookups that share nothing are faster in float32.
+  halves = w.rounded && g.pairs && !few && (!matrix_forms || joint || w.group_size >= SHARED);
   if (w.rounded && !few && !halves) w.widen();
   extent = (g.batch - 1) * g.stride_n + (w.groups * w.m - 1) * g.stride_c + (g.height - 1) * g.stride_h +
            (g.width - 1) * g.stride_w + 1;
@@ -225,14 +233,18 @@ inline void Plan::find_kernel_rows() {
 }
 
 inline void Plan::find_offsets() {
-  offsets.resize(w.indices.size());
-  for (size_t t = 0; t < offsets.size(); ++t) {
-    const Shift shift = shift_of(w.positions[t]);
-    const int64_t at = copied ? std::find(shifts.begin(), shifts.end(), shift) - shifts.begin() : shift.phase;
-    const int64_t down = w.positions[t] / w.kw * g.dilation[0] / g.stride[0];
-    const int64_t right = aligned ? 0 : w.positions[t] % w.kw * g.dilation[1] / g.stride[1];
-    offsets[t] = int32_t(w.indices[t] * read_plane + at * shift_plane + down * read_pitch + right);
-  }
+  const auto place = [&](std::vector<int32_t>& of, const std::vector<int32_t>& indices, const std::vector<int32_t>& positions) {
+    of.resize(indices.size());
+    for (size_t t = 0; t < of.size(); ++t) {
+      const Shift shift = shift_of(positions[t]);
+      const int64_t at = copied ? std::find(shifts.begin(), shifts.end(), shift) - shifts.begin() : shift.phase;
+      const int64_t down = positions[t] / w.kw * g.dilation[0] / g.stride[0];
+      const int64_t right = aligned ? 0 : positions[t] % w.kw * g.dilation[1] / g.stride[1];
+      of[t] = int32_t(indices[t] * read_plane + at * shift_plane + down * read_pitch + right);
+    }
+  };
+  place(offsets, w.indices, w.positions);
+  if (joint) place(joint_offsets, w.joint_indices, w.joint_positions);
 }
 
 }  // namespace lcnn

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lcnn_compile.modules import LOOKUP_KINDS, LookupConvTranspose, LookupModule
+from lcnn_compile.passes.find import is_lookup, precision_of
 from lcnn_compile.passes.targets import attribute
 from lcnn_compile.torch_private import FakeTensor, has_hooks, pads_of
 
+NO_EPILOGUE = ("none", None, False)
 Emit = Callable[[fx.Graph, str, nn.Module, fx.Node], fx.Node]
 
 
@@ -90,10 +92,12 @@ def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite calls of convolutions, lookup modules, BatchNorm2d (in eval mode) and activations as function calls.
 
     The graph is changed in place and returned; parameters stay where they are. Inputs of convolutions must be batched.
-    In-place activations become out-of-place ones where nothing else reads their input, and are left alone elsewhere.
+    In-place activations become out-of-place ones where nothing else reads their input, and are left alone elsewhere. Calls of
+    the lookup operator without an epilogue do not mention one, whether the tracer wrote its defaults or not.
     """
     for node in list(gm.graph.nodes):
         if node.op != "call_module":
+            _leave_out_defaults(node)
             continue
         module = gm.get_submodule(node.target)
         emit = EMITTERS.get(type(module))
@@ -114,6 +118,16 @@ def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _leave_out_defaults(node: fx.Node) -> None:
+    """A lookup's epilogue is not named where there is none, and its precision only where it is not float32."""
+    if not is_lookup(node) or tuple(node.args[14:17]) != NO_EPILOGUE[: len(node.args) - 14]:
+        return
+    precision = precision_of(node)
+    node.args = node.args[:14]
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "precision"}
+    node.kwargs = kwargs if precision == "float32" else {**kwargs, "precision": precision}
 
 
 def _note_examples(gm: fx.GraphModule, last: fx.Node, first: fx.Node) -> None:
