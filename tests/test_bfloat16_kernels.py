@@ -62,8 +62,24 @@ def is_exact(y, weight, x, **rest):
     return any(torch.equal(y.double(), truth_of(weight, x, wide=wide, **rest)) for wide in {False, may_be_wide(weight)})
 
 
+def with_distinct_taps(weight):
+    """The same weight with no tap twice in a filter group, as fits have it; ``random_weight`` may repeat them."""
+    area = weight.kernel_size[0] * weight.kernel_size[1]
+    every = weight.dictionary_size * area
+    counts = weight.offsets.diff().clamp(max=every)
+    taps = torch.cat([torch.randperm(every)[:count] for count in counts.tolist()]).to(torch.int32)
+    return replace(
+        weight,
+        coefficients=weight.coefficients[: len(taps)],
+        indices=taps // area,
+        positions=taps % area,
+        offsets=torch.tensor([0, *counts.cumsum(0)], dtype=torch.int32),
+    ).validate()
+
+
 def integer_case(rng):
     weight, x, rest = random_case(rng)
+    weight = with_distinct_taps(weight) if rng.random() < 0.5 else weight
     weight = replace(weight, dictionary=integers(weight.dictionary), coefficients=integers(weight.coefficients))
     rest |= {key: integers(rest[key]) for key in ("bias", "residual") if rest[key] is not None}
     return weight, integers(x), rest | {"activation": rng.choice(EXACT)}
@@ -96,7 +112,7 @@ def test_integers_are_exact_in_any_geometry(instruction_set, always, seed):
 )
 def test_large(instruction_set, always, channels, vectors, size, stride, taps, group_size):
     torch.manual_seed(0)
-    weight = random_weight(random.Random(0), *channels, vectors, (3, 3), taps, group_size)
+    weight = with_distinct_taps(random_weight(random.Random(0), *channels, vectors, (3, 3), taps, group_size))
     weight = replace(weight, dictionary=integers(weight.dictionary) / 3, coefficients=integers(weight.coefficients))
     weight = replace(weight, dictionary=weight.dictionary.round())
     rest = {"bias": integers(torch.randn(channels[1])), "stride": stride, "padding": (1, 1, 1, 1), "activation": "relu"}
@@ -217,3 +233,24 @@ def test_programs(always, mean):
         program(torch.full_like(x, math.nan))
         [y] = program(x)
         assert torch.equal(y.double(), truth)
+
+
+def test_infinity_stays_where_it_is_looked_up(instruction_set, always):
+    # Eight filters with 21 taps, the first of which reads what overflows, then eight with 7 others.
+    taps = [21, 7]
+    indices = torch.cat([torch.arange(21), torch.arange(1, 8)]).to(torch.int32)
+    weight = replace(
+        random_weight(random.Random(10), 24, 16, 24, (1, 1), 7, 8),
+        dictionary=torch.eye(24)[None] * torch.tensor([3e38, *[1.0] * 23])[:, None],
+        coefficients=torch.ones(28, 8),
+        indices=indices,
+        positions=torch.zeros_like(indices),
+        offsets=torch.tensor([0, *torch.tensor(taps).cumsum(0)], dtype=torch.int32),
+    )
+    x = torch.randn(1, 24, 20, 30).round()
+    x[:, 0] = 100
+    y = call(weight, x, precision="bfloat16")
+    reached = weight.filters[0].long()
+    assert torch.equal(y[:, reached], torch.full_like(y[:, reached], math.inf))
+    rest = weight.filters[1].long()
+    assert torch.equal(y[:, rest], x[:, 1:8].sum(1, keepdim=True).expand_as(y[:, rest]))
