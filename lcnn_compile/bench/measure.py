@@ -1,7 +1,8 @@
 """One case: lookup models against every dense engine, checked for correctness before any time is taken.
 
 The truth is the dense model with W = P·D in float64. A lookup model may be at most FACTOR times as far from it as PyTorch's
-own float32 dense model is; one that is farther gets no time, only a reason. Dense float32 engines are held to DENSE_LIMIT.
+own float32 dense model is; one that is farther gets no time, only a reason. Dense float32 engines are held to DENSE_LIMIT, and
+lookups that round their operands to bfloat16 to ROUNDED_LIMIT.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from lcnn_compile.bench.settings import dense_twin
 from lcnn_compile.bench.timing import alternate
 from lcnn_compile.frozen import freeze
 from lcnn_compile.kernels import cpu, cpu_build, program
+from lcnn_compile.modules import lookup_modules
 
 FACTOR = 4.0
-DENSE_LIMIT = 1e-4
+DENSE_LIMIT, ROUNDED_LIMIT = 1e-4, 0.05
 
 
 def _compiled(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
@@ -35,10 +37,18 @@ def _frozen(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     return run_torch(freeze(model, example, dynamic_batch=False), example)
 
 
+def _rounded(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
+    model = copy.deepcopy(model)
+    for _, module in lookup_modules(model):
+        module.precision = "bfloat16"
+    return _frozen(model, example, folder)
+
+
 LOOKUP_ENGINES = {
     "lcnn": Engine("lcnn", True, (), _compiled),
     "lcnn frozen": Engine("lcnn frozen", True, (), _frozen),
     "lcnn eager": Engine("lcnn eager", True, (), run_torch),
+    "lcnn bf16": Engine("lcnn bf16", False, (), _rounded),
 }
 
 
@@ -173,7 +183,7 @@ def measure(
         allowed = FACTOR * distance(dense(case.example), truth)
         multiply_adds = macs.count(model, case.example)
         for engine in lookup_engines:
-            add(setting, engine, model, multiply_adds, truth, allowed)
+            add(setting, engine, model, multiply_adds, truth, allowed if engine.exact else ROUNDED_LIMIT)
     for key, timing in alternate({key: runnable.call for key, runnable in calls.items()}, seconds).items():
         row = rows[int(key)]
         row.seconds, row.low, row.high, row.bursts = timing.median, timing.low, timing.high, timing.bursts

@@ -42,13 +42,25 @@ def comparison_table(comparisons: Sequence[Comparison], title: str) -> Table:
     table = Table(title=title)
     for heading in ("case", "setting"):
         table.add_column(heading)
-    for heading in ("threads", "batch", "best dense ms", "lcnn ms", "speed-up", "MAC ratio", "efficiency", "÷ int8"):
+    for heading in (
+        "threads",
+        "batch",
+        "best dense ms",
+        "lcnn ms",
+        "speed-up",
+        "MAC ratio",
+        "efficiency",
+        "÷ int8",
+        "bf16",
+        "bf16 ÷ int8",
+    ):
         table.add_column(heading, justify="right")
     table.add_column("best dense, or why there is no time")
     for c in comparisons:
         efficiency = "–" if c.efficiency is None else f"{c.efficiency:.2f}"
         times = (milliseconds(c.dense_seconds), milliseconds(c.seconds), ratio(c.speedup), ratio(c.mac_ratio))
-        numbers = (str(c.threads), str(c.batch), *times, efficiency, ratio(c.speedup_int8))
+        rounded = (ratio(c.speedup_bf16), ratio(c.speedup_bf16_int8))
+        numbers = (str(c.threads), str(c.batch), *times, efficiency, ratio(c.speedup_int8), *rounded)
         table.add_row(c.case, c.setting, *numbers, c.reason or c.best_dense)
     return table
 

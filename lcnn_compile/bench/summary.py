@@ -22,6 +22,8 @@ class Comparison:
         speedup: its time ratio to the best dense one; None where either has no time.
         speedup_compiled: the same for the model under ``torch.compile``.
         speedup_int8: time ratio to OpenVINO's int8.
+        speedup_bf16, speedup_bf16_int8: of lookups that round to bfloat16, to the best dense engine and to int8.
+        error_bf16: their distance from float64, relative to its norm.
         mac_ratio: dense multiply-adds over ours.
         efficiency: speedup / mac_ratio.
         reason: why there is no time.
@@ -39,6 +41,9 @@ class Comparison:
     speedup_compiled: float | None
     speedup_inductor: float | None
     speedup_int8: float | None
+    speedup_bf16: float | None
+    speedup_bf16_int8: float | None
+    error_bf16: float | None
     mac_ratio: float
     efficiency: float | None
     reason: str
@@ -60,7 +65,8 @@ def _ratio(numerator: Row | None, denominator: Row | None) -> float | None:
 
 def _compare(dense: Sequence[Row], ours: Sequence[Row]) -> Comparison:
     first = ours[0]
-    best, mine = _fastest(row for row in dense if row.exact), _fastest(ours)
+    best, mine = _fastest(row for row in dense if row.exact), _fastest(row for row in ours if row.exact)
+    rounded, int8 = _fastest(row for row in ours if not row.exact), _fastest(row for row in dense if row.engine == INT8)
     speedup, mac_ratio = _ratio(best, mine), dense[0].macs / first.macs
     return Comparison(
         first.case,
@@ -74,7 +80,10 @@ def _compare(dense: Sequence[Row], ours: Sequence[Row]) -> Comparison:
         speedup,
         _ratio(best, _fastest(row for row in ours if row.engine == "lcnn")),
         _ratio(_fastest(row for row in dense if row.engine.startswith("inductor")), mine),
-        _ratio(_fastest(row for row in dense if row.engine == INT8), mine),
+        _ratio(int8, mine),
+        _ratio(best, rounded),
+        _ratio(int8, rounded),
+        rounded.error if rounded else None,
         mac_ratio,
         speedup / mac_ratio if speedup else None,
         "" if mine else "; ".join(f"{row.engine} {row.reason}" for row in ours),

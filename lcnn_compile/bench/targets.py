@@ -9,7 +9,7 @@ from typing import Literal
 from lcnn_compile.bench.layers import OURS, PAPER
 from lcnn_compile.bench.summary import Comparison, geometric_mean
 
-Quantity = Literal["speedup", "efficiency", "speedup_int8", "speedup_inductor"]
+Quantity = Literal["speedup", "efficiency", "speedup_int8", "speedup_bf16_int8", "speedup_inductor"]
 LAYERS = ("64→64 3×3 @56²", "128→128 3×3 @28²", "256→256 3×3 @14²", "512→512 3×3 @7²")
 
 
@@ -36,6 +36,9 @@ TARGETS = (
     Target(("resnet18",), "ours", "speedup_int8", 1.2),
     Target(("vgg16",), "ours", "speedup_int8", 1.2),
     Target(("alexnet",), "ours", "speedup_int8", 1.2),
+    Target(("resnet18",), "ours", "speedup_bf16_int8", 1.2),
+    Target(("vgg16",), "ours", "speedup_bf16_int8", 1.2),
+    Target(("alexnet",), "ours", "speedup_bf16_int8", 1.2),
     Target(("mobilenet",), "ours", "speedup_inductor", 0.97),
     Target(("narrow",), "ours", "speedup_inductor", 0.97),
 )
