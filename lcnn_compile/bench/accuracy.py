@@ -128,7 +128,11 @@ class Study:
         return self._train(self.load(start, masked=True), case, {**TUNE, "lr": rate})
 
     def _scratch(self, case: Case) -> nn.Module:
-        """Random weights, the sizes of the converted network, supports found while training."""
+        """Random weights, the sizes of the converted network, supports found while training; a second cycle lets them move again."""
+        if case.start:
+            before = CASES[case.start]
+            self.run(before)
+            return harden(self._train(soften(self.load(before)), case, {**SCRATCH, "lr": 0.05, "epochs": case.epochs - before.epochs}))
         pattern_case = CASES[f"lookups-{case.speedup:g}x"]
         self.run(pattern_case)
         pattern = self.load(pattern_case)
@@ -167,11 +171,11 @@ class Study:
         dense = self.dense().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         keys = VIEWS * len(self.images.train)
         teacher = RememberedTeacher(dense, keys, dense.fc.out_features, self.work / "teacher.safetensors")
+        recipe = {"epochs": case.epochs, **recipe}
         history = distill(
             model,
             teacher,
             batches,
-            epochs=case.epochs,
             checkpoint=state,
             autocast=torch.bfloat16 if halves else None,
             call=lambda module, inputs: module(inputs if module is teacher else inputs[0]),

@@ -8,6 +8,7 @@ from typing import Literal
 from lcnn_compile.config import Budget
 from lcnn_compile.errors import ConfigError
 
+CYCLE = 20
 Method = Literal["dense", "lookups", "uniform lookups", "scratch", "low rank", "pruned", "int8", "bfloat16"]
 
 
@@ -20,7 +21,7 @@ class Case:
         method: how the dense network is changed.
         speedup: reduction of its multiply-adds, or of its layers' time on one thread.
         group_size: g of lookups; "auto" where a search chooses it.
-        epochs: of training after that.
+        epochs: of training after that; from scratch, in cycles of the learning rate of CYCLE epochs.
     """
 
     name: str
@@ -34,6 +35,8 @@ class Case:
     def start(self) -> str:
         """The case that this one trains on from; "" for none."""
         plain = {"lookups": "lookups-{0:g}x", "low rank": "low-rank-{0:g}x", "pruned": "pruned-{0:g}x", "dense": "dense"}
+        if self.method == "scratch":
+            return f"scratch-{self.speedup:g}x-{CYCLE}-epochs" if self.epochs > CYCLE else ""
         return plain[self.method].format(self.speedup) if self.epochs and self.method in plain else ""
 
 
@@ -51,6 +54,7 @@ def _cases() -> list[Case]:
         Case("lookups-8x-20-epochs", "lookups", 8.0, epochs=20),
         Case("lookups-16x-20-epochs", "lookups", 16.0, epochs=20),
         Case("scratch-8x-20-epochs", "scratch", 8.0, epochs=20),
+        Case("scratch-8x-40-epochs", "scratch", 8.0, epochs=40),
         Case("low-rank-8x-5-epochs", "low rank", 8.0, epochs=5),
         Case("pruned-8x-5-epochs", "pruned", 8.0, epochs=5),
         Case("dense-5-epochs", "dense", epochs=5),

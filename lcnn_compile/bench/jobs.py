@@ -96,7 +96,7 @@ def perform(job: Job) -> Any:
     engines = [ENGINES[name] for name in job.engines or ENGINES]
     if job.benchmark == "networks":
         cases, seconds = [network_bench.network_case(job.case, job.batch)], 12.0
-        ours = [LOOKUP_ENGINES["lcnn"], LOOKUP_ENGINES["lcnn frozen"]]
+        ours = [engine for name, engine in LOOKUP_ENGINES.items() if name != "lcnn eager"]
     else:
         cases, seconds = layers.cases(job.quick, (job.batch,)), 8.0
         ours = list(LOOKUP_ENGINES.values())

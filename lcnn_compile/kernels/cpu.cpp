@@ -12,8 +12,9 @@
 // Everything the caller passes has been validated in Python; what may fail here is memory, answered by null or 1.
 extern "C" {
 
-// Whether the processor this is compiled for multiplies pairs of bfloat16 in one instruction.
-int lcnn_multiplies_pairs() { return lcnn::MULTIPLIES_PAIRS; }
+// Whether a matrix unit multiplies pairs of bfloat16. Vectors of pairs are no faster than float32: on Sapphire Rapids and its
+// successors, one port multiplies them and two multiply floats, and pairing taps takes instructions too.
+int lcnn_multiplies_pairs() { return lcnn::has_matrix_unit(); }
 
 void* lcnn_weight_new(const int64_t* sizes, const float* dictionary, const float* coefficients, const int32_t* indices,
                       const int32_t* positions, const int32_t* offsets, const int32_t* filters) try {

@@ -36,7 +36,7 @@ def usable(device: str, dtype: torch.dtype) -> bool:
 
 
 def multiplies_pairs() -> bool:
-    """Whether layers of precision "bfloat16" multiply in bfloat16: where the processor has instructions for it.
+    """Whether layers of precision "bfloat16" multiply in bfloat16: where the processor has a matrix unit for it (AMX).
 
     Elsewhere such a layer's weights are rounded, but multiplied in float32, which is faster there. ``LCNN_CPU_BFLOAT16=always``
     makes any processor round activations too, to test that.

@@ -1,5 +1,6 @@
 // The micro-kernels with bfloat16 operands and float32 sums. Operands come in pairs, two taps or two channels in a word,
 // which AVX-512 BF16 multiplies and adds in one instruction. Elsewhere two multiply-adds take its place: right, not fast.
+// They stand beside a matrix unit, for what it does not take, and are its measure in tests.
 #pragma once
 
 #include "cpu_narrow.h"
@@ -36,8 +37,6 @@ static inline Words rounded_bits(Vec v) {
 }
 
 #if defined(__AVX512BF16__)
-constexpr bool MULTIPLIES_PAIRS = true;
-
 // acc + the products of both halves of s and of c
 static inline Vec multiply_pairs(Vec acc, Words s, uint32_t c) {
   return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)s, (__m512bh)_mm512_set1_epi32(int(c)));
@@ -50,8 +49,6 @@ static inline Words to_pairs(Vec low, Vec high) {
   return (Words)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 #else
-constexpr bool MULTIPLIES_PAIRS = false;
-
 static inline Vec multiply_pairs(Vec acc, Words s, uint32_t c) {
   acc += (Vec)(s << 16) * low_of(c);
   acc += (Vec)(s & 0xffff0000u) * high_of(c);
