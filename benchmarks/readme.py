@@ -18,10 +18,12 @@ from typing import Any
 
 import readme_gpu
 
+from lcnn_compile.bench.scaling_report import plot_scaling
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gpu.md")
-PICTURE = ROOT / "docs" / "images" / "measured.png"
+PICTURE, CURVES = ROOT / "docs" / "images" / "measured.png", ROOT / "docs" / "images" / "scaling.png"
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[\w-]+) -->\n).*?(<!-- measured: end -->)", re.DOTALL)
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet", "mobilenet": "MobileNet"}
 SETTINGS = {
@@ -79,22 +81,34 @@ def faster(row: dict[str, Any]) -> str:
     return f"**{times(row['speedup'])}**{rest}"
 
 
-def speed_table(rows: Rows, what: str, batch: int = 1) -> str:
-    """Speed-ups per case and setting, a column for each number of threads."""
+def against_int8(row: dict[str, Any]) -> str:
+    """int8's time over ours: of float32, and behind a slash of bfloat16."""
+    rounded = row.get("speedup_bf16_int8")
+    return times(row["speedup_int8"]) + (f" / {times(rounded)}" if rounded else "")
+
+
+def speed_table(rows: Rows, what: str, batch: int = 1, most: int = 2) -> str:
+    """Speed-ups per case and setting, a column for each number of threads; bfloat16 and int8 beside it up to ``most`` threads."""
     rows = [row for row in rows if row["batch"] == batch]
     threads = sorted({row["threads"] for row in rows})
+    few = [n for n in threads if n <= most]
+    rounded = any(row.get("speedup_bf16") for row in rows)
     lines: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault((row["case"], row["setting"]), {})[row["threads"]] = row
     heading = [what, "sizes", "fewer multiply-adds", *(f"{n} thread{'s' * (n > 1)}" for n in threads)]
+    if rounded:
+        heading += [f"bfloat16, {n} thread{'s' * (n > 1)}" for n in few]
     if any(row["speedup_int8"] for row in rows):
-        heading += [f"against int8, {n} thread{'s' * (n > 1)}" for n in threads]
+        heading += [f"against int8, {n} thread{'s' * (n > 1)}" for n in few]
 
     def cells(case: str, setting: str, found: dict[int, dict[str, Any]]) -> list[str]:
         ratio = next(iter(found.values()))["mac_ratio"]
         cell = [NETWORKS.get(case, case), SETTINGS.get(setting, setting), f"{ratio:.1f}x"]
         cell += [faster(found[n]) if n in found else "–" for n in threads]
-        return cell + [times(found[n]["speedup_int8"]) if n in found else "–" for n in threads][: len(heading) - len(cell)]
+        if rounded:
+            cell += [f"**{times(found[n]['speedup_bf16'])}**" if n in found else "–" for n in few]
+        return cell + [against_int8(found[n]) if n in found else "–" for n in few][: len(heading) - len(cell)]
 
     return markdown(heading, (cells(*key, found) for key, found in lines.items()))
 
@@ -102,7 +116,7 @@ def speed_table(rows: Rows, what: str, batch: int = 1) -> str:
 def networks_short() -> str:
     """The README's table: the settings that people would choose."""
     rows = [row for row in comparisons("networks*.json") if row["setting"] in ("ours", "paper-fast")]
-    return speed_table([row for row in rows if row["case"] in NETWORKS], "network")
+    return speed_table([row for row in rows if row["case"] in NETWORKS], "network", most=1)
 
 
 def networks_full(pattern: str = "networks*.json") -> str:
@@ -160,8 +174,8 @@ def accuracy_short() -> str:
 
 
 def ordinary(row: dict[str, Any]) -> bool:
-    """Whether a case has eight filters per group and a budget of multiply-adds."""
-    return row["group_size"] == 8 and row.get("budget", "macs") == "macs"
+    """Whether a case has eight filters per group, a budget of multiply-adds, and float32."""
+    return row["group_size"] == 8 and row.get("budget", "macs") == "macs" and row.get("precision") != "bfloat16"
 
 
 def training(pattern: str) -> str:
@@ -186,6 +200,55 @@ def training(pattern: str) -> str:
     return markdown(["layer", "sizes", "batch", *heading], lines) if lines else ""
 
 
+def scaling() -> str:
+    """One layer as each of its sizes grows, one thread, with what bounds it and how near that it comes."""
+    found = documents("scaling*.json")
+    if not found:
+        return ""
+    result = next(result for result in found[-1]["results"] if result["threads"] == 1)
+    lines = []
+    for point in result["points"]:
+        compared, limits = point["comparison"], point.get("roofline")
+        cells = [point["axis"].replace("_", " "), str(point["value"]), times(compared["speedup"]), times(compared["mac_ratio"])]
+        if limits:
+            bound = max(("arithmetic", "loads", "traffic"), key=lambda name: limits[name])
+            cells += [bound, f"{limits['reached']:.0%}"]
+        lines.append(cells + ["–"] * (6 - len(cells)))
+    return markdown(["grows", "to", "faster", "fewer multiply-adds", "bound by", "of that bound"], lines)
+
+
+def peaks() -> str:
+    """What the scaling benchmark found this processor to do at most, one thread."""
+    found = documents("scaling*.json")
+    peak = next((r["peak"] for r in found[-1]["results"] if r["threads"] == 1), None) if found else None
+    if not peak:
+        return ""
+    moved = ", ".join(f"{value / 1e9:.0f} GB/s in {int(size) >> 10} KiB" for size, value in peak["bandwidth"].items())
+    return f"{peak['macs'] / 1e9:.0f} G multiply-adds/s, {peak['loads'] / 1e9:.1f} G loads of 64 bytes/s, {moved}.\n"
+
+
+def starts() -> str:
+    """Seconds to the first result, with empty caches and later."""
+    found = documents("resources*.json")
+    rows = found[-1]["starts"] if found else []
+    lines = [[r["case"], str(r["threads"]), f"{r['first_use']:.2f} s", f"{r['later_start']:.2f} s"] for r in rows]
+    return markdown(["what", "threads", "first use", "later"], lines) if lines else ""
+
+
+def memory() -> str:
+    """Peak memory of warm calls on one image, over a process without a model."""
+    found = documents("resources*.json")
+    used: dict[str, dict[str, float]] = {}
+    for row in found[-1]["memory_mib"] if found else []:
+        network, _, configuration = row["case"].partition(" ")
+        used.setdefault(network, {})[configuration] = row["running"] - row["before"]
+    if not used:
+        return ""
+    columns = list(dict.fromkeys(name for row in used.values() for name in row))
+    lines = [[NETWORKS[n], "MiB", *(f"{row[c]:.0f}" if c in row else "–" for c in columns)] for n, row in used.items()]
+    return markdown(["network", "", *columns], lines)
+
+
 def name_of(row: dict[str, Any]) -> str:
     """A case of the accuracy benchmark in words."""
     parts = [METHODS.get(row["method"], (row["method"],))[0]]
@@ -196,6 +259,8 @@ def name_of(row: dict[str, Any]) -> str:
         parts.append(f"g = {row['group_size']}")
     if row["epochs"]:
         parts.append(f"{row['epochs']} epochs")
+    if row.get("precision") == "bfloat16":
+        parts.append("bfloat16")
     return ", ".join(parts)
 
 
@@ -206,6 +271,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_short,
     "accuracy-full": lambda: accuracy(accuracy_rows()),
     "machine": machine,
+    "networks-zen4": lambda: networks_full("zen4/networks*.json"),
+    "layers-zen4": lambda: layers("zen4/layers*.json"),
+    "machine-zen4": lambda: machine("zen4/networks*.json"),
+    "accuracy-zen4": lambda: accuracy(accuracy_rows("zen4/accuracy*.json")),
+    "scaling": scaling,
+    "peaks": peaks,
+    "starts": starts,
+    "memory": memory,
     "networks-avx2": lambda: networks_full("avx2/networks*.json"),
     "layers-avx2": lambda: layers("avx2/layers*.json"),
     "machine-avx2": lambda: machine("avx2/networks*.json"),
@@ -267,11 +340,12 @@ def draw_speed(axes: Any) -> None:
     places = range(len(rows))
     int8 = [row["speedup"] / row["speedup_int8"] if row["speedup_int8"] else 0.0 for row in rows]
     for offset, values, colour, label in (
-        (0.2, [row["speedup"] for row in rows], "#2b6cb0", "lookups, float32"),
-        (-0.2, int8, "#cbd5e0", "OpenVINO int8"),
+        (0.27, [row["speedup"] for row in rows], "#2b6cb0", "lookups, float32"),
+        (0.0, [row.get("speedup_bf16") or 0.0 for row in rows], "#63b3ed", "lookups, bfloat16"),
+        (-0.27, int8, "#cbd5e0", "OpenVINO int8"),
     ):
-        bars = axes.barh([place + offset for place in places], values, 0.38, color=colour, label=label)
-        axes.bar_label(bars, [times(value) if value else "" for value in values], padding=3, fontsize=9)
+        bars = axes.barh([place + offset for place in places], values, 0.25, color=colour, label=label)
+        axes.bar_label(bars, [times(value) if value else "" for value in values], padding=3, fontsize=8)
     axes.set_yticks(list(places), [NETWORKS[row["case"]] for row in rows])
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("times faster than the best float32 engine (1 thread, batch 1)")
@@ -292,6 +366,8 @@ def main() -> int:
     for page in stale:
         page.write_text(written(page.read_text()))
     draw(PICTURE)
+    for document in documents("scaling*.json")[-1:]:
+        plot_scaling(document["results"], CURVES)
     return 0
 
 

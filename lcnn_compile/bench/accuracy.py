@@ -132,7 +132,9 @@ class Study:
         if case.start:
             before = CASES[case.start]
             self.run(before)
-            return harden(self._train(soften(self.load(before)), case, {**SCRATCH, "lr": 0.05, "epochs": case.epochs - before.epochs}))
+            return harden(
+                self._train(soften(self.load(before)), case, {**SCRATCH, "lr": 0.05, "epochs": case.epochs - before.epochs})
+            )
         pattern_case = CASES[f"lookups-{case.speedup:g}x"]
         self.run(pattern_case)
         pattern = self.load(pattern_case)

@@ -11,14 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lcnn_compile.bench.accuracy import LOOKUPS, Study
-from lcnn_compile.bench.accuracy_cases import CASES
-from lcnn_compile.bench.accuracy_data import standardise
+from lcnn_compile.bench.accuracy_cases import CASES, Case
+from lcnn_compile.bench.accuracy_data import standardise, top1
 from lcnn_compile.bench.engines import ENGINES, Runnable
 from lcnn_compile.bench.measure import LOOKUP_ENGINES
 from lcnn_compile.bench.report import milliseconds
 from lcnn_compile.bench.timing import alternate
+from lcnn_compile.modules import LookupModule
 
 DENSE_ENGINES = ("inductor", "openvino")
+ROUNDED = "-bfloat16"
+"""Behind the name of a case: its network with lookups that round."""
 
 
 @torch.no_grad()
@@ -39,6 +42,8 @@ def measure_times(study: Study, threads: int, batch: int, seconds: float) -> dic
         if case.method in LOOKUPS:
             for engine in (LOOKUP_ENGINES["lcnn"], LOOKUP_ENGINES["lcnn frozen"]):
                 calls[f"{case.name}|{engine.name}"] = engine.prepare(study.load(case), example, folder)
+            rounded = LOOKUP_ENGINES["lcnn bf16"]
+            calls[f"{case.name}{ROUNDED}|{rounded.name}"] = rounded.prepare(study.load(case), example, folder)
         elif case.method in ("int8", "bfloat16"):
             engine = ENGINES["openvino int8" if case.method == "int8" else "openvino bf16"]
             source = study.work / case.name if case.method == "int8" else folder
@@ -55,19 +60,36 @@ def measure_times(study: Study, threads: int, batch: int, seconds: float) -> dic
         entry = {"engine": used, "seconds": timing.median, "low": timing.low, "high": timing.high, "bursts": timing.bursts}
         if name not in times or entry["seconds"] < times[name]["seconds"]:
             times[name] = entry
+    for name, entry in times.items():
+        if name.endswith(ROUNDED):
+            entry["top1"] = _rounded_top1(study, CASES[name.removesuffix(ROUNDED)])
     return times
+
+
+def _rounded_top1(study: Study, case: Case) -> float:
+    """Top-1 of a network with lookups whose kernels round to bfloat16."""
+    model = study.load(case)
+    for module in model.modules():
+        if isinstance(module, LookupModule):
+            module.precision, module.lowering = "bfloat16", "lookup"
+    return top1(model, study.images)
 
 
 def rows(study: Study, times: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Every finished case with its loss of top-1, its reduction of multiply-adds and its time."""
     found = [(case, result) for case in CASES.values() if (result := study.result(case)) is not None]
     dense = next((result for case, result in found if case.name == "dense"), None)
+    for case, result in list(found):
+        spent = times.get(case.name + ROUNDED)
+        if spent is not None:
+            rounded = {**result, "case": case.name + ROUNDED, "precision": "bfloat16", "top1": spent["top1"]}
+            found.append((case, rounded))
     return [
         {
             **result,
             "loss": None if dense is None else dense["top1"] - result["top1"],
             "reduction": None if dense is None else dense["macs"] / result["macs"],
-            "time": times.get(case.name),
+            "time": times.get(result["case"]),
         }
         for case, result in found
     ]
@@ -98,6 +120,7 @@ def show(table_rows: list[dict[str, Any]], console: Console) -> None:
 KINDS = {
     "lookups": ("lookups, post-training", "tab:blue", "o"),
     "lookups tuned": ("lookups, fine-tuned", "tab:green", "D"),
+    "rounded": ("lookups, bfloat16", "tab:blue", "x"),
     "uniform lookups": ("lookups, uniform sizes", "tab:cyan", "o"),
     "scratch": ("lookups, from scratch", "tab:olive", "D"),
     "low rank": ("low rank", "tab:orange", "s"),
@@ -111,6 +134,13 @@ KINDS = {
 }
 
 
+def _kind(row: dict[str, Any]) -> str:
+    """The key of KINDS that a case belongs to."""
+    if row.get("precision") == "bfloat16":
+        return "rounded"
+    return f"{row['method']}{' tuned' if row['epochs'] and row['method'] != 'scratch' else ''}"
+
+
 def plot(table_rows: list[dict[str, Any]], file: Path) -> bool:
     """Top-1 over multiply-adds and, where there are times, over time; False where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -122,9 +152,7 @@ def plot(table_rows: list[dict[str, Any]], file: Path) -> bool:
     axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
     for place, axis in enumerate(axes):
         for kind, (label, colour, marker) in KINDS.items():
-            mine = [
-                r for r in table_rows if f"{r['method']}{' tuned' if r['epochs'] and r['method'] != 'scratch' else ''}" == kind
-            ]
+            mine = [r for r in table_rows if _kind(r) == kind]
             mine = [r for r in mine if (r["time"] if place else r["method"] not in ("int8", "bfloat16"))]
             values = [r["time"]["seconds"] * 1e3 if place else r["macs"] / 1e6 for r in mine]
             if values:
