@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lcnn_compile.bench import accuracy_report
 from lcnn_compile.bench.accuracy import Study
 from lcnn_compile.bench.accuracy_cases import CASES
 from lcnn_compile.bench.accuracy_data import VIEWS, Images, RememberedTeacher, TrainingBatches, Ways
@@ -144,6 +145,11 @@ def test_cases_from_end_to_end(study):
     x = study.example
     assert torch.equal(again(x), study.load(tuned)(x))
     assert not torch.equal(again(x), start(x))
+    times = {tuned.name: {"seconds": 2.0}, f"{tuned.name}{accuracy_report.ROUNDED}": {"seconds": 1.0, "top1": 12.0}}
+    exact, rounded = [row for row in accuracy_report.rows(study, times) if row["case"].startswith(tuned.name)]
+    assert (exact["top1"], exact["time"]["seconds"], exact.get("precision")) == (result["top1"], 2.0, None)
+    assert (rounded["top1"], rounded["time"]["seconds"], rounded["precision"]) == (12.0, 1.0, "bfloat16")
+    assert rounded["loss"] == dense["top1"] - 12.0
     file = study.work / f"{tuned.name}.json"
     before = file.stat().st_mtime_ns
     assert study.run(tuned) == result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from lcnn_compile.bench.networks import NETWORKS, build
 from lcnn_compile.bench.probe import Peak
 from lcnn_compile.bench.scaling import roofline
 from lcnn_compile.bench.settings import SETTINGS, dense_twin, lookup_network
-from lcnn_compile.bench.summary import compare
+from lcnn_compile.bench.summary import INT8, compare
 from lcnn_compile.bench.targets import TARGETS, judge
 from lcnn_compile.bench.timing import Burst, Timing, alternate
 from lcnn_compile.errors import ConfigError
@@ -42,6 +43,20 @@ def test_layers_are_timed_and_compared() -> None:
     assert first.mac_ratio == pytest.approx(8 * 8 * 9 / (8 * 2 + 8 * 18))
     assert second.mac_ratio == pytest.approx(8 * 8 * 9 / (8 * 2 + 8 * 9))
     assert first.efficiency == pytest.approx(first.speedup / first.mac_ratio)
+
+
+def test_lookups_that_round_are_compared_apart() -> None:
+    rows = measure(tiny_case(), [EAGER], 0.0, [LOOKUP, LOOKUP_ENGINES["lcnn bf16"]])
+    exact, rounded = rows[1:3]
+    assert (rounded.engine, rounded.exact) == ("lcnn bf16", False)
+    assert rounded.error is not None
+    assert 1e-4 < rounded.error < 0.02
+    exact.seconds, rounded.seconds, rows[0].seconds = 2.0, 1.0, 6.0
+    comparison = compare(rows)[0]
+    assert (comparison.speedup, comparison.speedup_bf16, comparison.error_bf16) == (3.0, 6.0, rounded.error)
+    rows.append(replace(rows[0], engine=INT8, exact=False, seconds=3.0))
+    comparison = compare(rows)[0]
+    assert (comparison.speedup, comparison.speedup_int8, comparison.speedup_bf16_int8) == (3.0, 1.5, 3.0)
 
 
 def test_a_wrong_lookup_gets_no_time() -> None:
