@@ -254,3 +254,19 @@ def test_infinity_stays_where_it_is_looked_up(instruction_set, always):
     assert torch.equal(y[:, reached], torch.full_like(y[:, reached], math.inf))
     rest = weight.filters[1].long()
     assert torch.equal(y[:, rest], x[:, 1:8].sum(1, keepdim=True).expand_as(y[:, rest]))
+
+
+def test_a_group_without_taps(instruction_set, always):
+    # The first of two convolution groups has no tap at all, each tap of the second serves many filters.
+    weight = random_weight(random.Random(11), 32, 48, 8, (3, 3), 1, 1, groups=2)
+    taps = torch.cat([torch.randperm(72)[:20] for _ in range(24)]).to(torch.int32)
+    weight = replace(
+        weight,
+        dictionary=integers(weight.dictionary),
+        coefficients=integers(torch.randn(480, 1)),
+        indices=taps // 9,
+        positions=taps % 9,
+        offsets=torch.tensor([0] * 24 + list(range(0, 481, 20)), dtype=torch.int32),
+    ).validate()
+    x = integers(torch.randn(1, 32, 11, 13))
+    assert is_exact(call(weight, x, precision="bfloat16", padding=(1, 1, 1, 1)), weight, x, padding=(1, 1, 1, 1))

@@ -89,7 +89,7 @@ inline void Call::look_up_joint(const Lookup& to, const uint16_t* s, int64_t gro
   alignas(64) float sums[2 * SIDE][2][LANES];
   Pixels pixels[TILE];
   // As many pixels as fit, so that what is written lies together.
-  const int64_t most = std::min<int64_t>(TILE / 2, MOST_CHUNKS / chunks), words = chunks * 2 * CELLS, parts = tiles_of(twos, most, team);
+  const int64_t most = std::min<int64_t>(TILE / 2, MOST_CHUNKS / std::max<int64_t>(1, chunks)), words = chunks * 2 * CELLS, parts = tiles_of(twos, most, team);
   int64_t some = 0;
   for (Share share(parts, ceil_div(count, 2 * SIDE), team); share.more(); share.advance()) {
     if (share.new_tile) {
