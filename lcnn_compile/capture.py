@@ -12,7 +12,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from lcnn_compile.batches import inputs_of
 from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.modules import lookup_modules
-from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fuse_epilogues, narrow_convolutions
+from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fold_factors, fuse_epilogues, narrow_convolutions
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.torch_private import FakeTensorMode, module_of, pytree
@@ -47,7 +47,7 @@ def export_program(
     args, kwargs = inputs_of(private, example_inputs)
     gm = unlift(_capture(private, args, kwargs, dynamic_batch))
     _set_shapes(gm, args, kwargs)
-    fold_batch_norm(gm)
+    fold_factors(fold_batch_norm(gm))
     if lowering in PLAIN:
         decompose_lookups(gm, lowering)
     else:

@@ -84,11 +84,11 @@ def _plain_forward(layer: nn.Module, kind: Any) -> bool:
 
 
 def too_narrow(layer: Any, config: LayerConfig) -> str:
-    """Why a fractional dictionary makes no sense for ``layer``; "" where it does."""
+    """Why a fractional dictionary makes no sense for ``layer``; "" where it does, or where a search finds the size."""
     if kind_of(layer) is None:
         return ""
     channels, size = geometry_of(layer).channels, config.dictionary_size
-    if channels <= 3 and (size == "auto" or (isinstance(size, float) and size < 1)):
+    if channels <= 3 and isinstance(size, float) and size < 1:
         return f"too few input channels ({channels}) for a smaller dictionary; give dictionary_size as an int to insist"
     return ""
 

@@ -37,7 +37,7 @@ class Plan:
         for name, layer in self.survey.layers.items():
             settings = layer_config(config, name, layer)
             reason = self.survey.reasons[name] or ruled[name]
-            if not reason and not any(name == str(rule) for rule in config.layers):
+            if not reason and config.target_speedup is None and not any(name == str(rule) for rule in config.layers):
                 reason = too_narrow(layer, settings)
             self.reasons[name] = reason
             if not reason:

@@ -23,6 +23,7 @@ from lcnn_compile.modules import lookup_modules, replace_module
 from lcnn_compile.passes import (
     choose_lowerings,
     fold_batch_norm,
+    fold_factors,
     fuse_epilogues,
     gather_programs,
     lift_functional_convolutions,
@@ -90,7 +91,7 @@ class Lowered:
         marks = self._marks(inputs) if _real(inputs) else None  # before the values are read: a later change is then noticed
         with _plain_tensors(), without_sources():
             bound = self._transform(bind_weights(self._gm, inputs, self._places))
-            bound = fuse_epilogues(choose_lowerings(narrow_convolutions(fold_batch_norm(bound))))
+            bound = fuse_epilogues(choose_lowerings(narrow_convolutions(fold_factors(fold_batch_norm(bound)))))
             if self._gather:
                 bound = gather_programs(bound)
             unbound = unbind_weights(bound, inputs, self._places)

@@ -53,6 +53,21 @@ def test_rounding_leaves_one_program():
     torch.testing.assert_close(frozen(x), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
+@pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
+def test_programs_hold_linear_layers_and_factors():
+    class Scaled(SmallResNet):
+        def forward(self, x):
+            return super().forward(x) * 0.125
+
+    model, x = lookups(Scaled(8)), torch.randn(3, 3, 16, 16)
+    frozen = freeze(model, x)
+    # The first convolution may stay dense: that is measured.
+    assert not any(word in str(node.target) for node in frozen.graph.graph.nodes for word in ("linear", "mul"))
+    with torch.no_grad():
+        exact = model.double()(x.double())
+    torch.testing.assert_close(frozen(x).double(), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_structured_outputs_and_several_inputs():
     model = lookups(TwoOutputs())
     inputs = (torch.randn(2, 3, 16, 16), torch.tensor(-1.5))

@@ -36,6 +36,21 @@ def strange_weight():
     return conv
 
 
+def test_first_layers_are_converted_where_their_sizes_are_searched():
+    torch.manual_seed(0)
+    grey = torch.randn(32, 1, 12, 12).expand(-1, 3, -1, -1)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3)).eval()
+    batches = list(grey.split(8))
+    fixed = convert(model, LookupConfig(), calibration=batches)
+    assert "too few input channels (3)" in next(row.reason for row in fixed.lcnn_report if row.name == "0")
+    # Of three channels that are the same, one vector says all.
+    searched = convert(model, LookupConfig(target_speedup=2.5), calibration=batches)
+    assert isinstance(searched[0], LookupConv2d)
+    assert searched[0].dictionary_size == 1
+    insisted = convert(model, LookupConfig(dictionary_size=2, sparsity=2), calibration=batches)
+    assert insisted[0].dictionary_size == 2
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [

@@ -22,6 +22,7 @@ ORDER = (
     "lift_functional_convolutions",
     "to_functional",
     "fold_batch_norm",
+    "fold_factors",
     "narrow_convolutions",
     "choose_lowerings",
     "fuse_epilogues",
@@ -63,7 +64,14 @@ def gathered(model, x):
         if isinstance(module, LookupConv2d):
             module.lowering = "lookup"
     gm = traced(model, x)
-    for name in ("lift_functional_convolutions", "to_functional", "fold_batch_norm", "choose_lowerings", "fuse_epilogues"):
+    for name in (
+        "lift_functional_convolutions",
+        "to_functional",
+        "fold_batch_norm",
+        "fold_factors",
+        "choose_lowerings",
+        "fuse_epilogues",
+    ):
         getattr(passes, name)(gm)
     FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(x)
     return passes.gather_programs(gm)
@@ -253,6 +261,39 @@ def test_fold_leaves_what_it_may_not_fold():
     assert_equivalent(model, gm, x)
     training = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train())
     assert [n.op for n in passes.fold_batch_norm(training).graph.nodes].count("call_module") == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "after", "folded"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1), lambda y: y * 0.3, True),
+        (nn.Conv2d(4, 4, 3, padding=1, bias=False), lambda y: torch.mul(-2, y), True),
+        (LookupConv2d(4, 4, 3, padding=1, dictionary_size=2, sparsity=1), lambda y: y / 3, True),
+        (LookupConv2d(4, 4, 3, padding=1, dictionary_size=2, sparsity=1, bias=False), lambda y: 0.25 * y, True),
+        (nn.Linear(6, 4), lambda y: y.mul(0.125), True),
+        (nn.Linear(6, 4, bias=False), lambda y: y.div(8), True),
+        (nn.Linear(6, 4), lambda y: y * y.mean() * 2, False),
+        (nn.Linear(6, 4), lambda y: 2 * y + y, False),
+        (nn.Linear(6, 4), lambda y: 2 / y, False),
+        (nn.Linear(6, 4), lambda y: torch.div(y, 2, rounding_mode="floor"), False),
+        (nn.Linear(6, 4), lambda y: y * float("inf"), False),
+    ],
+)
+def test_factors(layer, after, folded):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return after(F.linear(x, self.layer.weight, self.layer.bias) if isinstance(self.layer, nn.Linear) else self.layer(x))
+
+    model, x = randomise(Net()), torch.randn(2, 4, 5, 6)
+    for gm in (traced(model, x), torch.export.export(model.eval(), (x,)).module(check_guards=False)):
+        passes.fold_factors(gm)
+        left = [node for node in gm.graph.nodes if any(word in str(node.target) for word in ("mul", "div"))]
+        assert bool(left) != folded
+        assert_equivalent(model, gm, x)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu, cpu_build, program
 from lcnn_compile.kernels.lanes import side_by_side
 from lcnn_compile.kernels.program import Program, allocate
-from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, View, Window, pooled
+from lcnn_compile.kernels.steps import Linear, LookUp, Pool, Recipe, View, Window, pooled
 from lcnn_compile.passes import fuse_epilogues, gather_programs
 from lcnn_compile.passes.programs import programs
 from lcnn_compile.testing.cases import LAYOUTS, laid_out
@@ -94,6 +94,29 @@ def test_pooling_before_and_after_writing(size, channels, filters, stride, kerne
     assert high * wide <= 4 or torch.equal(y, z)
 
 
+@given(sizes=st.tuples(st.integers(0, 9), st.integers(1, 70), st.integers(1, 23)), biased=st.booleans(), wide=st.booleans())
+def test_linear_layers(sizes, biased, wide):
+    torch.manual_seed(0)
+    images, inputs, outputs = sizes[0], sizes[1] * (41 if wide else 1), sizes[2]
+    # A place in a larger tensor: what is read or written beyond an end is NaN.
+    around = torch.full((images * inputs + 64,), math.nan)
+    x = around[32 : 32 + images * inputs].view(images, inputs).copy_(torch.randn(images, inputs))
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs) if biased else None
+    made = Program(Recipe(1, (Linear(0, inputs, outputs),), (1,)), [(weight, bias)])
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found += made(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert_close(found[0], exact)
+    weight.fill_(math.nan)
+    assert torch.equal(made(x)[0], found[0])
+
+
 @given(st.data())
 def test_values_that_live_at_once_do_not_share_memory(data):
     steps, count = [], data.draw(st.integers(1, 12))
@@ -127,7 +150,8 @@ def test_values_that_live_at_once_do_not_share_memory(data):
 def test_recipes_survive_as_text():
     window = Window(True, (3, 2), (2, 1), (1, 0))
     step = LookUp(0, None, 3, 4, (3, 3), (1, 2), (1, 1, 0, 2), (1, 1), "silu", pool=window)
-    recipe = Recipe(2, (step, Pool(2, window), View(3, (8, 1)), LookUp(4, 1, 8, 2, (1, 1), (1, 1), (0,) * 4, (1, 1))), (5, 3))
+    last = LookUp(4, 1, 8, 2, (1, 1), (1, 1), (0,) * 4, (1, 1))
+    recipe = Recipe(2, (step, Pool(2, window), View(3, (8, 1)), last, Linear(3, 8, 2)), (5, 3, 6))
     assert Recipe.from_json(recipe.to_json()) == recipe
 
 
@@ -419,11 +443,13 @@ class Small(nn.Module):
         pool = nn.AvgPool2d if mean else nn.MaxPool2d
         self.pool = pool(window, max(1, window - 1), padding=window // 2 if window > 2 else 0)
         self.last = layer(filters, 7, 1)
+        self.head, self.other = nn.Linear(7, 13), nn.Linear(7, 2, bias=False)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self.second(self.pool(torch.relu(self.first(x))))
         x = torch.relu(x + self.third(x))
-        return x, torch.flatten(self.last(x.amax((2, 3), keepdim=True)), 1)
+        y = torch.flatten(self.last(x.amax((2, 3), keepdim=True)), 1)
+        return x, y, self.head(y), self.other(y)
 
 
 @pytest.mark.parametrize("images", [8, 16])
@@ -459,6 +485,10 @@ def test_large_images_and_strides_are_not_put_side_by_side():
     assert side_by_side(fits, fits.shapes([(8, 3, 9, 9)]), 8) is not None
     assert side_by_side(fits, fits.shapes([(7, 3, 9, 9)]), 8) is None
     assert side_by_side(fits, fits.shapes([(8, 3, 200, 200)]), 8) is None
+    flat = (*steps, View(1, (5 * 81,)), Linear(2, 5 * 81, 12), View(3, (12, 1, 1)))
+    for ends, possible in ((3, True), (4, False)):
+        recipe = Recipe(1, flat[:ends], (ends,))
+        assert (side_by_side(recipe, recipe.shapes([(8, 3, 9, 9)]), 8) is not None) == possible
     strided = Recipe(1, (replace(steps[0], stride=(1, 2)),), (1,))
     assert side_by_side(strided, strided.shapes([(8, 3, 9, 9)]), 8) is None
 

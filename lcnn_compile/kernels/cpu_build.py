@@ -33,6 +33,7 @@ SOURCES = (
     "cpu_bfloat16.cpp",
     "cpu_gradients.h",
     "cpu_program.h",
+    "cpu_linear.h",
     "cpu_pool.h",
     "cpu_run.h",
     "cpu_bfloat16_stages.h",

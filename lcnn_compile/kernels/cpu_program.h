@@ -1,14 +1,15 @@
-// Several operations in one call: lookup convolutions and poolings whose values stay in one arena of memory.
+// Several operations in one call: lookup convolutions, poolings and linear layers whose values stay in one arena of memory.
 #pragma once
 
 #include <chrono>
 
+#include "cpu_linear.h"
 #include "cpu_pool.h"
 #include "cpu_run.h"
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL, TURN };
+enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR };
 
 // Values are numbered; no residual is -1.
 struct Step {
@@ -16,7 +17,8 @@ struct Step {
   const Plan* plan;   // of a lookup convolution
   const float* bias;  // of a lookup convolution, or null
   int64_t x, residual, y;
-  Pool pool;  // of what is turned: `planes` rows of `width` become columns
+  Pool pool;      // of what is turned: `planes` rows of `width` become columns
+  Linear linear;
 };
 
 // Where a value lies: at an offset in the arena, or in the caller's tensor -1 - place.
@@ -39,6 +41,8 @@ struct Program {
                   int(step.plan->g.threads));
       else if (step.kind == POOL)
         pool(step, value(step.x), value(step.y));
+      else if (step.kind == LINEAR)
+        linear(step.linear, threads, value(step.x), value(step.y));
       else
         turn(step.pool.planes, step.pool.width, value(step.x), value(step.y));
       if (seconds) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();

@@ -3,6 +3,7 @@
 Small images do not fill vectors: of eight lanes over the pixels of a 4x4 image and its margins, half do nothing. With as many
 images as a vector has lanes next to each other in memory, [C, H, W, images], every vector is full and aligned. To the kernels
 such a value is one image that is ``images`` times as wide, under a convolution that is dilated and padded as much more.
+Linear layers read them turned back.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Shape, Step, Turn, View, Window
+from lcnn_compile.kernels.steps import Linear, LookUp, Pool, Recipe, Shape, Step, Turn, View, Window
 
 IMAGES = {"avx2": 8}
 """Images side by side, by instruction set: where it has been found to pay."""
@@ -34,7 +35,22 @@ def side_by_side(recipe: Recipe, shapes: Sequence[Shape], images: int) -> Recipe
         return None
     steps: list[Step] = [Turn(x, images, True) for x in range(recipe.inputs)]
     place = {x: recipe.inputs + x for x in range(recipe.inputs)}
+    back: dict[int, int] = {}  # values as the caller has them
+
+    def turned_back(value: int) -> int:
+        if value not in back:
+            steps.append(Turn(place[value], images, False))
+            back[value] = recipe.inputs + len(steps) - 1
+        return back[value]
+
     for number, step in enumerate(recipe.steps):
+        result = recipe.inputs + number
+        if isinstance(step, Linear):
+            steps.append(replace(step, x=turned_back(step.x)))
+            back[result] = recipe.inputs + len(steps) - 1
+            continue
+        if step.x not in place:
+            return None
         moved = replace(step, x=place[step.x])
         if isinstance(step, LookUp) and isinstance(moved, LookUp):
             top, bottom, left, right = moved.padding
@@ -52,12 +68,9 @@ def side_by_side(recipe: Recipe, shapes: Sequence[Shape], images: int) -> Recipe
         else:
             return None
         steps.append(moved)
-        place[recipe.inputs + number] = recipe.inputs + len(steps) - 1
-    outputs = []
-    for value in recipe.outputs:
-        steps.append(Turn(place[value], images, False))
-        outputs.append(recipe.inputs + len(steps) - 1)
-    return Recipe(recipe.inputs, tuple(steps), tuple(outputs))
+        place[result] = recipe.inputs + len(steps) - 1
+    outputs = tuple(turned_back(value) for value in recipe.outputs)
+    return Recipe(recipe.inputs, tuple(steps), outputs)
 
 
 def _widened(window: Window, shape: Shape, images: int) -> Window:

@@ -21,7 +21,7 @@ from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu, cpu_build
 from lcnn_compile.kernels.lanes import IMAGES, LARGEST, side_by_side
 from lcnn_compile.kernels.ops import library
-from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Shape, Step, Turn, View, Window, pooled
+from lcnn_compile.kernels.steps import Linear, LookUp, Pool, Recipe, Shape, Step, Turn, View, Window, pooled
 from lcnn_compile.kernels.threads import thread_count
 
 LINE = 16
@@ -29,8 +29,17 @@ LINE = 16
 INSTANCES = 32
 POOL_FROM = 2 << 20
 """Elements of an output that would push everything else out of the caches before it is pooled."""
-LOOK_UP, POOL, TURN = 0, 1, 2
+LOOK_UP, POOL, TURN, LINEAR = range(4)
 """lcnn::Kind."""
+
+
+class _Linear(ctypes.Structure):
+    """lcnn::Linear."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("images", "inputs", "outputs")),
+    )
 
 
 class _Step(ctypes.Structure):
@@ -42,6 +51,7 @@ class _Step(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("x", "residual", "y")),
         ("pool", cpu.Pooling),
+        ("linear", _Linear),
     )
 
 
@@ -61,7 +71,8 @@ class Program:
 
     Args:
         recipe: the steps.
-        weights: the packed weight and the bias [n] (float32, CPU; or None) of each lookup convolution, in order.
+        weights: of each lookup convolution and linear layer, in order: the packed weight, or the weight [n, m], and the bias
+            [n] or None; float32 and contiguous on the CPU.
 
     Attributes:
         handle: a number by which the operator finds it for as long as it lives.
@@ -71,13 +82,14 @@ class Program:
         KernelError: the C++ kernels are unavailable.
     """
 
-    def __init__(self, recipe: Recipe, weights: Sequence[tuple[cpu.PackedWeight, Tensor | None]]):
+    def __init__(self, recipe: Recipe, weights: Sequence[tuple[cpu.PackedWeight | Tensor, Tensor | None]]):
         found = cpu_build.library()
         if found is None:
             raise KernelError("a program needs the C++ kernels, which are unavailable")
         self.recipe = recipe
         self._library = found
-        self._weights = [(packed, None if bias is None else bias.detach().clone()) for packed, bias in weights]
+        own = [(w.detach().clone() if isinstance(w, Tensor) else w, bias) for w, bias in weights]
+        self._weights = [(w, None if bias is None else bias.detach().clone()) for w, bias in own]
         self._instances: dict[tuple[Any, ...], _Instance] = {}
         self._images = IMAGES.get(cpu_build.instruction_set(), 0)
         self.runs = 0
@@ -185,6 +197,7 @@ class Program:
             y = recipe.inputs + number
             if isinstance(step, LookUp):
                 packed, bias = next(weights)
+                assert isinstance(packed, cpu.PackedWeight)
                 x, strides_of_x = shapes[step.x], strides.get(step.x) or contiguous_strides(shapes[step.x])
                 epilogue = (step.activation, step.residual_last)
                 convolved = step.convolved(shapes)
@@ -197,6 +210,12 @@ class Program:
                 steps.append(_Step(LOOK_UP, plan.address, bias_address, step.x, residual, y))
             elif isinstance(step, Pool):
                 steps.append(_Step(POOL, None, None, step.x, -1, y, _pooling(step.window, shapes[step.x])))
+            elif isinstance(step, Linear):
+                weight, bias = next(weights)
+                assert isinstance(weight, Tensor)
+                bias_address = None if bias is None else bias.data_ptr()
+                layer = _Linear(weight.data_ptr(), bias_address, shapes[y][0], step.in_features, step.out_features)
+                steps.append(_Step(LINEAR, None, None, step.x, -1, y, linear=layer))
             elif isinstance(step, Turn):
                 rows = step.images if step.inside else math.prod(shapes[y][1:])
                 matrix = cpu.Pooling(planes=rows, width=math.prod(shapes[y]) // rows)

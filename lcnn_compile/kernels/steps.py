@@ -98,6 +98,22 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A dense linear layer of ``x`` [N, m]."""
+
+    x: int
+    in_features: int
+    out_features: int
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, n]."""
+        x = shapes[self.x]
+        if len(x) != 2 or x[1] != self.in_features:
+            raise KernelError(f"a program's linear layer got an input of shape {tuple(x)}; [N, {self.in_features}] is required")
+        return (x[0], self.out_features)
+
+
+@dataclass(frozen=True)
 class View:
     """``x`` with other dimensions behind the first."""
 
@@ -128,8 +144,8 @@ class Turn:
         return (self.images, *x[1:-1], x[-1] // self.images)
 
 
-Step = LookUp | Pool | View | Turn
-_KINDS: dict[str, type[LookUp] | type[Pool] | type[View]] = {kind.__name__: kind for kind in (LookUp, Pool, View)}
+Step = LookUp | Pool | Linear | View | Turn
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LookUp, Pool, Linear, View)}
 """By name in the text form; a turn has none, it is made for a batch."""
 
 

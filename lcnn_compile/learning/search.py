@@ -19,6 +19,7 @@ from lcnn_compile.learning.taps import Selection, select_taps, spread_rest, spre
 
 FRACTIONS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)  # of the input channels, tried as k
 GROUP_SIZES = (1, 4, 8, 16)  # tried as g
+NARROW = 4  # input channels up to which every k is tried
 MARGIN = 1.5  # a layer whose sizes are searched must get cheaper by this factor, or stays dense
 STEP = 1.12  # neighbouring numbers of taps on a curve differ by at least this factor
 MOST_SPARSITY = 48  # taps per kernel position beyond which lookups are not worth their loads
@@ -53,6 +54,8 @@ def ladder(geometry: Geometry, config: LayerConfig, free: bool) -> list[int]:
     """The dictionary sizes to try, ascending; ``free`` ignores the one in the configuration."""
     most = most_vectors(geometry)
     if config.dictionary_size == "auto" or free:
+        if geometry.channels <= NARROW:
+            return list(range(1, most + 1))
         return sorted({min(most, max(1, round(f * geometry.channels))) for f in FRACTIONS})
     return [min(most, config.vectors(geometry.channels))]
 

@@ -1,12 +1,12 @@
 """FX passes, each usable on any GraphModule: symbolically traced, captured by Dynamo, or exported and unlifted.
 
 A usual order: ``lift_functional_convolutions``, ``find_convolutions``, ``replace_convolutions``, then for inference
-``fold_batch_norm``, ``narrow_convolutions``, ``choose_lowerings``, ``fuse_epilogues``, ``gather_programs``. Each changes the GraphModule in place and returns it.
+``fold_batch_norm``, ``fold_factors``, ``narrow_convolutions``, ``choose_lowerings``, ``fuse_epilogues``, ``gather_programs``. Each changes the GraphModule in place and returns it.
 """
 
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.find import Convolution, find_convolutions
-from lcnn_compile.passes.fold import fold_batch_norm
+from lcnn_compile.passes.fold import fold_batch_norm, fold_factors
 from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.fuse import fuse_epilogues
 from lcnn_compile.passes.lift import lift_functional_convolutions
@@ -22,6 +22,7 @@ __all__ = [
     "decompose_lookups",
     "find_convolutions",
     "fold_batch_norm",
+    "fold_factors",
     "fuse_epilogues",
     "gather_programs",
     "lift_functional_convolutions",

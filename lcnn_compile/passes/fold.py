@@ -1,8 +1,9 @@
-"""Pass: fold batch norm in evaluation mode into the convolution before it, dense or lookup."""
+"""Passes: fold what only scales and shifts (batch norm in evaluation mode, constant factors) into the layer before it."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from lcnn_compile.kernels.reference import tap_filter_groups
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional
-from lcnn_compile.passes.targets import BATCH_NORM, CONV2D, attribute, bound, is_get_attr
+from lcnn_compile.passes.targets import BATCH_NORM, CONV2D, DIVIDE, LINEAR, MULTIPLY, attribute, bound, is_get_attr
 
 _BN = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _ATEN_BN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
@@ -49,6 +50,56 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+def fold_factors(gm: fx.GraphModule) -> fx.GraphModule:
+    """c·layer(x) becomes one layer, dense or lookup convolution or linear, with its weight and bias times the number c.
+
+    Folds where the layer has no other user and its tensors are attributes of the module; everything else is left alone. The
+    graph is changed in place and returned, in the form that :func:`to_functional` gives it.
+    """
+    to_functional(gm)
+    for node in list(gm.graph.nodes):
+        factor = _factor(node)
+        if factor is None:
+            continue
+        layer = node.args[0] if isinstance(node.args[0], fx.Node) else node.args[1]
+        if (
+            not isinstance(layer, fx.Node)
+            or len(layer.users) != 1
+            or not (is_lookup(layer) or _is_conv(layer) or _is_linear(layer))
+        ):
+            continue
+        constants = [a for a in (layer.args[1:8] if is_lookup(layer) else layer.args[1:3]) if a is not None]
+        if not all(is_get_attr(a) for a in constants) or _has_epilogue(layer) or layer.kwargs.get("bias") is not None:
+            continue
+        filters = attribute(gm, layer.args[1].target).shape[0] if not is_lookup(layer) else layer.args[8]  # type: ignore[union-attr]
+        with torch.no_grad():
+            _scale(gm, layer, torch.full((cast(int, filters),), factor, dtype=torch.float64), None)
+        node.replace_all_uses_with(layer)
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _factor(node: fx.Node) -> float | None:
+    """The finite number that a node multiplies its other argument by; None where it does not."""
+    if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
+        return None
+    if node.target in DIVIDE:
+        divisor = node.args[1]
+        found = 1 / divisor if isinstance(divisor, int | float) and divisor else None
+    elif node.target in MULTIPLY:
+        found = next((value for value in node.args if isinstance(value, int | float)), None)
+    else:
+        return None
+    return float(found) if found is not None and math.isfinite(found) else None
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in LINEAR and len(node.args) >= 2
+
+
 def _batch_norm_arguments(node: fx.Node) -> dict[str, Any] | None:
     if node.op != "call_function" or node.target not in BATCH_NORM:
         return None
@@ -66,12 +117,13 @@ def _has_epilogue(node: fx.Node) -> bool:
     return is_lookup(node) and (len(node.args) > 14 or bool(set(node.kwargs) & {"activation", "residual"}))
 
 
-def _scale(gm: fx.GraphModule, conv: fx.Node, scale: Tensor, shift: Tensor) -> None:
-    """Multiply the convolution's filters by ``scale`` [n] and set its bias to ``bias·scale + shift``."""
+def _scale(gm: fx.GraphModule, conv: fx.Node, scale: Tensor, shift: Tensor | None) -> None:
+    """Multiply the layer's filters by ``scale`` [n] and set its bias to ``bias·scale + shift``; without either it gets none."""
     place = 7 if is_lookup(conv) else 2
     bias = conv.args[place] if len(conv.args) > place else conv.kwargs.get("bias")
     if isinstance(bias, fx.Node):
-        shift = shift + attribute(gm, bias.target).double() * scale
+        scaled = attribute(gm, bias.target).double() * scale
+        shift = scaled if shift is None else shift + scaled
     weight = 2 if is_lookup(conv) else 1
     old = attribute(gm, conv.args[weight].target)  # type: ignore[union-attr]
     if is_lookup(conv):
@@ -79,10 +131,10 @@ def _scale(gm: fx.GraphModule, conv: fx.Node, scale: Tensor, shift: Tensor) -> N
         rows = filters[tap_filter_groups(offsets, old.shape[0])].long()
         new = old.double() * torch.where(rows >= 0, scale[rows.clamp(min=0)], 0.0)
     else:
-        new = old.double() * scale[:, None, None, None]
+        new = old.double() * scale.view(-1, *[1] * (old.dim() - 1))
     args = list(conv.args) + [None] * (place + 1 - len(conv.args))
     args[weight] = add_attribute(gm, conv, "weight", new.to(old.dtype))
-    args[place] = add_attribute(gm, conv, "bias", shift.to(old.dtype))
+    args[place] = None if shift is None else add_attribute(gm, conv, "bias", shift.to(old.dtype))
     conv.args = tuple(args)
     conv.kwargs = {key: value for key, value in conv.kwargs.items() if key != "bias"}
 

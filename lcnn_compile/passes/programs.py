@@ -1,4 +1,4 @@
-"""Pass: run whole regions of a graph (lookup convolutions and the pooling between them) as one native call each."""
+"""Pass: run whole regions of a graph (lookup convolutions, pooling and linear layers between them) as one native call each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.fx.passes.tools_common import stable_topological_sort
 
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.program import Program, run_program
-from lcnn_compile.kernels.steps import LookUp, Recipe, Step, View
+from lcnn_compile.kernels.steps import Linear, LookUp, Recipe, Step, View
 from lcnn_compile.passes.find import is_lookup, precision_of
-from lcnn_compile.passes.steps import Steps, residual_of, steps_of
+from lcnn_compile.passes.steps import Steps, linear_weight, residual_of, steps_of
 from lcnn_compile.passes.targets import attribute
 
 NAME = "lcnn_program"
@@ -62,7 +62,7 @@ class _Runnable(OperatorSupportBase):
 
 
 def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
-    """Replace regions of lookup convolutions, pooling and views by calls of ``run_program``: float32, CPU, for inference.
+    """Replace regions of lookup convolutions, pooling, linear layers and views by calls of ``run_program``: float32, CPU, for inference.
 
     A region has one lookup convolution at least; its lowering is settled and its epilogue fused. The weights move into the
     program, copied: where they change, the pass must run again on the original graph. Graphs under autocast are left alone.
@@ -147,7 +147,7 @@ def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
                 values.setdefault(source, len(values))
     inputs = list(values)
     steps: list[Step] = []
-    weights: list[tuple[cpu.PackedWeight, Tensor | None]] = []
+    weights: list[tuple[cpu.PackedWeight | Tensor, Tensor | None]] = []
     for node in nodes:
         value = values[cast(fx.Node, node.args[0])]
         for make in cast(Steps, steps_of(gm, node)):
@@ -156,6 +156,9 @@ def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
             if isinstance(step, LookUp):
                 weights.append(_weight(gm, node))
                 step = step if residual is None else replace(step, residual=values[residual])
+            elif isinstance(step, Linear):
+                weight, bias = cast("tuple[Tensor, Tensor | None]", linear_weight(gm, node))
+                weights.append((weight.contiguous(), None if bias is None else bias.contiguous()))
             steps.append(step)
             value = len(inputs) + len(steps) - 1
         values[node] = value

@@ -12,10 +12,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lcnn_compile.kernels.cpu import POSITIONS
-from lcnn_compile.kernels.steps import LookUp, Pool, Step, View, Window
+from lcnn_compile.kernels.steps import Linear, LookUp, Pool, Step, View, Window
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import example, shape_of
-from lcnn_compile.passes.targets import RESHAPES, aten, attribute, bound, is_get_attr
+from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, is_get_attr
 
 VIEWS = (*RESHAPES, "contiguous", aten.contiguous.default)
 DROPOUT = (F.dropout, F.dropout2d, aten.dropout.default)
@@ -26,6 +26,8 @@ REDUCTIONS = {
     **dict.fromkeys(("mean", torch.mean, aten.mean.dim), True),
     **dict.fromkeys(("amax", torch.amax, aten.amax.default), False),
 }
+LARGEST_LINEAR = 1 << 22
+"""Elements of a linear layer's weight up to which it is run in a program: larger ones are a GEMM's work where there are many images."""
 WEIGHT_AND_GEOMETRY = (
     *("input", "dictionary", "coefficients", "indices", "positions", "offsets", "filters", "bias"),
     *("out_channels", "kernel_size", "stride", "padding", "dilation"),
@@ -51,6 +53,8 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
         return None
     if node.target in VIEWS or (node.target in DROPOUT and bound(node, ("x", "p", "training"), (None, 0.5, True))[2] is False):
         return _view(out)
+    if node.target in LINEAR:
+        return _linear(gm, node, shape)
     if len(shape) != 4:
         return None
     if node.target in REDUCTIONS:
@@ -107,6 +111,29 @@ def _lookup(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
     sizes = (groups * per_group, out_channels, kernel_size, stride, padding, dilation)
     source = None if residual is None else -1
     return [lambda x: LookUp(x, source, *sizes, activation, bool(residual_last))]
+
+
+def linear_weight(gm: fx.GraphModule, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight [n, m] and bias [n] or None of a call of a linear layer; None where they are not attributes."""
+    _, weight, bias = bound(node, ("input", "weight", "bias"), (None, None, None))
+    if not is_get_attr(weight) or not (bias is None or is_get_attr(bias)):
+        return None
+    return attribute(gm, weight.target), None if bias is None else attribute(gm, bias.target)
+
+
+def _linear(gm: fx.GraphModule, node: fx.Node, shape: tuple[Any, ...]) -> Steps | None:
+    found = linear_weight(gm, node)
+    if found is None or len(shape) != 2 or not isinstance(shape[1], int):
+        return None
+    weight = found[0]
+    if weight.dim() != 2 or not 0 < weight.numel() <= LARGEST_LINEAR or any(t is not None and not _plain(t) for t in found):
+        return None
+    out_features, in_features = weight.shape
+    return [lambda x: Linear(x, in_features, out_features)]
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Window | None:

@@ -22,7 +22,10 @@ CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
 }
 """The convolutions that have a lookup form, by the name of the function."""
 CONVOLUTION = (torch.convolution, aten.convolution.default)
+LINEAR = (F.linear, aten.linear.default)
 BATCH_NORM = (F.batch_norm, torch.batch_norm, aten.batch_norm.default)
+MULTIPLY = (torch.mul, operator.mul, aten.mul.Tensor, aten.mul.Scalar, "mul")
+DIVIDE = (torch.div, operator.truediv, aten.div.Tensor, aten.div.Scalar, "div")
 ADD = (torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
 ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "relu": (F.relu, F.relu_, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_"),
