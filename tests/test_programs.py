@@ -493,7 +493,7 @@ def test_large_images_and_strides_are_not_put_side_by_side():
     assert side_by_side(strided, strided.shapes([(8, 3, 9, 9)]), 8) is None
 
 
-@pytest.mark.parametrize("size", [(2, 2), (4, 6), (9, 8), (14, 70), (8, 32)])
+@pytest.mark.parametrize("size", [(2, 2), (4, 6), (9, 8), (14, 70), (8, 32), (4, 4), (6, 2), (11, 16), (7, 8)])
 @pytest.mark.parametrize("mean", [False, True])
 def test_pooling_in_pairs(size, mean):
     recipe = Recipe(1, (Pool(0, Window(mean, (2, 2), (2, 2))),), (1,))

@@ -30,7 +30,7 @@ from lcnn_compile.kernels import cpu
 from lcnn_compile.learning import distill, harden, soften
 from lcnn_compile.modules import LookupConv2d, LookupModule
 
-TUNE: dict[str, Any] = {"label_weight": 0.5}
+TUNE: dict[str, Any] = {"label_weight": 0.5, "temperature": 2.0}
 SCRATCH: dict[str, Any] = {"lr": 0.1, "label_weight": 1.0}
 COMMON: dict[str, Any] = {"weight_decay": 5e-4, "max_norm": None, "warm_up": 0.1}
 LOOKUPS = ("lookups", "uniform lookups", "scratch")

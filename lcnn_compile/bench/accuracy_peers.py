@@ -13,7 +13,6 @@ from lcnn_compile.bench import macs
 from lcnn_compile.learning.allocate import allocate
 from lcnn_compile.learning.search import Point
 
-NARROW = 3  # input channels up to which a convolution stays as it is
 RANKS = 48  # ranks tried for each layer
 
 
@@ -63,7 +62,7 @@ def low_rank(model: nn.Module, speedup: float, calibration: Sequence[Tensor], ex
 
 
 def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels > NARROW}
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -105,10 +105,29 @@ static void pool_pairs(const Pool& p, int64_t first, int64_t end, const float* x
     }
 }
 
+// The same where a vector holds several rows: their columns are joined side by side, then each upper row with the one below.
+template <class Join>
+static void pool_narrow_pairs(const Pool& p, int64_t rows, const float* x, float scale, float* y) {
+  const int half = int(p.width / 2);
+  uint32_t upper = 0;
+  for (int lane = 0; lane < LANES; ++lane) upper |= uint32_t(lane / half % 2 == 0) << lane;
+  float moved[2 * LANES] = {};
+  const int64_t total = 2 * rows * p.width;
+  for (int64_t i = 0; i < total; i += 2 * LANES, y += LANES / 2) {
+    const int left = int(std::min<int64_t>(2 * LANES, total - i)), low = std::min(left, LANES);
+    const Vec a = load_first(x + i, low), b = load_first(x + i + LANES, left - low);
+    const Vec across = Join::join(even_lanes(a, b), odd_lanes(a, b));
+    store(moved, across);
+    store_first(y, compress(Join::join(across, load(moved + half)), upper) * scale, left / 4);
+  }
+}
+
 // Pooled rows [first, end) of one plane, of which x holds the rows from `above` on; `row` is a buffer of `row_floats()`.
 template <class Join>
 static void pool_rows(const Pool& p, int64_t first, int64_t end, const float* x, int64_t above, float scale, float* row, float* y) {
   if (p.lanes > 1) return pool_side_by_side<Join>(p, first, end, x, above, scale, y);
+  if (p.pairs() && p.width <= LANES && LANES % p.width == 0)
+    return pool_narrow_pairs<Join>(p, end - first, x + (2 * first - above) * p.width, scale, y);
   if (p.pairs()) return pool_pairs<Join>(p, first, end, x, above, scale, y);
   std::fill_n(row, p.row_floats(), Join::START);
   float* const inside = row + p.left;

@@ -61,9 +61,8 @@ struct Program {
   }
 
   void pool(const Step& step, const float* x, float* y) const {
-    Pool p = step.pool;
+    const Pool& p = step.pool;
     // Windows that tile their planes tile a plane made of them all; small planes are then not begun one by one.
-    if (p.out_height == 1) p.stride[0] = p.kernel[0];
     const bool tiled = !p.top && p.kernel[0] == p.stride[0] && p.height == p.out_height * p.stride[0];
     const int64_t area = p.height * p.width, out_area = p.out_height * p.out_width;
     const int64_t team = p.planes * area > ALONE ? std::min(threads, p.planes) : 1, row = round_up(p.row_floats(), LANES);

@@ -227,9 +227,14 @@ def _pooling(window: Window, shape: Shape) -> cpu.Pooling:
     batch, channels, height, width = shape
     pair = ctypes.c_int64 * 2
     kernel = pair(*(window.kernel_size or (height, width)))
-    sizes = (batch * channels, height, width, *window.shape(shape)[2:])
+    high, wide = window.shape(shape)[2:]
+    # A single window may be said to tile its plane.
+    stride = pair(
+        *(size if out == 1 else step for size, out, step in zip(kernel, (high, wide // window.lanes), window.stride, strict=True))
+    )
+    sizes = (batch * channels, height, width, high, wide)
     top, left = window.padding
-    return cpu.Pooling(*sizes, kernel, pair(*window.stride), top, left * window.lanes, int(window.mean), window.lanes)
+    return cpu.Pooling(*sizes, kernel, stride, top, left * window.lanes, int(window.mean), window.lanes)
 
 
 def contiguous_strides(shape: Shape) -> tuple[int, ...]:
