@@ -32,6 +32,20 @@ def test_audio(example, capsys):
     assert "lookup" in capsys.readouterr().out
 
 
+def test_few_shot(example, capsys):
+    found = example("few_shot").main(resamples=2, trials=1, rates=((0.003, 0.0), (0.003, 0.01)), iterations=40)
+    assert [len(scores) for scores in found.values()] == [2, 2]
+    assert all(score > 25 for scores in found.values() for score in scores)  # of five classes
+    assert "difference over 2 resamples" in capsys.readouterr().out
+
+
+def test_few_iterations(example, capsys):
+    [scores] = example("few_iteration").main(steps=(6,), seeds=2, iterations=6).values()
+    assert set(scores) == {"random", "carried over", "carried over and frozen"}
+    assert all(0 < value <= 100 for values in scores.values() for value in values)
+    assert "6 lookup layers after 6 iterations" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["transformers_resnet", "transformers_convnext", "transformers_detector"])
 def test_transformers(example, name):
     pytest.importorskip("transformers")

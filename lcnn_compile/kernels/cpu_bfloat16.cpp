@@ -1,5 +1,5 @@
 // The tables of the bfloat16 kernels.
-#include "cpu_call.h"
+#include "cpu_bfloat16.h"
 
 namespace lcnn {
 

@@ -218,4 +218,8 @@ struct Pairs {
   }
 };
 
+extern const HalfKernels half_kernels;
+extern const NarrowKernels<Pairs, Channels> narrow_form_pairs;
+extern const NarrowKernels<Pairs, const int32_t*> narrow_look_up_pairs;
+
 }  // namespace lcnn

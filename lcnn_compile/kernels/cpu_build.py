@@ -28,8 +28,8 @@ from lcnn_compile.files import digest
 from lcnn_compile.kernels.store import cache_folder
 
 SOURCES = (
-    "cpu.cpp",
     "cpu_kernels.cpp",
+    "cpu.cpp",
     "cpu_bfloat16.cpp",
     "cpu_gradients.h",
     "cpu_program.h",
@@ -122,7 +122,7 @@ def _run(command: list[str]) -> str:
 
 
 def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
-    """Compile all sources at once to names of our own, link, then rename: nobody ever sees half a library."""
+    """Compile the sources at once to names of our own, link, then rename: nobody ever sees half a library."""
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         built = Path(work) / target.name
         failure = ""
@@ -134,7 +134,8 @@ def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target
             commands = [
                 [str(compiler), *options, "-c", "-o", made, str(source)] for source, made in zip(sources, objects, strict=True)
             ]
-            with ThreadPoolExecutor(len(commands)) as pool:
+            # The longest comes first; more at once than there are processors would hold it up.
+            with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
                 complaint = "\n".join(filter(None, pool.map(_run, commands)))
             complaint = complaint or _run([str(compiler), *options, "-o", str(built), *objects])
             if not complaint:

@@ -6,13 +6,6 @@
 
 namespace lcnn {
 
-extern const Kernels kernels;
-extern const NarrowKernels<Singles, Channels> narrow_form;
-extern const NarrowKernels<Singles, const int32_t*> narrow_look_up;
-extern const HalfKernels half_kernels;
-extern const NarrowKernels<Pairs, Channels> narrow_form_pairs;
-extern const NarrowKernels<Pairs, const int32_t*> narrow_look_up_pairs;
-
 // The threads that work on one band, and the place of this one among them.
 struct Team {
   int64_t rank, size;

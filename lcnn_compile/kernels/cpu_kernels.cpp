@@ -1,5 +1,5 @@
 // The tables of the float32 kernels.
-#include "cpu_call.h"
+#include "cpu_narrow.h"
 
 namespace lcnn {
 

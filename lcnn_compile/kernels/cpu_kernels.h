@@ -238,4 +238,6 @@ struct Kernels {
   }
 };
 
+extern const Kernels kernels;
+
 }  // namespace lcnn

@@ -85,4 +85,7 @@ struct NarrowKernels {
   }
 };
 
+extern const NarrowKernels<Singles, Channels> narrow_form;
+extern const NarrowKernels<Singles, const int32_t*> narrow_look_up;
+
 }  // namespace lcnn
