@@ -9,6 +9,7 @@ A table stands between ``<!-- measured: NAME -->`` and ``<!-- measured: end -->`
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import readme_gpu
 
+from lcnn_compile.bench.probe import Peak
 from lcnn_compile.bench.scaling_report import plot_scaling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,8 @@ METHODS = {
     "bfloat16": ("OpenVINO bfloat16", "#d53f8c", "*"),
 }
 LOW_PRECISION = ("int8", "bfloat16")
+ROUNDED = "#38a169"
+"""The colour of lookups that round."""
 
 Rows = list[dict[str, Any]]
 
@@ -153,18 +157,28 @@ def accuracy_rows(pattern: str = "accuracy*.json") -> Rows:
 
 
 def accuracy(rows: Rows) -> str:
-    """Top-1, multiply-adds and time of every network of the accuracy benchmark."""
+    """Top-1, multiply-adds and time of every network of the accuracy benchmark; lookups that round stand beside their network."""
     dense = next((row for row in rows if row["case"] == "dense"), None)
     if dense is None:
         return ""
+    rounded = {row["case"].removesuffix("-bfloat16"): row for row in rows if row.get("precision") == "bfloat16"}
+
+    def measured(row: dict[str, Any] | None) -> list[str]:
+        spent, base = row and row.get("time"), dense.get("time")
+        if not row or not spent or not base:
+            return ["–", "–"]
+        return [f"{1e3 * spent['seconds']:.2f} ms", times(base["seconds"] / spent["seconds"])]
+
     lines = []
-    for row in rows:
-        spent, base = row.get("time"), dense.get("time")
+    for row in (row for row in rows if row.get("precision") != "bfloat16"):
         fewer = "–" if row["method"] in LOW_PRECISION else times(row["reduction"])
-        milliseconds = f"{1e3 * spent['seconds']:.2f} ms" if spent else "–"
-        faster = times(base["seconds"] / spent["seconds"]) if spent and base else "–"
-        lines.append([name_of(row), f"{row['top1']:.1f} %", fewer, milliseconds, faster])
-    return markdown(["network", "top-1", "fewer multiply-adds", "time", "faster"], lines)
+        cells = [name_of(row), f"{row['top1']:.1f} %", fewer, *measured(row)]
+        if rounded:
+            twin = rounded.get(row["case"])
+            cells += [f"{twin['top1']:.1f} %" if twin else "–", *measured(twin)]
+        lines.append(cells)
+    heading = ["network", "top-1", "fewer multiply-adds", "time", "faster"]
+    return markdown(heading + ["bfloat16: top-1", "time", "faster"] * bool(rounded), lines)
 
 
 def accuracy_short() -> str:
@@ -174,8 +188,8 @@ def accuracy_short() -> str:
 
 
 def ordinary(row: dict[str, Any]) -> bool:
-    """Whether a case has eight filters per group, a budget of multiply-adds, and float32."""
-    return row["group_size"] == 8 and row.get("budget", "macs") == "macs" and row.get("precision") != "bfloat16"
+    """Whether a case has eight filters per group and a budget of multiply-adds."""
+    return row["group_size"] == 8 and row.get("budget", "macs") == "macs"
 
 
 def training(pattern: str) -> str:
@@ -221,10 +235,7 @@ def peaks() -> str:
     """What the scaling benchmark found this processor to do at most, one thread."""
     found = documents("scaling*.json")
     peak = next((r["peak"] for r in found[-1]["results"] if r["threads"] == 1), None) if found else None
-    if not peak:
-        return ""
-    moved = ", ".join(f"{value / 1e9:.0f} GB/s in {int(size) >> 10} KiB" for size, value in peak["bandwidth"].items())
-    return f"{peak['macs'] / 1e9:.0f} G multiply-adds/s, {peak['loads'] / 1e9:.1f} G loads of 64 bytes/s, {moved}.\n"
+    return f"{Peak.from_dict(peak)}.\n" if peak else ""
 
 
 def starts() -> str:
@@ -275,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers-zen4": lambda: layers("zen4/layers*.json"),
     "machine-zen4": lambda: machine("zen4/networks*.json"),
     "accuracy-zen4": lambda: accuracy(accuracy_rows("zen4/accuracy*.json")),
+    "training": lambda: training("training*.json"),
     "scaling": scaling,
     "peaks": peaks,
     "starts": starts,
@@ -314,13 +326,16 @@ def draw(path: Path) -> None:
 def draw_accuracy(axes: Any, rows: Rows) -> None:
     """Top-1 against time of one network on CIFAR-10; lines join budgets of the same kind."""
     for method, (label, colour, marker) in METHODS.items():
-        for tuned in (False, True):
+        for tuned, rounded in itertools.product((False, True), repeat=2):
             mine = [r for r in rows if r["method"] == method and bool(r["epochs"]) == tuned and ordinary(r)]
+            mine = [r for r in mine if (r.get("precision") == "bfloat16") == rounded]
             points = sorted((1e3 * r["time"]["seconds"], r["top1"]) for r in mine)
             if points and not (tuned and method == "dense"):
                 text = f"{label}, fine-tuned" if tuned and method != "scratch" else label
                 full = tuned or method in ("dense", *LOW_PRECISION)
-                style = {"color": colour, "marker": marker, "markerfacecolor": colour if full else "white"}
+                shade = ROUNDED if rounded else colour
+                text += ", bfloat16" * rounded
+                style = {"color": shade, "marker": marker, "markerfacecolor": shade if full else "white"}
                 axes.plot(*zip(*points, strict=True), label=text, linestyle="-" if full else ":", markersize=7, **style)
     axes.set_xscale("log")
     for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):

@@ -13,6 +13,7 @@ from lcnn_compile.bench import macs
 from lcnn_compile.learning.allocate import allocate
 from lcnn_compile.learning.search import Point
 
+NARROW = 3  # input channels up to which no weight is pruned: that costs more than it frees
 RANKS = 48  # ranks tried for each layer
 
 
@@ -61,8 +62,9 @@ def low_rank(model: nn.Module, speedup: float, calibration: Sequence[Tensor], ex
     return renormalise(result, calibration)
 
 
-def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+def _convolutions(model: nn.Module, above: int = 0) -> dict[str, nn.Conv2d]:
+    """Those of more than so many input channels."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels > above}
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -91,7 +93,7 @@ def pruned(model: nn.Module, speedup: float, calibration: Sequence[Tensor], exam
     Its masks are those of ``torch.nn.utils.prune``; multiply-adds with zeros are not counted; batch norm is estimated anew.
     """
     result = copy.deepcopy(model)
-    layers = _convolutions(result)
+    layers = _convolutions(result, NARROW)
     budget = macs.count(model, example) / speedup
     scores = {
         (layer, "weight"): layer.weight.detach().abs() / layer.weight.detach().square().mean().sqrt() for layer in layers.values()
@@ -100,7 +102,7 @@ def pruned(model: nn.Module, speedup: float, calibration: Sequence[Tensor], exam
     for _ in range(16):
         amount = (low + high) / 2
         trial = copy.deepcopy(model)
-        pairs = [(layer, "weight") for layer in _convolutions(trial).values()]
+        pairs = [(layer, "weight") for layer in _convolutions(trial, NARROW).values()]
         prune.global_unstructured(
             pairs, prune.L1Unstructured, importance_scores=dict(zip(pairs, scores.values(), strict=True)), amount=amount
         )

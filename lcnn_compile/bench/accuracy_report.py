@@ -14,10 +14,10 @@ from lcnn_compile.bench.accuracy import LOOKUPS, Study
 from lcnn_compile.bench.accuracy_cases import CASES, Case
 from lcnn_compile.bench.accuracy_data import standardise, top1
 from lcnn_compile.bench.engines import ENGINES, Runnable
-from lcnn_compile.bench.measure import LOOKUP_ENGINES
+from lcnn_compile.bench.measure import LOOKUP_ENGINES, rounding
 from lcnn_compile.bench.report import milliseconds
 from lcnn_compile.bench.timing import alternate
-from lcnn_compile.modules import LookupModule
+from lcnn_compile.modules import lookup_modules
 
 DENSE_ENGINES = ("inductor", "openvino")
 ROUNDED = "-bfloat16"
@@ -68,10 +68,9 @@ def measure_times(study: Study, threads: int, batch: int, seconds: float) -> dic
 
 def _rounded_top1(study: Study, case: Case) -> float:
     """Top-1 of a network with lookups whose kernels round to bfloat16."""
-    model = study.load(case)
-    for module in model.modules():
-        if isinstance(module, LookupModule):
-            module.precision, module.lowering = "bfloat16", "lookup"
+    model = rounding(study.load(case))
+    for _, module in lookup_modules(model):
+        module.lowering = "lookup"
     return top1(model, study.images)
 
 

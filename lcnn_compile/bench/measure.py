@@ -37,11 +37,16 @@ def _frozen(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     return run_torch(freeze(model, example, dynamic_batch=False), example)
 
 
-def _rounded(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
+def rounding(model: nn.Module) -> nn.Module:
+    """A copy whose lookups round to bfloat16."""
     model = copy.deepcopy(model)
     for _, module in lookup_modules(model):
         module.precision = "bfloat16"
-    return _frozen(model, example, folder)
+    return model
+
+
+def _rounded(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
+    return _frozen(rounding(model), example, folder)
 
 
 LOOKUP_ENGINES = {

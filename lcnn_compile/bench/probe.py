@@ -112,6 +112,10 @@ class Peak:
         fitting = [size for size in sorted(self.bandwidth) if size >= working_set]
         return self.bandwidth[fitting[0] if fitting else max(self.bandwidth)]
 
+    def __str__(self) -> str:
+        moved = ", ".join(f"{rate / 1e9:.0f} GB/s in {size >> 10} KiB" for size, rate in self.bandwidth.items())
+        return f"{self.macs / 1e9:.0f} G multiply-adds/s, {self.loads / 1e9:.1f} G loads of 64 bytes/s, {moved}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return {"macs": self.macs, "loads": self.loads, "bandwidth": {str(k): v for k, v in self.bandwidth.items()}}

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lcnn_compile.bench.probe import Peak
 from lcnn_compile.bench.report import NO_KERNELS, milliseconds, ratio
 from lcnn_compile.bench.scaling import SWEEPS
 
@@ -17,10 +18,8 @@ from lcnn_compile.bench.scaling import SWEEPS
 def show_scaling(results: Sequence[dict[str, Any]], console: Console) -> None:
     """One table for each thread count, the probed peaks above it."""
     for result in results:
-        peak = result["peak"]
-        if peak:
-            bandwidth = ", ".join(f"{value / 1e9:.0f} GB/s in {int(size) >> 10} KiB" for size, value in peak["bandwidth"].items())
-            console.print(f"{peak['macs'] / 1e9:.0f} G multiply-adds/s, {peak['loads'] / 1e9:.1f} G loads/s, {bandwidth}")
+        if result["peak"]:
+            console.print(str(Peak.from_dict(result["peak"])))
         if result["overhead"]:
             console.print(f"a call with nothing to compute: {result['overhead'] * 1e6:.0f} µs")
         console.print(_table(result))
