@@ -296,6 +296,20 @@ def test_factors(layer, after, folded):
         assert_equivalent(model, gm, x)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), LookupConv2d(3, 4, 3, dictionary_size=2, sparsity=1)])
+def test_factors_on_any_device(layer):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) * 2
+
+    gm = passes.fold_factors(fx.symbolic_trace(Net().to("meta")))
+    assert len([node for node in gm.graph.nodes if node.op == "call_function"]) == 1
+
+
 @pytest.mark.parametrize(
     ("tail", "expected"),
     [

@@ -156,7 +156,7 @@ def test_recipes_survive_as_text():
 
 
 class Branches(nn.Module):
-    """Residuals, pooling, views, two outputs."""
+    """Residuals, pooling, views, a linear layer, two outputs."""
 
     def __init__(self):
         super().__init__()
@@ -164,12 +164,13 @@ class Branches(nn.Module):
         self.left, self.right = layer(12, 12, padding=1), layer(12, 12, 1)
         self.pool = nn.MaxPool2d(3, 2, 1)
         self.last = layer(12, 7, 1)
+        self.head = nn.Linear(7, 5)
 
     def forward(self, x):
         x = self.pool(F.relu(self.first(x)))
         y = F.relu(self.left(x) + self.right(x))
         z = self.last(y)
-        return z.mean((2, 3)), F.adaptive_avg_pool2d(y, 1).flatten(1)
+        return self.head(z.mean((2, 3))), F.adaptive_avg_pool2d(y, 1).flatten(1)
 
 
 def compiled(model: nn.Module, **arguments):
@@ -230,6 +231,7 @@ def test_weights_batches_and_sizes_that_change(exact):
         with torch.no_grad():
             model.left.dictionary.mul_(-1.5)
             model.first.bias.add_(0.25)
+            model.head.weight.mul_(-2)
             x = torch.randn(shape)
             found = run(x)
             twin = Branches().eval()

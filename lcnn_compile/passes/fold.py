@@ -71,9 +71,10 @@ def fold_factors(gm: fx.GraphModule) -> fx.GraphModule:
         constants = [a for a in (layer.args[1:8] if is_lookup(layer) else layer.args[1:3]) if a is not None]
         if not all(is_get_attr(a) for a in constants) or _has_epilogue(layer) or layer.kwargs.get("bias") is not None:
             continue
-        filters = attribute(gm, layer.args[1].target).shape[0] if not is_lookup(layer) else layer.args[8]  # type: ignore[union-attr]
+        weight: Tensor = attribute(gm, layer.args[2 if is_lookup(layer) else 1].target)  # type: ignore[union-attr]
+        filters = cast(int, layer.args[8]) if is_lookup(layer) else weight.shape[0]
         with torch.no_grad():
-            _scale(gm, layer, torch.full((cast(int, filters),), factor, dtype=torch.float64), None)
+            _scale(gm, layer, torch.full((filters,), factor, dtype=torch.float64, device=weight.device), None)
         node.replace_all_uses_with(layer)
         gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
