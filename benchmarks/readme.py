@@ -315,7 +315,7 @@ def draw(path: Path) -> None:
     from matplotlib.figure import Figure
 
     timed = [row for row in accuracy_rows() if row.get("time")]
-    figure = Figure(figsize=(11 if timed else 9, 3.4), layout="constrained")
+    figure = Figure(figsize=(13 if timed else 9, 3.4), layout="constrained")
     axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
     draw_speed(axes[0])
     if timed:
@@ -328,7 +328,7 @@ def draw_accuracy(axes: Any, rows: Rows) -> None:
     for method, (label, colour, marker) in METHODS.items():
         for tuned, rounded in itertools.product((False, True), repeat=2):
             mine = [r for r in rows if r["method"] == method and bool(r["epochs"]) == tuned and ordinary(r)]
-            mine = [r for r in mine if (r.get("precision") == "bfloat16") == rounded]
+            mine = [r for r in mine if (r.get("precision") == "bfloat16") == rounded and (method == "lookups" or not rounded)]
             points = sorted((1e3 * r["time"]["seconds"], r["top1"]) for r in mine)
             if points and not (tuned and method == "dense"):
                 text = f"{label}, fine-tuned" if tuned and method != "scratch" else label
@@ -338,14 +338,14 @@ def draw_accuracy(axes: Any, rows: Rows) -> None:
                 style = {"color": shade, "marker": marker, "markerfacecolor": shade if full else "white"}
                 axes.plot(*zip(*points, strict=True), label=text, linestyle="-" if full else ":", markersize=7, **style)
     axes.set_xscale("log")
-    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        ticks(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axes.set_xlabel("milliseconds per image, CIFAR-10 (1 thread, batch 1)")
     axes.set_ylabel("top-1, %")
     axes.set_ylim(bottom=max(min(row["top1"] for row in rows) - 1, max(row["top1"] for row in rows) - 15))
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_speed(axes: Any) -> None:
