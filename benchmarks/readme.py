@@ -19,6 +19,7 @@ from typing import Any
 
 import readme_gpu
 
+from lcnn_compile.bench.accuracy_report import ROUNDED
 from lcnn_compile.bench.probe import Peak
 from lcnn_compile.bench.scaling_report import plot_scaling
 
@@ -44,8 +45,7 @@ METHODS = {
     "bfloat16": ("OpenVINO bfloat16", "#d53f8c", "*"),
 }
 LOW_PRECISION = ("int8", "bfloat16")
-ROUNDED = "#38a169"
-"""The colour of lookups that round."""
+ROUNDED_COLOUR = "#38a169"
 
 Rows = list[dict[str, Any]]
 
@@ -54,6 +54,11 @@ def documents(pattern: str) -> list[dict[str, Any]]:
     """The result files that match, oldest first."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
     return sorted(found, key=lambda document: document["date"])
+
+
+def latest(pattern: str) -> dict[str, Any]:
+    """The newest result file that matches; empty where there is none."""
+    return (documents(pattern) or [{}])[-1]
 
 
 def comparisons(pattern: str) -> Rows:
@@ -152,8 +157,8 @@ def machine(pattern: str = "networks*.json") -> str:
 
 def accuracy_rows(pattern: str = "accuracy*.json") -> Rows:
     """Every case of the accuracy benchmark, as measured last; none before it has run."""
-    found = documents(pattern)
-    return found[-1]["rows"] if found else []
+    rows: Rows = latest(pattern).get("rows", [])
+    return rows
 
 
 def accuracy(rows: Rows) -> str:
@@ -161,7 +166,7 @@ def accuracy(rows: Rows) -> str:
     dense = next((row for row in rows if row["case"] == "dense"), None)
     if dense is None:
         return ""
-    rounded = {row["case"].removesuffix("-bfloat16"): row for row in rows if row.get("precision") == "bfloat16"}
+    rounded = {row["case"].removesuffix(ROUNDED): row for row in rows if row.get("precision") == "bfloat16"}
 
     def measured(row: dict[str, Any] | None) -> list[str]:
         spent, base = row and row.get("time"), dense.get("time")
@@ -194,8 +199,7 @@ def ordinary(row: dict[str, Any]) -> bool:
 
 def training(pattern: str) -> str:
     """A step of training of single layers: lookups at their taps against the faster dense one."""
-    found = documents(pattern)
-    rows: Rows = found[-1]["rows"] if found else []
+    rows: Rows = latest(pattern).get("rows", [])
     times_of: dict[tuple[str, str, int], float] = {}
     for row in rows:
         if row["seconds"] is not None:
@@ -214,43 +218,41 @@ def training(pattern: str) -> str:
     return markdown(["layer", "sizes", "batch", *heading], lines) if lines else ""
 
 
+def scaling_alone() -> dict[str, Any]:
+    """The scaling benchmark's result for one thread; empty where there is none."""
+    return next((result for result in latest("scaling*.json").get("results", []) if result["threads"] == 1), {})
+
+
 def scaling() -> str:
     """One layer as each of its sizes grows, one thread, with what bounds it and how near that it comes."""
-    found = documents("scaling*.json")
-    if not found:
-        return ""
-    result = next(result for result in found[-1]["results"] if result["threads"] == 1)
     lines = []
-    for point in result["points"]:
+    for point in scaling_alone().get("points", []):
         compared, limits = point["comparison"], point.get("roofline")
         cells = [point["axis"].replace("_", " "), str(point["value"]), times(compared["speedup"]), times(compared["mac_ratio"])]
         if limits:
             bound = max(("arithmetic", "loads", "traffic"), key=lambda name: limits[name])
             cells += [bound, f"{limits['reached']:.0%}"]
         lines.append(cells + ["–"] * (6 - len(cells)))
-    return markdown(["grows", "to", "faster", "fewer multiply-adds", "bound by", "of that bound"], lines)
+    return markdown(["grows", "to", "faster", "fewer multiply-adds", "bound by", "of that bound"], lines) if lines else ""
 
 
 def peaks() -> str:
     """What the scaling benchmark found this processor to do at most, one thread."""
-    found = documents("scaling*.json")
-    peak = next((r["peak"] for r in found[-1]["results"] if r["threads"] == 1), None) if found else None
+    peak = scaling_alone().get("peak")
     return f"{Peak.from_dict(peak)}.\n" if peak else ""
 
 
 def starts() -> str:
     """Seconds to the first result, with empty caches and later."""
-    found = documents("resources*.json")
-    rows = found[-1]["starts"] if found else []
+    rows = latest("resources*.json").get("starts", [])
     lines = [[r["case"], str(r["threads"]), f"{r['first_use']:.2f} s", f"{r['later_start']:.2f} s"] for r in rows]
     return markdown(["what", "threads", "first use", "later"], lines) if lines else ""
 
 
 def memory() -> str:
     """Peak memory of warm calls on one image, over a process without a model."""
-    found = documents("resources*.json")
     used: dict[str, dict[str, float]] = {}
-    for row in found[-1]["memory_mib"] if found else []:
+    for row in latest("resources*.json").get("memory_mib", []):
         network, _, configuration = row["case"].partition(" ")
         used.setdefault(network, {})[configuration] = row["running"] - row["before"]
     if not used:
@@ -270,8 +272,6 @@ def name_of(row: dict[str, Any]) -> str:
         parts.append(f"g = {row['group_size']}")
     if row["epochs"]:
         parts.append(f"{row['epochs']} epochs")
-    if row.get("precision") == "bfloat16":
-        parts.append("bfloat16")
     return ", ".join(parts)
 
 
@@ -333,7 +333,7 @@ def draw_accuracy(axes: Any, rows: Rows) -> None:
             if points and not (tuned and method == "dense"):
                 text = f"{label}, fine-tuned" if tuned and method != "scratch" else label
                 full = tuned or method in ("dense", *LOW_PRECISION)
-                shade = ROUNDED if rounded else colour
+                shade = ROUNDED_COLOUR if rounded else colour
                 text += ", bfloat16" * rounded
                 style = {"color": shade, "marker": marker, "markerfacecolor": shade if full else "white"}
                 axes.plot(*zip(*points, strict=True), label=text, linestyle="-" if full else ":", markersize=7, **style)
@@ -381,8 +381,8 @@ def main() -> int:
     for page in stale:
         page.write_text(written(page.read_text()))
     draw(PICTURE)
-    for document in documents("scaling*.json")[-1:]:
-        plot_scaling(document["results"], CURVES)
+    if curves := latest("scaling*.json"):
+        plot_scaling(curves["results"], CURVES)
     return 0
 
 

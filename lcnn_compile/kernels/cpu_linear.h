@@ -51,11 +51,9 @@ static void linear_rows(const Linear& l, int64_t row, const float* x, float* y) 
 inline void linear(const Linear& l, int64_t threads, const float* x, float* y) {
   constexpr int ROWS = 4;
   constexpr int64_t ALONE = 1 << 17;  // multiply-adds that one thread does faster than several
-  const int64_t blocks = (l.outputs + ROWS - 1) / ROWS;
-  const int64_t team = l.images * l.inputs * l.outputs > ALONE ? std::min(threads, blocks) : 1;
+  const int64_t team = l.images * l.inputs * l.outputs > ALONE ? threads : 1;
 #pragma omp parallel for num_threads(int(team)) schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t row = block * ROWS;
+  for (int64_t row = 0; row < l.outputs; row += ROWS) {
     if (row + ROWS <= l.outputs)
       linear_rows<ROWS>(l, row, x, y);
     else

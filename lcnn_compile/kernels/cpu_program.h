@@ -17,7 +17,7 @@ struct Step {
   const Plan* plan;   // of a lookup convolution
   const float* bias;  // of a lookup convolution, or null
   int64_t x, residual, y;
-  Pool pool;      // of what is turned: `planes` rows of `width` become columns
+  Pool pool;  // of what is turned: `planes` rows of `width` become columns
   Linear linear;
 };
 

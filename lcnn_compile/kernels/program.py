@@ -72,7 +72,7 @@ class Program:
     Args:
         recipe: the steps.
         weights: of each lookup convolution and linear layer, in order: the packed weight, or the weight [n, m], and the bias
-            [n] or None; float32 and contiguous on the CPU.
+            [n] or None; float32 on the CPU. Tensors are copied.
 
     Attributes:
         handle: a number by which the operator finds it for as long as it lives.
@@ -88,8 +88,10 @@ class Program:
             raise KernelError("a program needs the C++ kernels, which are unavailable")
         self.recipe = recipe
         self._library = found
-        own = [(w.detach().clone() if isinstance(w, Tensor) else w, bias) for w, bias in weights]
-        self._weights = [(w, None if bias is None else bias.detach().clone()) for w, bias in own]
+        self._weights = [
+            (_own(weight) if isinstance(weight, Tensor) else weight, None if bias is None else _own(bias))
+            for weight, bias in weights
+        ]
         self._instances: dict[tuple[Any, ...], _Instance] = {}
         self._images = IMAGES.get(cpu_build.instruction_set(), 0)
         self.runs = 0
@@ -221,6 +223,11 @@ class Program:
                 matrix = cpu.Pooling(planes=rows, width=math.prod(shapes[y]) // rows)
                 steps.append(_Step(TURN, None, None, step.x, -1, y, matrix))
         return steps, owned
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous copy, without its history."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _pooling(window: Window, shape: Shape) -> cpu.Pooling:

@@ -30,11 +30,10 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
         if values is None:
             continue
         conv = values["input"]
-        if not isinstance(conv, fx.Node) or len(conv.users) != 1 or not (is_lookup(conv) or _is_conv(conv)):
+        if not isinstance(conv, fx.Node) or not (is_lookup(conv) or _is_conv(conv)) or not _can_change(conv):
             continue
         statistics = [values[key] for key in ("running_mean", "running_var", "weight", "bias")]
-        constants = statistics + [a for a in (conv.args[1:8] if is_lookup(conv) else conv.args[1:3]) if a is not None]
-        if values["running_mean"] is None or not all(a is None or is_get_attr(a) for a in constants) or _has_epilogue(conv):
+        if values["running_mean"] is None or not all(a is None or is_get_attr(a) for a in statistics):
             continue
         tensors: list[Any] = [None if a is None else attribute(gm, a.target) for a in statistics]
         mean, var, gamma, beta = tensors
@@ -62,14 +61,9 @@ def fold_factors(gm: fx.GraphModule) -> fx.GraphModule:
         if factor is None:
             continue
         layer = node.args[0] if isinstance(node.args[0], fx.Node) else node.args[1]
-        if (
-            not isinstance(layer, fx.Node)
-            or len(layer.users) != 1
-            or not (is_lookup(layer) or _is_conv(layer) or _is_linear(layer))
-        ):
+        if not isinstance(layer, fx.Node) or not (is_lookup(layer) or _is_conv(layer) or _is_linear(layer)):
             continue
-        constants = [a for a in (layer.args[1:8] if is_lookup(layer) else layer.args[1:3]) if a is not None]
-        if not all(is_get_attr(a) for a in constants) or _has_epilogue(layer) or layer.kwargs.get("bias") is not None:
+        if not _can_change(layer) or layer.kwargs.get("bias") is not None:
             continue
         weight: Tensor = attribute(gm, layer.args[2 if is_lookup(layer) else 1].target)  # type: ignore[union-attr]
         filters = cast(int, layer.args[8]) if is_lookup(layer) else weight.shape[0]
@@ -116,6 +110,12 @@ def _is_conv(node: fx.Node) -> bool:
 
 def _has_epilogue(node: fx.Node) -> bool:
     return is_lookup(node) and (len(node.args) > 14 or bool(set(node.kwargs) & {"activation", "residual"}))
+
+
+def _can_change(layer: fx.Node) -> bool:
+    """Whether nothing else reads a layer's output as it is, and its weight and bias are attributes."""
+    tensors = layer.args[1:8] if is_lookup(layer) else layer.args[1:3]
+    return len(layer.users) == 1 and not _has_epilogue(layer) and all(a is None or is_get_attr(a) for a in tensors)
 
 
 def _scale(gm: fx.GraphModule, conv: fx.Node, scale: Tensor, shift: Tensor | None) -> None:

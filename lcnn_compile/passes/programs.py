@@ -157,8 +157,7 @@ def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
                 weights.append(_weight(gm, node))
                 step = step if residual is None else replace(step, residual=values[residual])
             elif isinstance(step, Linear):
-                weight, bias = cast("tuple[Tensor, Tensor | None]", linear_weight(gm, node))
-                weights.append((weight.contiguous(), None if bias is None else bias.contiguous()))
+                weights.append(cast("tuple[Tensor, Tensor | None]", linear_weight(gm, node)))
             steps.append(step)
             value = len(inputs) + len(steps) - 1
         values[node] = value

@@ -44,7 +44,7 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     found = example(node)
-    if found is None or found.dtype != torch.float32 or found.device.type != "cpu" or found.layout != torch.strided:
+    if found is None or not _plain(found):
         return None
     if is_lookup(node):
         return _lookup(gm, node)
