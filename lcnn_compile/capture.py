@@ -14,6 +14,7 @@ from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.modules import lookup_modules
 from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fold_factors, fuse_epilogues, narrow_convolutions
 from lcnn_compile.passes.decompose import decompose_lookups
+from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.torch_private import FakeTensorMode, module_of, pytree
 
@@ -118,7 +119,7 @@ def _set_shapes(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _without_dead_tensors(gm: fx.GraphModule) -> fx.GraphModule:
     """The same graph over a module that holds only what it reads."""
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm)
     for node in [node for node in gm.graph.nodes if node.op == "get_attr" and not node.users]:
         gm.graph.erase_node(node)
     return fx.GraphModule(gm, gm.graph)

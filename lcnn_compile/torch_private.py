@@ -30,10 +30,12 @@ __all__ = [
     "children_of",
     "compile_package",
     "compile_with_inductor",
+    "dispatched_operators",
     "dynamo_signals",
     "example_of_size",
     "has_hooks",
     "inductor_modes",
+    "is_composite",
     "is_users_tensor",
     "load_package",
     "mark_static",
@@ -210,6 +212,16 @@ def mark_static(tensor: Tensor) -> None:
     """Tell Dynamo that the sizes of a tensor never vary."""
     if not hasattr(tensor, "_dynamo_static_indices"):
         torch._dynamo.mark_static(tensor)
+
+
+def dispatched_operators() -> frozenset[str]:
+    """The names of all operators that take tensors, as "aten::add.Tensor"; TorchScript has more, for lists and numbers."""
+    return frozenset(torch._C._dispatch_get_all_op_names())
+
+
+def is_composite(name: str) -> bool:
+    """Whether an operator is written in terms of others, so that its schema may keep silent about what those alias."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
 
 
 def example_of_size(value: Any) -> int:

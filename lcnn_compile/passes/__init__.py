@@ -9,6 +9,7 @@ from lcnn_compile.passes.find import Convolution, find_convolutions
 from lcnn_compile.passes.fold import fold_batch_norm, fold_factors
 from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.fuse import fuse_epilogues
+from lcnn_compile.passes.in_place import to_out_of_place
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.passes.lower import choose_lowerings
 from lcnn_compile.passes.narrow import narrow_convolutions
@@ -30,4 +31,5 @@ __all__ = [
     "replace_convolutions",
     "set_precision",
     "to_functional",
+    "to_out_of_place",
 ]

@@ -11,10 +11,11 @@ from torch import fx
 
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.kernels import reference
+from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.fold import add_attribute
-from lcnn_compile.passes.functional import shape_of, to_functional
-from lcnn_compile.passes.targets import attribute, is_get_attr
+from lcnn_compile.passes.functional import to_functional
+from lcnn_compile.passes.targets import attribute, is_get_attr, shape_of
 
 _EPILOGUE = ("activation", "residual", "residual_last")
 _DEFAULTS = ("none", None, False)
@@ -40,7 +41,7 @@ def decompose_lookups(gm: fx.GraphModule, lowering: str = "factored") -> fx.Grap
                 f"{node.name}: its lookup weight is computed in the graph; only constant weights can be rewritten"
             )
         rewrite(gm, node, lowering)
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
     return gm

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lcnn_compile.kernels.reference import tap_filter_groups
+from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.targets import BATCH_NORM, CONV2D, DIVIDE, LINEAR, MULTIPLY, attribute, bound, is_get_attr
@@ -43,7 +44,7 @@ def fold_batch_norm(gm: fx.GraphModule) -> fx.GraphModule:
             _scale(gm, conv, scale, shift)
         node.replace_all_uses_with(conv)
         gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -71,7 +72,7 @@ def fold_factors(gm: fx.GraphModule) -> fx.GraphModule:
             _scale(gm, layer, torch.full((filters,), factor, dtype=torch.float64, device=weight.device), None)
         node.replace_all_uses_with(layer)
         gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
     return gm

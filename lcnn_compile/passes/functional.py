@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lcnn_compile.modules import LOOKUP_KINDS, LookupConvTranspose, LookupModule
+from lcnn_compile.passes.effects import mark_written
 from lcnn_compile.passes.find import is_lookup, precision_of
-from lcnn_compile.passes.targets import attribute
+from lcnn_compile.passes.in_place import to_out_of_place
+from lcnn_compile.passes.targets import attribute, example
 from lcnn_compile.torch_private import FakeTensor, has_hooks, pads_of
 
 NO_EPILOGUE = ("none", None, False)
@@ -92,9 +94,10 @@ def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite calls of convolutions, lookup modules, BatchNorm2d (in eval mode) and activations as function calls.
 
     The graph is changed in place and returned; parameters stay where they are. Inputs of convolutions must be batched.
-    In-place activations become out-of-place ones where nothing else reads their input, and are left alone elsewhere. Calls of
-    the lookup operator without an epilogue do not mention one, whether the tracer wrote its defaults or not.
+    What works in place becomes out of place where nothing can tell the difference (see :func:`to_out_of_place`), else it stays as
+    it is; attributes that the graph writes are marked, so that no pass takes them for constants. Calls of the lookup operator without an epilogue do not mention one, whether the tracer wrote its defaults or not.
     """
+    to_out_of_place(gm)
     for node in list(gm.graph.nodes):
         if node.op != "call_module":
             _leave_out_defaults(node)
@@ -104,9 +107,9 @@ def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
         x = node.args[0] if node.args else None
         if emit is None or not isinstance(x, fx.Node) or len(node.args) > 1 or node.kwargs or _hooked(module):
             continue
-        if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
+        if getattr(module, "inplace", False):
             continue
-        if getattr(module, "inplace", False) and len(x.users) > 1:
+        if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
             continue
         with gm.graph.inserting_before(node):
             call = emit(gm.graph, node.target, module, x)
@@ -115,6 +118,7 @@ def to_functional(gm: fx.GraphModule) -> fx.GraphModule:
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         gm.graph.erase_node(node)
+    mark_written(gm)
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -155,28 +159,3 @@ def _note_examples(gm: fx.GraphModule, last: fx.Node, first: fx.Node) -> None:
 
 def _hooked(module: nn.Module) -> bool:
     return has_hooks(module)
-
-
-def example(node: fx.Node) -> torch.Tensor | None:
-    """The example (or fake) tensor that tracing left on a node; None where there is none."""
-    for key in ("example_value", "val"):
-        if isinstance(node.meta.get(key), torch.Tensor):
-            value: torch.Tensor = node.meta[key]
-            return value
-    return None
-
-
-def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
-    """The shape of a node's value as tracing, export or ShapeProp left it; entries may be symbolic."""
-    found = example(node)
-    if found is None:
-        found = node.meta.get("tensor_meta")
-    return None if found is None or not hasattr(found, "shape") else tuple(found.shape)
-
-
-def dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of a node's value, None where it is not known."""
-    found = example(node)
-    if found is None:
-        found = node.meta.get("tensor_meta")
-    return getattr(found, "dtype", None)

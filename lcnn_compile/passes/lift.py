@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lcnn_compile.geometry import kind_of
-from lcnn_compile.passes.functional import shape_of
-from lcnn_compile.passes.targets import CONVOLUTION, attribute, bound, convolution_of, is_get_attr
+from lcnn_compile.passes.effects import mark_written
+from lcnn_compile.passes.targets import CONVOLUTION, attribute, bound, convolution_of, is_get_attr, shape_of
 from lcnn_compile.torch_private import children_of, tensor_names
 
 _KINDS: dict[str, Any] = {
@@ -82,6 +82,7 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
     "kernel_conv2d". The graph is changed in place and returned. Two calls with the same weight and geometry share one
     module. Convolutions whose weight or geometry is computed in the graph are left as they are.
     """
+    mark_written(gm)
     made: dict[tuple[Any, ...], str] = {}
     for node in list(gm.graph.nodes):
         found = _convolution(gm, node)

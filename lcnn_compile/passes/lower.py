@@ -9,9 +9,10 @@ from torch import fx
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.ops import has_lookup_kernel
 from lcnn_compile.passes.decompose import has_constant_weight, rewrite
+from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup, precision_of
-from lcnn_compile.passes.functional import dtype_of, example, shape_of, to_functional
-from lcnn_compile.passes.targets import attribute
+from lcnn_compile.passes.functional import to_functional
+from lcnn_compile.passes.targets import attribute, dtype_of, example, shape_of
 from lcnn_compile.torch_private import example_of_size
 
 
@@ -35,7 +36,7 @@ def choose_lowerings(gm: fx.GraphModule, device: str | None = None) -> fx.GraphM
         else:
             rounding = {} if precision_of(node) == "float32" else {"precision": precision_of(node)}
             node.args, node.kwargs = (*node.args[:13], lowering), rounding
-    gm.graph.eliminate_dead_code()
+    eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
     return gm

@@ -10,8 +10,8 @@ from torch import fx
 from lcnn_compile.kernels.ops import has_lookup_kernel, lookup_conv2d
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.passes.fold import add_attribute
-from lcnn_compile.passes.functional import dtype_of, example, to_functional
-from lcnn_compile.passes.targets import CONV2D, attribute, bound, is_get_attr
+from lcnn_compile.passes.functional import to_functional
+from lcnn_compile.passes.targets import CONV2D, attribute, bound, dtype_of, example, is_get_attr
 
 FEW = 4
 """Input channels up to which a dense convolution is offered to the lookup kernels."""

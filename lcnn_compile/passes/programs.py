@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
-from torch.fx.passes.tools_common import stable_topological_sort
 
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.program import Program, run_program
 from lcnn_compile.kernels.steps import Linear, LookUp, Recipe, Step, View
+from lcnn_compile.passes.effects import Effects, eliminate_dead_code, sort
 from lcnn_compile.passes.find import is_lookup, precision_of
+from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.steps import Steps, linear_weight, residual_of, steps_of
 from lcnn_compile.passes.targets import attribute
 
@@ -53,12 +54,12 @@ def single_program(gm: fx.GraphModule) -> tuple[list[int], list[int]] | None:
     return [placeholders.index(x) for x in inputs], [cast(int, items[cast(fx.Node, y)]) for y in returned]
 
 
-class _Runnable(OperatorSupportBase):
-    def __init__(self, gm: fx.GraphModule):
-        self._gm = gm
+class _Among(OperatorSupportBase):
+    def __init__(self, nodes: set[fx.Node]):
+        self._nodes = nodes
 
     def is_node_supported(self, submodules: Any, node: fx.Node) -> bool:
-        return steps_of(self._gm, node) is not None
+        return node in self._nodes
 
 
 def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
@@ -66,27 +67,50 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
 
     A region has one lookup convolution at least; its lowering is settled and its epilogue fused. The weights move into the
     program, copied: where they change, the pass must run again on the original graph. Graphs under autocast are left alone.
-    The graph is changed in place and returned.
+    A region lies between two writes in place, where these touch what it reads. The graph is changed in place and returned.
     """
+    to_functional(gm)
     autocast = torch.is_autocast_enabled("cpu") or any("autocast" in str(node.target) for node in gm.graph.nodes)
     if autocast or not cpu.is_available() or not any(is_lookup(node) for node in gm.graph.nodes):
         return gm
     _split_views(gm)
-    partitioner = CapabilityBasedPartitioner(gm, _Runnable(gm), allows_single_node_partition=True)
-    chosen = []
-    with _hidden_items(gm):
-        partitions = partitioner.propose_partitions()
-    for partition in partitions:
-        _drop_views(gm, partition.nodes)
-        if any(is_lookup(node) for node in partition.nodes):
-            chosen.append(partition)
-    for number, partition in enumerate(chosen):
-        _rewrite(gm, sorted(partition.nodes), f"{NAME}_{number}")
-    stable_topological_sort(gm)
-    gm.graph.eliminate_dead_code()
+    effects = Effects(gm)
+    edges = effects.order_edges()
+    # A region's nodes come to stand together; where writes elsewhere forbid that, every write bounds regions.
+    for every_write in (False, True):
+        regions = _regions(gm, effects, every_write)
+        if sort(gm, edges, regions):
+            break
+    for number, region in enumerate(regions):
+        _rewrite(gm, region, f"{NAME}_{number}")
+    eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _regions(gm: fx.GraphModule, effects: Effects, every_write: bool) -> list[list[fx.Node]]:
+    """The regions to gather, each in order: between two writes that touch what regions read, or between any two writes."""
+    runnable = [node for node in gm.graph.nodes if steps_of(gm, node) is not None and not effects.has_effect(node)]
+    read = frozenset().union(*(effects.touched(node) | effects.memory(node) for node in runnable))
+    bounds = {w for w in effects.writers() if every_write or effects.is_fence(w) or effects.written(w) & read}
+    stretches: list[set[fx.Node]] = [set()]
+    left = set(runnable)
+    for node in gm.graph.nodes:
+        if node in bounds:
+            stretches.append(set())
+        elif node in left:
+            stretches[-1].add(node)
+    regions = []
+    for stretch in filter(None, stretches):
+        partitioner = CapabilityBasedPartitioner(gm, _Among(stretch), allows_single_node_partition=True)
+        with _hidden_items(gm):
+            partitions = partitioner.propose_partitions()
+        for partition in partitions:
+            _drop_views(gm, partition.nodes)
+            if any(is_lookup(node) for node in partition.nodes):
+                regions.append(sorted(partition.nodes))
+    return regions
 
 
 def _index(value: Any, index: Any) -> Any:

@@ -9,13 +9,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lcnn_compile.kernels.cpu import POSITIONS
 from lcnn_compile.kernels.steps import Linear, LookUp, Pool, Step, View, Window
 from lcnn_compile.passes.find import is_lookup
-from lcnn_compile.passes.functional import example, shape_of
-from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, is_get_attr
+from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, example, is_get_attr, same_shape, shape_of
 
 VIEWS = (*RESHAPES, "contiguous", aten.contiguous.default)
 DROPOUT = (F.dropout, F.dropout2d, aten.dropout.default)
@@ -49,7 +47,7 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
     if is_lookup(node):
         return _lookup(gm, node)
     shape, out = shape_of(node.args[0]), shape_of(node)
-    if not shape or not out or not _same(shape[0], out[0]):
+    if not shape or not out or not same_shape(shape[:1], out[:1]):
         return None
     if node.target in VIEWS or (node.target in DROPOUT and bound(node, ("x", "p", "training"), (None, 0.5, True))[2] is False):
         return _view(out)
@@ -68,7 +66,7 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
     if window is None:
         return None
     known = window.shape(shape)  # differs where ceil_mode adds a window
-    return [lambda x: Pool(x, window)] if all(_same(a, b) for a, b in zip(known, out, strict=True)) else None
+    return [lambda x: Pool(x, window)] if same_shape(known, out) else None
 
 
 def residual_of(node: fx.Node) -> fx.Node | None:
@@ -82,10 +80,6 @@ def _epilogue(node: fx.Node) -> list[Any]:
     names = ("lowering", "activation", "residual", "residual_last", "precision")
     defaults = ("lookup", "none", None, False, "float32")
     return bound(node, (*WEIGHT_AND_GEOMETRY, *names), (*[None] * len(WEIGHT_AND_GEOMETRY), *defaults))[-5:-1]
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or bool(statically_known_true(a == b))
 
 
 def _view(out: tuple[Any, ...]) -> Steps | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
@@ -82,9 +83,13 @@ def activation_of(node: fx.Node) -> str | None:
     return None
 
 
+WRITTEN = "lcnn_written"
+"""The mark of a get_attr node whose attribute the graph writes (see :func:`to_functional`): it is no constant."""
+
+
 def is_get_attr(value: object) -> bool:
-    """Whether an argument is a node that reads an attribute of the module."""
-    return isinstance(value, fx.Node) and value.op == "get_attr"
+    """Whether an argument is a node that reads an attribute of the module, one that the graph does not write."""
+    return isinstance(value, fx.Node) and value.op == "get_attr" and not value.meta.get(WRITTEN, False)
 
 
 def attribute(module: torch.nn.Module, path: object) -> Any:
@@ -93,3 +98,33 @@ def attribute(module: torch.nn.Module, path: object) -> Any:
     for part in str(path).split("."):
         value = getattr(value, part)
     return value
+
+
+def example(node: fx.Node) -> torch.Tensor | None:
+    """The example (or fake) tensor that tracing left on a node; None where there is none."""
+    for key in ("example_value", "val"):
+        if isinstance(node.meta.get(key), torch.Tensor):
+            value: torch.Tensor = node.meta[key]
+            return value
+    return None
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
+    """The shape of a node's value as tracing, export or ShapeProp left it; entries may be symbolic."""
+    found = example(node)
+    if found is None:
+        found = node.meta.get("tensor_meta")
+    return None if found is None or not hasattr(found, "shape") else tuple(found.shape)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a node's value, None where it is not known."""
+    found = example(node)
+    if found is None:
+        found = node.meta.get("tensor_meta")
+    return getattr(found, "dtype", None)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes, whose sizes may be symbolic, are known to be equal; no guard is added."""
+    return len(a) == len(b) and all(x is y or bool(statically_known_true(x == y)) for x, y in zip(a, b, strict=True))
