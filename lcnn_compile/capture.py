@@ -113,8 +113,15 @@ def unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
 def _set_shapes(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note every node's shape for the example inputs: lowerings are measured for their batch size."""
     leaves, _ = pytree.tree_flatten((args, kwargs))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(gm, mode).propagate(*leaves)
+    _Shapes(gm, FakeTensorMode()).propagate(*leaves)
+
+
+class _Shapes(FakeTensorProp):
+    """Propagation over fake attributes: on real ones, a graph that writes its buffers would change them."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
 
 def _without_dead_tensors(gm: fx.GraphModule) -> fx.GraphModule:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lcnn_compile.passes.operations import Effect, effect_of, holds_tensors, in_place_operator, inplace_parameter
-from lcnn_compile.passes.targets import bound, example, same_shape
+from lcnn_compile.passes.targets import bound, dtype_of, same_shape, shape_of
 from lcnn_compile.torch_private import has_hooks
 
 _UNARY = {
@@ -21,6 +21,12 @@ _UNARY = {
 """Elementwise operations that keep their input's dtype, also under autocast; their other arguments are numbers."""
 _BINARY = {"add", "sub", "mul", "div", "subtract", "multiply", "divide", "truediv"}
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+
+_ATEN_DROPOUT = tuple(
+    getattr(torch.ops.aten, f"{kind}dropout{mark}").default
+    for kind in ("", "feature_", "alpha_", "feature_alpha_")
+    for mark in ("", "_")
+)
 
 
 def to_out_of_place(gm: fx.GraphModule) -> fx.GraphModule:
@@ -77,7 +83,7 @@ class _Rewriter:
             return first if idle and not has_hooks(module) else None
         if node.target in _DROPOUT:
             return first if bound(node, ("input", "p", "training"), (None, 0.5, True))[2] is False else None
-        if node.target is torch.ops.aten.dropout.default:
+        if node.target in _ATEN_DROPOUT:
             return first if bound(node, ("input", "p", "train"), (None, 0.5, True))[2] is False else None
         return None
 
@@ -153,12 +159,14 @@ def _keeps_type(name: str, target: fx.Node, args: tuple[Any, ...], kwargs: dict[
         return tensors == [target] and args[:1] == (target,)
     if name not in _BINARY or "rounding_mode" in kwargs:
         return False
-    found = example(target)
-    if found is None or not found.dtype.is_floating_point:
+    dtype, shape = dtype_of(target), shape_of(target)
+    if dtype is None or shape is None or not dtype.is_floating_point:
         return False
-    others = [example(other) for other in tensors]
-    full = any(other is not None and same_shape(other.shape, found.shape) for other in others)
-    return full and all(other is not None and other.dtype == found.dtype and other.dim() <= found.dim() for other in others)
+    shapes = [shape_of(other) for other in tensors]
+    known = all(found is not None and len(found) <= len(shape) for found in shapes) and any(
+        same_shape(found, shape) for found in shapes if found
+    )
+    return known and all(dtype_of(other) == dtype for other in tensors)
 
 
 _MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {

@@ -306,7 +306,8 @@ def _of_schemas(node: fx.Node, overloads: Iterable[Any]) -> Effect:
         elif base not in _FRESH and is_composite(overload.name()):
             aliases += node.all_input_nodes
         only_views &= len(returned) == len(schema.returns) > 0 and all(r.alias_info.is_write for r in returned)
-        random |= torch.Tag.nondeterministic_seeded in overload.tags
+        idle = given.get("train", given.get("training")) is False or ("dropout_p" in given and not given["dropout_p"])
+        random |= torch.Tag.nondeterministic_seeded in overload.tags and not idle
         impure |= not schema.returns or base in _ONLY_IMPURE or base.startswith("_assert")
         flag = _STATISTICS.get(base)
         if flag is not None and given.get(flag) is not False:
