@@ -14,14 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from lcnn_compile.aot import load_aot, standard_layouts, write_package
 from lcnn_compile.batches import inputs_of
 from lcnn_compile.capture import PLAIN, Lowering, export_program, first_line, private_copy, unlift
-from lcnn_compile.errors import ExportError
+from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.files import replacing
 from lcnn_compile.modules import dense_layer, lookup_modules, replace_module
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.lift import lift_functional_convolutions
-from lcnn_compile.torch_private import compile_package, pytree
+from lcnn_compile.torch_private import pytree
 
 __all__ = [
     "check_onnx",
@@ -30,6 +31,7 @@ __all__ = [
     "export_program",
     "export_pt2",
     "largest_difference",
+    "load_aot",
     "load_pt2",
     "to_dense",
 ]
@@ -102,19 +104,23 @@ def export_aot(
     lowering: Lowering = "auto",
     dynamic_batch: bool = True,
 ) -> None:
-    """Compile :func:`export_program`'s program into an AOTInductor package; ``torch._inductor.aoti_load_package(path)`` runs it.
+    """Compile :func:`export_program`'s program into an AOTInductor package; :func:`load_aot` runs it.
 
-    The package is for this kind of processor and this version of torch. With "auto" or "lookup" the process that loads it
-    must ``import lcnn_compile`` first; "factored" and "dense" need torch alone, or no Python at all.
+    The package is for this kind of processor and this version of torch. It refuses inputs of other dtypes, sizes and memory
+    layouts than the examples' (contiguous or channels_last), whatever loads it; :func:`load_aot` copies other layouts. With
+    "auto" or "lookup" the process that loads it must import lcnn_compile; "factored" and "dense" need torch alone
+    (``torch._inductor.aoti_load_package``), or no Python at all.
 
     Raises:
         ExportError: as :func:`export_program`, if the file's name does not end in .pt2, or if Inductor fails.
     """
     _check_suffix(path, ".pt2")
-    program = export_program(model, example_inputs, lowering=lowering, dynamic_batch=dynamic_batch)
+    program = export_program(model, standard_layouts(example_inputs), lowering=lowering, dynamic_batch=dynamic_batch)
     with replacing(path) as made:
         try:
-            compile_package(program, str(made))
+            write_package(program, str(made))
+        except LcnnError:
+            raise
         except Exception as error:
             # Inductor runs a C++ compiler and may raise anything.
             raise ExportError(f"AOTInductor cannot compile the model: {first_line(error)}; a C++ compiler is needed") from error

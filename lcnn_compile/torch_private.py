@@ -43,6 +43,8 @@ __all__ = [
     "move_hooks",
     "occupy_gpu",
     "owned_by",
+    "package_metadata",
+    "package_spec",
     "pads_of",
     "pre_hooks_of",
     "profiled_kernels",
@@ -89,15 +91,72 @@ def _source_digest() -> str:
     return digest((), sorted((Path(__file__).parent / "kernels").glob("*.py")))
 
 
-def compile_package(program: Any, path: str) -> None:
-    """Write AOTInductor's package of an exported program."""
-    torch._inductor.aoti_compile_and_package(program, package_path=path)
+def compile_package(program: Any, path: str, metadata: dict[str, str]) -> bool:
+    """Write AOTInductor's package of an exported program; whether it checks the form of its inputs."""
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"aot_inductor.metadata": metadata}
+    if hasattr(config.aot_inductor, "check_lowerbound"):
+        # Or a batch of one would be refused.
+        options["aot_inductor.check_lowerbound"] = False
+    with _checked_inputs() as added:
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+    return all(added) and bool(added)
+
+
+@contextmanager
+def _checked_inputs() -> Iterator[list[bool]]:
+    """Let the code that AOTInductor writes check its inputs always, not only where an environment variable asks for it.
+
+    Yields a list that tells of each piece of code whether that was done. Its own check looks at sizes without looking at
+    their number first.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.virtualized import V
+
+    plain: Callable[[Any], None] = CppWrapperCpu.generate_input_output_runtime_checks
+    asked, added = "if (!_check_aoti_runtime_check_inputs_env())", []
+
+    def always(self: Any) -> None:
+        plain(self)
+        lines = getattr(self.prefix, "aot", self.prefix)._lines
+        found = [i for i, line in enumerate(lines) if isinstance(line, str) and asked in line]
+        for i in found:
+            lines[i] = lines[i].replace(asked, "if (false)")
+        for name, value in V.graph.graph_inputs.items():
+            line = f"auto {name}_size = {name}.sizes();"
+            at = [i for i, text in enumerate(lines) if isinstance(text, str) and text.strip() == line]
+            dimensions = len(value.get_size()) if hasattr(value, "get_size") else 0
+            for i in at:
+                lines[i] = (
+                    f"{{ int64_t lcnn_dim; AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim({name}, &lcnn_dim)); "
+                    f'if (lcnn_dim != {dimensions}) throw std::runtime_error("an input has " + std::to_string(lcnn_dim) + '
+                    f'" dimensions; it was compiled for {dimensions}"); }} {lines[i]}'
+                )
+        added.append(bool(found))
+
+    CppWrapperCpu.generate_input_output_runtime_checks = always  # type: ignore[method-assign]
+    try:
+        yield added
+    finally:
+        CppWrapperCpu.generate_input_output_runtime_checks = plain  # type: ignore[method-assign]
 
 
 def load_package(path: str) -> Callable[..., Any]:
     """What an AOTInductor package computes."""
     loaded: Any = torch._inductor.aoti_load_package(path)
     return loaded
+
+
+def package_metadata(package: Any) -> dict[str, str]:
+    """The texts that were put into a loaded package."""
+    metadata: dict[str, str] = package.get_metadata()
+    return metadata
+
+
+def package_spec(package: Any) -> Any:
+    """The structure of the arguments (args, kwargs) that a loaded package takes."""
+    return pytree.treespec_loads(package.loader.get_call_spec()[0])
 
 
 def profiled_kernels() -> Any:

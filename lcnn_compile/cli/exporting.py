@@ -23,7 +23,6 @@ from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.files import check_target, replacing
 from lcnn_compile.modules import lookup_modules
 from lcnn_compile.sources import load_inputs, load_model
-from lcnn_compile.torch_private import load_package
 
 ALLOWED = {"float32": 1e-3, "bfloat16": 3e-2}
 """Largest difference from the model, relative to its largest output, that rounding explains."""
@@ -113,7 +112,7 @@ def _pt2(model: nn.Module, inputs: Any, how: dict[str, Any], path: Path) -> floa
 def _aot(model: nn.Module, inputs: Any, how: dict[str, Any], path: Path) -> float | None:
     export.export_aot(model, path, inputs, **how)
     args, kwargs = inputs_of(model, inputs)
-    found = load_package(str(path))(*args, **kwargs)
+    found = export.load_aot(path)(*args, **kwargs)
     return export.largest_difference(found, _own(model, inputs))
 
 
