@@ -217,9 +217,9 @@ def _of_method(node: fx.Node) -> Effect:
         return Effect(writes=_nodes(node.args[:1]), aliases=_nodes(node.args[:1]), only_views=True)
     if name in ("backward", "register_hook", "retain_grad"):
         return _opaque(node)
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is not None:
-        return _of_schemas(node, _overloads(packet))
+    overloads = _overloads(getattr(torch.ops.aten, name, None))
+    if overloads:
+        return _of_schemas(node, overloads)
     if name.endswith("_") and not name.endswith("__"):
         return Effect(writes=_nodes(node.args[:1]), aliases=_nodes(node.args[:1]))
     return _views(node)
@@ -245,11 +245,9 @@ def _of_function(node: fx.Node) -> Effect:
     if module in ("torch.nn.functional", "torch._jit_internal"):
         return _of_functional(node, target, name)
     builtin = inspect.isbuiltin(target) or type(target).__name__ in ("method_descriptor", "wrapper_descriptor")
-    packet = (
-        getattr(torch.ops.aten, name, None) if builtin or (module.split(".")[0] == "torch" and hasattr(torch, name)) else None
-    )
-    if packet is not None:
-        return _of_schemas(node, _overloads(packet))
+    overloads = _overloads(getattr(torch.ops.aten, name, None)) if builtin or getattr(torch, name, None) is target else ()
+    if overloads:
+        return _of_schemas(node, overloads)
     if (module == "torch" and name.startswith("sym_")) or target in (torch.tensor, torch.is_tensor) or module == math.__name__:
         return _PURE
     if target is torch.as_tensor:
@@ -283,7 +281,7 @@ def _of_functional(node: fx.Node, target: Any, name: str) -> Effect:
 @cache
 def _overloads(packet: Any) -> tuple[Any, ...]:
     """The overloads that take tensors; those of TorchScript's own lists and numbers are not known to the dispatcher."""
-    found = [getattr(packet, overload) for overload in packet.overloads()]
+    found = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
     return tuple(overload for overload in found if overload.name() in dispatched_operators())
 
 
@@ -303,7 +301,7 @@ def _of_schemas(node: fx.Node, overloads: Iterable[Any]) -> Effect:
         returned = [r for r in schema.returns if r.alias_info is not None]
         if returned:
             aliases += [n for a in schema.arguments if a.alias_info is not None for n in _nodes(given[a.name])]
-        elif base not in _FRESH and is_composite(overload.name()):
+        elif base not in _FRESH and ("unsafe" in base or is_composite(overload.name())):
             aliases += node.all_input_nodes
         only_views &= len(returned) == len(schema.returns) > 0 and all(r.alias_info.is_write for r in returned)
         idle = given.get("train", given.get("training")) is False or ("dropout_p" in given and not given["dropout_p"])
