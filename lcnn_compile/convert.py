@@ -6,20 +6,20 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lcnn_compile.batches import call_model
+from lcnn_compile.batches import call_model, conversion_inputs
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.learning import fit_model
 from lcnn_compile.modules import lookup_layer, replace_module
 from lcnn_compile.plan import Plan
 from lcnn_compile.report import Report
+from lcnn_compile.torch_private import module_of
 
 log = logging.getLogger("lcnn_compile")
 Progress = Callable[[str, int, int], None]
@@ -41,11 +41,12 @@ def convert(
     Convolutions called as functions are replaced where ``torch.fx`` can trace the model; the copy is then a GraphModule.
 
     Args:
-        model: any module, control flow included.
+        model: any module, control flow included; of one that ``torch.compile`` wrapped, the module inside. Other wrappers
+            (``DataParallel``, ``AveragedModel``) are kept.
         config: what to replace and with which sizes.
         calibration: batches that the model is run on (see :mod:`lcnn_compile.batches`): a few dozen unlabelled inputs
             like those of deployment. It is read once, front to back. Without any the fit sees the weights alone.
-        example_inputs: one batch, to count multiply-adds; the first calibration batch by default.
+        example_inputs: the arguments of one call, to count multiply-adds; the first calibration batch by default.
         progress: called with (what, done, total).
         resume: a folder that keeps every layer once it is fitted; after an interruption the same call goes on from there.
         distributed: every process of the default torch.distributed group (as torchrun makes it) calls this, each with
@@ -55,6 +56,7 @@ def convert(
         ConfigError: for a rule that matches nothing.
         ConversionError: if the model cannot be copied or run, or a budget cannot be reached.
     """
+    model = module_of(model)
     private = _copy(model)
     modes = {name: module.training for name, module in private.named_modules()}
     title = f"lcnn: {type(model).__name__}"
@@ -94,16 +96,8 @@ def convert_in_place(
     Its tensors are never changed, only its modules. Returns the model (a GraphModule where convolutions were called as
     functions) and the report.
     """
-    batches: Iterator[Any] | None = None
-    if calibration is not None:
-        batches = iter(calibration)
-        try:
-            first = next(batches)
-        except StopIteration:
-            raise ConversionError("calibration has no batches; pass None to fit on the weights alone") from None
-        batches = chain([first], batches)
-        example_inputs = first if example_inputs is None else example_inputs
-    plan = Plan(model, config, example_inputs)
+    example, batches = conversion_inputs(model, example_inputs, calibration)
+    plan = Plan(model, config, example)
     fitted = fit_model(
         plan.model,
         plan.chosen,
@@ -138,6 +132,7 @@ def explain(model: nn.Module, config: LookupConfig | None = None, *, example_inp
         ConfigError: for a rule that matches nothing.
         ConversionError: if the model fails on the example inputs.
     """
+    model = module_of(model)
     private = _copy(model).eval()
     plan = Plan(private, config or LookupConfig(), example_inputs)
     return Report(tuple(plan.row(name, None) for name in plan.names()), title=f"lcnn (dry run): {type(model).__name__}")

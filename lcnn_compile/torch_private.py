@@ -10,7 +10,7 @@ import linecache
 import operator
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "BatchNorm",
     "FakeTensor",
     "FakeTensorMode",
+    "called_eagerly",
     "children_of",
     "compile_package",
     "compile_with_inductor",
@@ -34,9 +35,11 @@ __all__ = [
     "dynamo_signals",
     "example_of_size",
     "has_hooks",
+    "has_implicit_kernel",
     "inductor_modes",
     "is_composite",
     "is_users_tensor",
+    "least_size",
     "load_package",
     "mark_static",
     "module_of",
@@ -46,12 +49,15 @@ __all__ = [
     "package_metadata",
     "package_spec",
     "pads_of",
+    "plain_dtypes",
     "pre_hooks_of",
     "profiled_kernels",
     "pytree",
+    "sizes_apart",
     "tensor_names",
     "version",
     "without_autocast",
+    "without_compilers",
     "without_modes",
     "without_sources",
 ]
@@ -196,6 +202,12 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def has_implicit_kernel(operator: Any) -> bool:
+    """Whether an operator is composed of others, so that its schema does not say what its result aliases."""
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
+    return found
+
+
 def pre_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """The functions that run before the module's ``forward``."""
     return list(module._forward_pre_hooks.values())
@@ -216,6 +228,50 @@ def pads_of(conv: nn.Module) -> tuple[int, ...]:
 def module_of(compiled: Any) -> Any:
     """The module that ``torch.compile`` wrapped; what is no wrapper comes back as it is."""
     return getattr(compiled, "_orig_mod", compiled)
+
+
+@contextmanager
+def called_eagerly(model: nn.Module) -> Iterator[None]:
+    """Modules inside ``model`` that ``torch.compile`` wrapped, ``model`` included, run uncompiled."""
+    if any(module_of(module) is not module for module in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def without_compilers(model: nn.Module) -> nn.Module:
+    """``model`` with the modules themselves in place of those inside that ``torch.compile`` wrapped; changed in place."""
+    model = module_of(model)
+    for module in list(model.modules()):
+        for name, child in list(children_of(module).items()):
+            if child is not None and module_of(child) is not child:
+                children_of(module)[name] = module_of(child)
+    return model
+
+
+@contextmanager
+def plain_dtypes() -> Iterator[None]:
+    """Without the autocast that is on around it."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def least_size(program: torch.export.ExportedProgram, size: Any) -> int:
+    """The smallest value of a size of an exported program that varies; 0 for one that does not."""
+    if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
+        return 0
+    return max(1, int(program.range_constraints[size.node.expr].lower))
+
+
+def sizes_apart() -> Any:
+    """A context in which sizes that are alike in the example are not taken for one symbol."""
+    from torch.fx.experimental import _config
+
+    return _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 
 def is_users_tensor(node: fx.Node) -> bool:

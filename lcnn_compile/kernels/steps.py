@@ -39,12 +39,16 @@ class Window:
         if self.kernel_size is None:
             high, wide = (min(1, v) if isinstance(v, int) else 1 for v in x[2:])
         else:
-            top, left = self.padding
-            size = (x[2], x[3] if self.lanes == 1 else x[3] // self.lanes)
-            high, wide = output_size(size, self.kernel_size, self.stride, (top, top, left, left), (1, 1))
+            high, wide = self.places((x[2], x[3] if self.lanes == 1 else x[3] // self.lanes))
         if high < 1 or wide < 1:
             raise KernelError(f"a program's pooling over {self.kernel_size} does not fit its input of shape {tuple(x)}")
         return (*x[:2], high, wide if self.lanes == 1 else wide * self.lanes)
+
+    def places(self, size: Shape) -> Shape:
+        """(H', W'), the windows inside of a padded image of ``size`` (H, W); none, or fewer, where it is smaller than a window."""
+        assert self.kernel_size is not None
+        top, left = self.padding
+        return output_size(size, self.kernel_size, self.stride, (top, top, left, left), (1, 1))
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lcnn_compile.batches import call_model
+from lcnn_compile.batches import call_model, conversion_inputs
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, ConversionError
 from lcnn_compile.learning.fitted import FittedLayer
 from lcnn_compile.learning.fitting import Progress
 from lcnn_compile.learning.model import fit_budgets
 from lcnn_compile.learning.sampling import BATCH_IMAGES, leading
-from lcnn_compile.torch_private import pytree
+from lcnn_compile.torch_private import module_of, pytree
 
 if TYPE_CHECKING:
     from lcnn_compile.plan import Plan
@@ -85,8 +85,10 @@ def sweep(
     batches = [] if calibration is None else list(calibration)
     if not batches:
         raise ConversionError("a sweep needs calibration data: batches of real inputs")
-    private = copy.deepcopy(model).eval()
-    plan = Plan(private, settings[0], batches[0] if example_inputs is None else example_inputs)
+    private = copy.deepcopy(module_of(model)).eval()
+    example, found = conversion_inputs(private, example_inputs, batches)
+    batches = list(found or ())
+    plan = Plan(private, settings[0], example)
     fits = fit_budgets(
         plan.model,
         plan.chosen,

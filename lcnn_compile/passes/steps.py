@@ -63,10 +63,10 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
         pool: Callable[[int], Step] = lambda x: Pool(x, Window(REDUCTIONS[node.target]))  # noqa: E731
         return None if view is None else [pool] if len(out) == 4 else [pool, *view]
     window = _window(node, shape, out)
-    if window is None:
-        return None
-    known = window.shape(shape)  # differs where ceil_mode adds a window
-    return [lambda x: Pool(x, window)] if same_shape(known, out) else None
+    if window is None or window.kernel_size is None:
+        return None if window is None else [lambda x: Pool(x, window)]
+    # With ceil_mode there may be windows that leave the image, or are larger than it: their means count fewer pixels.
+    return [lambda x: Pool(x, window)] if same_shape(window.places(shape[2:]), out[2:]) else None
 
 
 def residual_of(node: fx.Node) -> fx.Node | None:
@@ -134,13 +134,13 @@ def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Wind
     if node.target in MAX_POOL:
         names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         _, kernel, stride, padding, dilation, _, indices = bound(node, names, (None, None, None, 0, 1, False, False))
-        if indices or _pair(dilation) != (1, 1):
+        if indices or not _numbers(kernel, stride, padding, dilation) or _pair(dilation) != (1, 1):
             return None
         return Window(False, _pair(kernel), _pair(stride or kernel), _pair(padding))
     if node.target in MEAN_POOL:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         _, kernel, stride, padding, _, counted, divisor = bound(node, names, (None, None, None, 0, False, True, None))
-        if divisor is not None or not (counted or _pair(padding) == (0, 0)):
+        if divisor is not None or not _numbers(kernel, stride, padding) or not (counted is True or _pair(padding) == (0, 0)):
             return None
         return Window(True, _pair(kernel), _pair(stride or kernel), _pair(padding))
     if node.target in ADAPTIVE:
@@ -152,6 +152,12 @@ def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Wind
         kernel = (sizes[0] // sizes[2], sizes[1] // sizes[3])
         return Window(True, kernel, kernel)
     return None
+
+
+def _numbers(*values: Any) -> bool:
+    """Whether a pooling's sizes are known: ints, pairs of them, or (a stride) left out."""
+    flat = [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
+    return all(v is None or isinstance(v, int) for v in flat)
 
 
 def _pair(value: Any) -> tuple[int, int]:
