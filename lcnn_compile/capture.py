@@ -16,10 +16,9 @@ from lcnn_compile.modules import LookupLinear, lookup_modules
 from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fold_factors, fuse_epilogues, narrow_convolutions
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.effects import eliminate_dead_code
-from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.torch_private import FakeTensorMode, plain_dtypes, pytree, without_compilers
-from lcnn_compile.writes import put_writes, take_writes, writes_values
+from lcnn_compile.writes import writes_values
 
 __all__ = ["PLAIN", "Lowering", "export_program", "first_line", "prepared", "private_copy", "program_of", "unlift"]
 
@@ -71,14 +70,12 @@ def program_of(
     with plain_dtypes():
         program, varying = captured(model, args, kwargs, dynamic_batch)
         gm = unlift(writes_values(program))
-        writes = take_writes(gm)
         _set_shapes(gm, args, kwargs)
         fold_factors(fold_batch_norm(gm))
         if lowering in PLAIN:
             decompose_lookups(gm, lowering)
         else:
             fuse_epilogues(choose_lowerings(narrow_convolutions(gm) if lowering == "auto" else gm))
-        put_writes(gm, writes)
         return capture(_without_dead_tensors(gm), args, kwargs, varying)
 
 

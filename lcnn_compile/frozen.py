@@ -20,7 +20,12 @@ from lcnn_compile.passes import gather_programs
 from lcnn_compile.passes.programs import programs, single_program
 from lcnn_compile.structures import Structure, difference, flatten, unflatten
 from lcnn_compile.torch_private import least_size, plain_dtypes, pytree
-from lcnn_compile.writes import put_writes, take_writes
+from lcnn_compile.writes import writes_to
+
+_P = inspect.Parameter
+_KINDS = {
+    int(kind): kind for kind in (_P.POSITIONAL_ONLY, _P.POSITIONAL_OR_KEYWORD, _P.VAR_POSITIONAL, _P.KEYWORD_ONLY, _P.VAR_KEYWORD)
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,9 @@ class _Call:
     form: tuple[tuple[Any, ...], ...]
 
     def signature(self) -> inspect.Signature:
-        kinds = {int(kind): kind for kind in type(inspect.Parameter.POSITIONAL_ONLY)}
         made = []
         for name, kind, has_default, default in self.parameters:
-            made.append(inspect.Parameter(name, kinds[kind], default=default if has_default else inspect.Parameter.empty))
+            made.append(inspect.Parameter(name, _KINDS[kind], default=default if has_default else inspect.Parameter.empty))
         return inspect.Signature(made)
 
 
@@ -64,12 +68,9 @@ class Frozen:
     def __init__(self, program: torch.export.ExportedProgram, call: _Call):
         self._exported, self._call = program, call
         with torch.no_grad():
-            gm = unlift(program)
-            writes = take_writes(gm)
-            gm = gather_programs(gm)
-            put_writes(gm, writes)
+            gm = gather_programs(unlift(program))
         self.graph: fx.GraphModule = gm
-        self._writes_inputs, self._stateful = writes.to_inputs, bool(writes.targets)
+        self._writes_inputs, stateful = writes_to(gm, "placeholder"), writes_to(gm, "get_attr")
         self._signature = call.signature()
         self._form = list(call.form)
         names = list(self._signature.parameters)[: len(self._form)]
@@ -81,7 +82,7 @@ class Frozen:
         if alone is not None:
             [self._program], (self._sources, self._returned) = programs(gm), alone
         else:
-            options: dict[str, Any] | None = None if self._stateful else {"freezing": True}
+            options: dict[str, Any] | None = None if stateful else {"freezing": True}
             self._rest = torch.compile(gm, options=options, dynamic=False)
 
     def _only_tensors(self) -> bool:

@@ -1,14 +1,12 @@
-"""Writes in an exported graph: made explicit at its end, and taken off while passes run, which then see values only.
+"""Writes in an exported program, as values: each buffer or input that is written gets one ``copy_`` after all that reads it.
 
-``torch.export`` keeps writes in place where the model has them. Here they become values, and each buffer or input that was
-written gets one ``copy_`` after everything that reads it.
+``torch.export`` keeps writes in place where the model has them. Passes are right on those too (``passes/effects.py``), but fuse and
+gather more where there are none in between.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -84,80 +82,8 @@ def _restore_batch_norm(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-@dataclass
-class Writes:
-    """What a graph writes when everything is computed.
-
-    Attributes:
-        targets: get_attr paths ("attribute") and positions of inputs ("input").
-        returned: output -> the write whose target it is.
-    """
-
-    targets: list[tuple[str, Any]]
-    returned: dict[int, int]
-
-    @property
-    def to_inputs(self) -> bool:
-        """Whether an input is written."""
-        return any(kind == "input" for kind, _ in self.targets)
-
-
-def take_writes(gm: fx.GraphModule) -> Writes:
-    """Make what the trailing ``copy_`` of a graph write its last outputs; see :func:`put_writes`."""
-    places = gm.graph.find_nodes(op="placeholder")
-    output = gm.graph.output_node()
-    outputs = list(_outputs(output))
-    found = Writes([], {})
-    values: list[fx.Node] = []
-    for node in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
-        target, value = node.args[:2]
-        if not isinstance(target, fx.Node) or target.op not in ("placeholder", "get_attr") or _read_later(node, target):
-            continue
-        kind = ("input", places.index(target)) if target.op == "placeholder" else ("attribute", target.target)
-        number = len(values)
-        found.targets.append(kind)
-        found.returned |= {i: number for i, y in enumerate(outputs) if y is node}
-        values.append(value)
-        outputs = [value if y is node else y for y in outputs]
-        node.replace_all_uses_with(value)
-        gm.graph.erase_node(node)
-    if values:
-        output.args = ([*outputs, *values],)
-        output.meta.pop("val", None)
-    return found
-
-
-def put_writes(gm: fx.GraphModule, writes: Writes) -> None:
-    """Write the last outputs where they belong, and no longer return them."""
-    if not writes.targets:
-        return
-    places = gm.graph.find_nodes(op="placeholder")
-    output = gm.graph.output_node()
-    outputs = list(_outputs(output))
-    count = len(outputs) - len(writes.targets)
-    outputs, values = outputs[:count], outputs[count:]
-    with gm.graph.inserting_before(output):
-        # A value that is another buffer, or a view of one, must be read before any is written.
-        values = [gm.graph.call_function(aten.clone.default, (v,)) if not _fresh(v) else v for v in values]
-        copies = [
-            gm.graph.call_function(aten.copy_.default, (places[what] if kind == "input" else gm.graph.get_attr(what), value))
-            for (kind, what), value in zip(writes.targets, values, strict=True)
-        ]
-    output.args = ([copies[writes.returned[i]] if i in writes.returned else y for i, y in enumerate(outputs)],)
-    gm.graph.lint()
-    gm.recompile()
-
-
-def _outputs(output: fx.Node) -> Any:
-    returned = output.args[0]
-    return returned if isinstance(returned, list | tuple) else (returned,)
-
-
-def _read_later(copy: fx.Node, target: fx.Node) -> bool:
-    """Whether anything but the output, or another copy of the end, comes after a ``copy_`` of a graph."""
-    node = copy.next
-    while node.op != "output":
-        if node.target is not aten.copy_.default and node.op != "get_attr":
-            return True
-        node = node.next
-    return False
+def writes_to(gm: fx.GraphModule, op: str) -> bool:
+    """Whether a graph from :func:`writes_values` writes to inputs ("placeholder") or attributes ("get_attr")."""
+    return any(
+        isinstance(value, fx.Node) and value.op == op for node in gm.graph.nodes if _matters(node) for value in node.args[:1]
+    )

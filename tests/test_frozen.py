@@ -1,5 +1,11 @@
 """Frozen models against the models they were made of."""
 
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 from nets import SmallResNet, randomise
@@ -109,3 +115,173 @@ def test_what_does_not_fit_is_refused():
     fixed = freeze(model, torch.randn(2, 3, 16, 16), dynamic_batch=False)
     with pytest.raises(LcnnError, match="freeze it again"):
         fixed(torch.randn(3, 3, 16, 16))
+
+
+class Stream(nn.Module):
+    """Keeps the end of a stream, counts, and decays a scale that stands behind a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(4, 8, (1, 3)), nn.Conv2d(8, 4, 1)
+        self.bn = nn.BatchNorm2d(8)
+        self.register_buffer("past", torch.zeros(2, 4, 1, 2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("scale", torch.ones(8), persistent=False)
+
+    def forward(self, x):
+        z = torch.cat([self.past, x], -1)
+        self.past.copy_(z[..., -2:])
+        self.calls += 1
+        y = self.bn(self.conv(z)).relu_()
+        y[:, :2].mul_(2.0)
+        y = torch.nn.functional.batch_norm(y, self.past.new_zeros(8), self.scale)
+        self.scale.mul_(0.5)
+        return self.last(y), self.calls.clone()
+
+
+def steps(model, batches):
+    with torch.no_grad():
+        return [model(x) for x in batches]
+
+
+def test_state_goes_on_from_call_to_call(monkeypatch):
+    batches = [torch.randn(2, 4, 1, 6) for _ in range(3)]
+    dense = randomise(Stream())
+    made = convert(dense, LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
+    wanted = steps(copy.deepcopy(made), batches)
+    compiled, torch_compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda graph, **how: compiled.append(how) or torch_compile(graph, **how))
+    frozen = freeze(made, batches[0], dynamic_batch=False)
+    torch.testing.assert_close(steps(frozen, batches[:2]), wanted[:2], rtol=1e-4, atol=1e-4)
+    # A copy has the state of this moment, and a life of its own.
+    twin = copy.deepcopy(frozen)
+    torch.testing.assert_close(steps(frozen, batches[2:]), wanted[2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps(twin, batches[2:]), wanted[2:], rtol=1e-4, atol=1e-4)
+    assert not compiled[0]["options"]  # nothing that is written may be taken for a constant
+    assert made.calls == 0
+    assert not made.past.any()
+
+
+def test_writes_to_inputs():
+    class Filling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x, out):
+            out[:, 1:].copy_(self.conv(x)[:, 1:])
+            x.mul_(2)
+            return out.sum(), out
+
+    model = convert(Filling().eval(), LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
+    x, out = torch.randn(2, 4, 6, 6), torch.zeros(2, 4, 6, 6)
+    frozen = freeze(model, (x, out))
+    assert not out.any()
+    ours, theirs = (x.clone(), out.clone()), (x.clone(), out.clone())
+    with torch.no_grad():
+        wanted = model(*theirs)
+    torch.testing.assert_close(frozen(*ours), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(LcnnError, match="share memory"):
+        frozen(x, x)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "copy", "pickle", "torch.save"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_copies_give_the_same_bits(way, alone, tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), *([] if alone else [nn.Softplus()])).eval()
+    x = torch.randn(2, 4, 9, 9)
+    frozen = freeze(convert(model, LookupConfig(dictionary_size=3, lowering="lookup"), calibration=[x]), x)
+    assert frozen.alone == (alone and cpu.is_available())
+    if way == "torch.save":
+        torch.save(frozen, tmp_path / "frozen.pt")
+        twin = torch.load(tmp_path / "frozen.pt", weights_only=False)
+    else:
+        ways = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda it: pickle.loads(pickle.dumps(it))}
+        twin = ways[way](frozen)
+    del model
+    assert twin.alone == frozen.alone
+    for batch in (x, x[:1], torch.randn(5, 4, 9, 9)):
+        assert torch.equal(twin(batch), frozen(batch))
+    with pytest.raises(LcnnError, match="freeze it again"):
+        twin(x[:, :, 1:])
+
+
+def test_a_pickled_model_works_in_another_process(tmp_path):
+    x = torch.randn(2, 4, 9, 9)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    frozen = freeze(convert(model, LookupConfig(dictionary_size=3, lowering="lookup"), calibration=[x]), x)
+    torch.save({"model": frozen, "x": x, "y": frozen(x)}, tmp_path / "all.pt")
+    code = "import sys, torch; d = torch.load(sys.argv[1], weights_only=False); assert torch.equal(d['model'](d['x']), d['y'])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "all.pt")], check=True)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_behind_convolutions(kind):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.rnn = kind(8 * 6, 5, bidirectional=True, batch_first=True)
+
+        def forward(self, x):
+            y, state = self.rnn(self.conv(x).relu().flatten(1, 2).transpose(1, 2))
+            return {"text": y, "state": state}
+
+    model = convert(Reader().eval(), LookupConfig(dictionary_size=3, lowering="lookup"), example_inputs=torch.randn(2, 3, 6, 11))
+    frozen = freeze(model, torch.randn(2, 3, 6, 11))
+    for batch in (2, 3):
+        x = torch.randn(batch, 3, 6, 11)
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(LcnnError, match="freeze it again"):
+        frozen(torch.randn(2, 3, 6, 12))
+
+
+def test_autocast_around_it_has_no_effect():
+    model, x = lookups(SmallResNet(8)), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = model.eval()(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        frozen = freeze(model, x)
+        torch.testing.assert_close(frozen(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_without_channels():
+    class Pruned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.none = nn.Conv2d(8, 0, 1)
+                self.empty = nn.Conv2d(0, 8, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.last(y + self.empty(self.none(y)))
+
+    x = torch.randn(2, 3, 6, 6)
+    model = convert(Pruned().eval(), LookupConfig(dictionary_size=3, lowering="lookup"), calibration=[x])
+    with torch.no_grad():
+        wanted = model(x)
+    try:
+        found = freeze(model, x)(x)
+    except LcnnError:
+        return
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_and_sizes_come_back():
+    class Sizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, ratio=0.5):
+            return self.conv(x), x.shape, x.shape[0] * 2, ratio, x.dtype
+
+    model = convert(Sizes().eval(), LookupConfig(dictionary_size=3, lowering="lookup"))
+    frozen = freeze(model, torch.randn(2, 3, 6, 6))
+    for batch in (1, 3):
+        assert frozen(torch.randn(batch, 3, 6, 6))[1:] == (torch.Size([batch, 3, 6, 6]), 2 * batch, 0.5, torch.float32)
