@@ -254,22 +254,18 @@ def test_layers_without_channels():
             self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.none = nn.Conv2d(8, 0, 1)
                 self.empty = nn.Conv2d(0, 8, 1)
 
         def forward(self, x):
             y = self.first(x)
-            return self.last(y + self.empty(self.none(y)))
+            # PyTorch gives such a convolution no output channels either.
+            return self.last(torch.cat([y, self.empty(y[:, :0])], 1))
 
     x = torch.randn(2, 3, 6, 6)
     model = convert(Pruned().eval(), LookupConfig(dictionary_size=3, lowering="lookup"), calibration=[x])
     with torch.no_grad():
         wanted = model(x)
-    try:
-        found = freeze(model, x)(x)
-    except LcnnError:
-        return
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(freeze(model, x)(x), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_numbers_and_sizes_come_back():
