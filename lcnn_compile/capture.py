@@ -113,6 +113,8 @@ def _unbatched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     try:
         if handles:
             trial(model, args, kwargs)
+    except Exception:
+        return False  # what the user's code does not take, torch.export does not either, and says so
     finally:
         for handle in handles:
             handle.remove()
