@@ -20,27 +20,16 @@ from torch import Tensor, fx, nn
 from lcnn_compile.errors import CheckpointError, LcnnError
 from lcnn_compile.geometry import kind_of
 from lcnn_compile.lookup import LookupWeight
-from lcnn_compile.modules import LookupModule, dense_layer, lookup_layer, lookup_modules, replace_module
+from lcnn_compile.modules import FACTORS, LookupModule, dense_layer, lookup_layer, lookup_modules, replace_module
+from lcnn_compile.modules.tables import CHECKSUM, TABLES
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport, Report
-from lcnn_compile.torch_private import module_of
+from lcnn_compile.stored import DTYPES, from_stored, to_stored
+from lcnn_compile.torch_private import BatchNorm, module_of
 
 FORMAT = 1
 MAX_HEADER = 1 << 25
 """Bytes of a file's header; a thousand layers need a hundredth of it."""
-DTYPES = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-)
-FACTORS = ("dictionary", "coefficients", "indices", "positions", "offsets", "filters")
 
 
 @dataclass(frozen=True)
@@ -64,8 +53,11 @@ class Header:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a converted model (compiled or not) to ``path``, atomically: the file is the old one or the whole new one.
 
+    Parameters and buffers may have any dtype; buffers, other than statistics of batch norms, may hold any values, such as masks of -inf.
+
     Raises:
-        CheckpointError: if the model has no lookup modules, holds values that are not finite, or the file cannot be written.
+        CheckpointError: if the model has no lookup modules, a parameter or a statistic holds values that are not finite, something in its state
+            dict is no dense tensor, or the file cannot be written.
     """
     model = module_of(model)
     layers = {name: _settings(module) for name, module in lookup_modules(model)}
@@ -74,21 +66,26 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[Any, str] = {}
-    for key, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{key} is a {type(value).__name__}; only tensors can be saved")
-        _check_finite(key, value)
+    forms: dict[str, dict[str, Any]] = {}
+    finite = {*_weights(model), *_factor_keys(layers)}
+    for key, value in _state(model).items():
+        stored, form = to_stored(key, value)
+        if key in finite:
+            _check_finite(key, value)
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else key
         if place in owners:
             aliases[key] = owners[place]
-        else:
-            owners[place] = key
-            tensors[key] = value.detach().cpu().contiguous().clone()
+            continue
+        owners[place] = key
+        tensors[key] = stored
+        if form is not None:
+            forms[key] = form
     report = getattr(model, "lcnn_report", None)
     rows = report.to_dict()["layers"] if isinstance(report, Report) else []
     for row in rows:
         del row["precision"]  # stands with the layers: versions that do not know it read the report all the same
-    body = json.dumps({"format": FORMAT, "layers": layers, "aliases": aliases, "report": rows}, sort_keys=True)
+    described = {"format": FORMAT, "layers": layers, "aliases": aliases, "report": rows, **({"forms": forms} if forms else {})}
+    body = json.dumps(described, sort_keys=True)
     metadata = {"lcnn": body, "digest": _digest(body, tensors)}
     target = Path(path)
     try:
@@ -122,6 +119,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if missing:
         result = _lifted(result, missing)
     state = {**tensors, **{key: _stored(tensors, key, source) for key, source in header.aliases.items()}}
+    for key in _weights(result) & set(state):
+        _check_finite(key, state[key])
     for name, settings in header.layers.items():
         new = _module(result.get_submodule(name), name, settings, state)
         result = replace_module(result, result.get_submodule(name), new)
@@ -178,9 +177,38 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     for row in report:
         if isinstance(row, dict) and isinstance(row.get("name"), str):
             row["precision"] = layers.get(row["name"], {}).get("precision", "float32")
-    for key, value in tensors.items():
-        _check_finite(key, value)
+    forms = values.get("forms", {})
+    if not isinstance(forms, dict) or not set(forms) <= set(tensors):
+        raise refusal
+    tensors |= {key: from_stored(key, tensors[key], form) for key, form in forms.items()}
+    for key in _factor_keys(layers) & set(tensors):
+        _check_finite(key, tensors[key])
     return Header(layers, aliases, report, {key: list(value.shape) for key, value in tensors.items()}), tensors
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """The state dict, with the index tables themselves, which may be shared, and without checksums: a file has its own."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LookupModule):
+            prefix = f"{name}." if name else ""
+            state.pop(prefix + CHECKSUM, None)
+            state.update({prefix + table: getattr(module, table) for table in TABLES})
+    return state
+
+
+def _weights(model: nn.Module) -> set[str]:
+    """Keys of what must be finite: parameters and the statistics of batch norms. Other buffers are the user's business."""
+    found = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BatchNorm):
+            found |= {f"{name}.{key}" if name else key for key, _ in module.named_buffers(recurse=False)}
+    return found
+
+
+def _factor_keys(layers: Mapping[str, Any]) -> set[str]:
+    """Keys of the tensors of lookup layers."""
+    return {f"{name}.{part}" if name else part for name in layers for part in (*FACTORS, "bias")}
 
 
 def _settings(module: LookupModule) -> dict[str, Any]:
@@ -220,7 +248,9 @@ def _digest(body: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_finite(key: str, value: Tensor) -> None:
-    if value.is_floating_point() and not bool(value.isfinite().all()):
+    if value.dtype.itemsize == 1 and value.is_floating_point():
+        value = value.float()
+    if (value.is_floating_point() or value.is_complex()) and not bool(value.isfinite().all()):
         raise CheckpointError(f"{key} has values that are not finite")
 
 
@@ -275,7 +305,8 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     wrong = {key: value for key, value in state.items() if key in own and value.dtype != own[key].dtype}
     for key, value in wrong.items():
-        if value.is_floating_point() != own[key].is_floating_point():
+        kinds = [(t.is_floating_point(), t.is_complex()) for t in (value, own[key])]
+        if kinds[0] != kinds[1]:
             raise CheckpointError(f"{key} has dtype {value.dtype}; the model has {own[key].dtype}")
     try:
         model.load_state_dict(dict(state))

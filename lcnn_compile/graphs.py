@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.targets import attribute
 from lcnn_compile.torch_private import children_of, is_users_tensor, owned_by, version
 
@@ -19,14 +20,19 @@ _WEIGHT = "lcnn_"
 def weight_placeholders(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[int]:
     """Positions of the inputs that are parameters or buffers of the user's modules, not data.
 
-    Dynamo marks them by type (nn.Parameter) or by the source in the placeholder's name.
+    Dynamo marks them by type (nn.Parameter) or by the source in the placeholder's name. Index tables are neither parameters nor
+    buffers; the operator that reads them tells.
     """
     nodes = gm.graph.find_nodes(op="placeholder")
     return [
         i
         for i, (node, value) in enumerate(zip(nodes, example_inputs, strict=True))
-        if isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or is_users_tensor(node))
+        if isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or is_users_tensor(node) or _is_table(node))
     ]
+
+
+def _is_table(node: fx.Node) -> bool:
+    return any(is_lookup(user) and node in user.args[3:7] for user in node.users)
 
 
 def bind_weights(gm: fx.GraphModule, inputs: Sequence[Any], places: Sequence[int]) -> fx.GraphModule:

@@ -38,6 +38,7 @@ __all__ = [
     "has_implicit_kernel",
     "inductor_modes",
     "is_composite",
+    "is_tracing",
     "is_users_tensor",
     "least_size",
     "load_package",
@@ -60,6 +61,7 @@ __all__ = [
     "without_compilers",
     "without_modes",
     "without_sources",
+    "without_transforms",
 ]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
@@ -272,6 +274,18 @@ def sizes_apart() -> Any:
     from torch.fx.experimental import _config
 
     return _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` runs this code to write down what it does."""
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+
+
+def without_transforms(tensor: Tensor) -> Tensor:
+    """The tensor in memory behind those that ``torch.func`` wraps around it, with the dimensions that it maps over."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_users_tensor(node: fx.Node) -> bool:

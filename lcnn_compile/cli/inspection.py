@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from lcnn_compile.checkpoint import FACTORS, Header, read_header
+from lcnn_compile.checkpoint import Header, read_header
 from lcnn_compile.cli import options as given
 from lcnn_compile.cli.output import output
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.files import check_target
 from lcnn_compile.lookup import LookupWeight
+from lcnn_compile.modules import FACTORS
 from lcnn_compile.report import LayerReport, Report, plot_dictionary
 
 

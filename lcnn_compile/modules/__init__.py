@@ -1,12 +1,13 @@
 """Lookup modules: drop-in, trainable layers whose weight is a lookup weight, one for each kind of dense layer."""
 
-from lcnn_compile.modules.base import LookupModule, random_weight
+from lcnn_compile.modules.base import FACTORS, LookupModule, random_weight
 from lcnn_compile.modules.conv import LookupConv, LookupConv1d, LookupConv2d, LookupConv3d
 from lcnn_compile.modules.linear import LookupLinear
 from lcnn_compile.modules.swap import LOOKUP_KINDS, dense_layer, lookup_layer, lookup_modules, replace_module
 from lcnn_compile.modules.transposed import LookupConvTranspose, LookupConvTranspose1d, LookupConvTranspose2d
 
 __all__ = [
+    "FACTORS",
     "LOOKUP_KINDS",
     "LookupConv",
     "LookupConv1d",

@@ -14,9 +14,10 @@ from lcnn_compile.errors import ConfigError, ConversionError, WeightError
 from lcnn_compile.geometry import Call, Geometry, geometry_of
 from lcnn_compile.kernels.ops import lookup_conv2d
 from lcnn_compile.lookup import LookupWeight, filter_table
+from lcnn_compile.modules.tabled import HasTables
+from lcnn_compile.modules.tables import TABLES
 
-BUFFERS = ("indices", "positions", "offsets", "filters")
-FACTORS = ("dictionary", "coefficients", *BUFFERS)
+FACTORS = ("dictionary", "coefficients", *TABLES)
 
 
 def random_weight(
@@ -48,10 +49,12 @@ def random_weight(
     )
 
 
-class LookupModule(nn.Module):
-    """What all lookup modules share: parameters ``dictionary``, ``coefficients``, ``bias``; the rest is buffers.
+class LookupModule(HasTables):
+    """What all lookup modules share: parameters ``dictionary``, ``coefficients``, ``bias``, and the index tables.
 
-    The tensors are those of :class:`~lcnn_compile.lookup.LookupWeight`, of the 2-d convolution that the operator runs.
+    The tables (``indices``, ``positions``, ``offsets``, ``filters``, int32) are plain attributes, no buffers, so that nothing averages
+    them; they move with the module and stand in its state dict, with a checksum (buffer ``table_checksum``, float32 [64]). Assigning
+    a table replaces it. The tensors are those of :class:`~lcnn_compile.lookup.LookupWeight`, of the 2-d convolution that the operator runs.
     ``lowering`` ("auto", "lookup", "factored" or "dense") may be assigned at any time; it never changes the function.
     ``precision`` ("float32" or "bfloat16") may too; "bfloat16" lets lookups on a CPU round their operands.
     """
@@ -64,10 +67,6 @@ class LookupModule(nn.Module):
     dictionary: nn.Parameter
     coefficients: nn.Parameter
     bias: nn.Parameter | None
-    indices: Tensor
-    positions: Tensor
-    offsets: Tensor
-    filters: Tensor
     geometry: Geometry
     call: Call
     groups: int
@@ -119,8 +118,7 @@ class LookupModule(nn.Module):
         weight = geometry.stored(weight)
         self.dictionary = nn.Parameter(weight.dictionary.detach().contiguous())
         self.coefficients = nn.Parameter(weight.coefficients.detach().contiguous())
-        for name in BUFFERS:
-            self.register_buffer(name, getattr(weight, name).contiguous())
+        self._set_tables({name: getattr(weight, name).contiguous() for name in TABLES})
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dictionary).clone())
 
     @classmethod
@@ -172,6 +170,7 @@ class LookupModule(nn.Module):
 
     def lookup_weight(self) -> LookupWeight:
         """The weight as one object that shares this module's tensors."""
+        self._check_tables()
         return LookupWeight(**{name: getattr(self, name) for name in FACTORS}, kernel_size=self.call.kernel_size)
 
     def dense_weight(self) -> Tensor:
@@ -198,6 +197,7 @@ class LookupModule(nn.Module):
 
     def _lookup(self, x: Tensor, bias: Tensor | None, call: Call | None = None) -> Tensor:
         """The operator on images [N, C, H, W]."""
+        self._check_tables()
         tensors = (self.dictionary, self.coefficients, self.indices, self.positions, self.offsets, self.filters)
         rounding = {} if self.precision == "float32" else {"precision": self.precision}
         return lookup_conv2d(x, *tensors, bias, *(call or self.call), self.lowering, **rounding)

@@ -54,9 +54,11 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
     move_hooks(old, new)
     if model is old:
         return new
-    for parent in model.modules():
+    for path, parent in model.named_modules():
         children = children_of(parent)
         for name, child in children.items():
             if child is old:
                 children[name] = new
+                if isinstance(new, LookupModule):
+                    new.path = new.path or f"{path}.{name}".lstrip(".")
     return model
