@@ -97,22 +97,22 @@ class LookupWeight:
         """The same weight without autograd history."""
         return LookupWeight(**{name: t.detach() for name, t in self.tensors().items()}, kernel_size=self.kernel_size)
 
-    def lookup_tensor(self) -> Tensor:
-        """P, [n, k, kh, kw], dense; differentiable in the coefficients."""
+    def lookup_tensor(self, out_channels: int | None = None) -> Tensor:
+        """P, [n, k, kh, kw], dense; differentiable in the coefficients. With n given, it can be traced."""
         return reference.lookup_tensor(
             self.coefficients,
             self.indices,
             self.positions,
             self.offsets,
             self.filters,
-            self.out_channels,
+            self.out_channels if out_channels is None else out_channels,
             self.dictionary_size,
             self.kernel_size,
         )
 
-    def dense_weight(self) -> Tensor:
-        """W = P·D, [n, m/groups, kh, kw]; differentiable in dictionary and coefficients."""
-        return reference.dense_weight(self.dictionary, self.lookup_tensor())
+    def dense_weight(self, out_channels: int | None = None) -> Tensor:
+        """W = P·D, [n, m/groups, kh, kw], contiguous; differentiable in dictionary and coefficients. With n given, it can be traced."""
+        return reference.dense_weight(self.dictionary, self.lookup_tensor(out_channels)).contiguous()
 
     def macs(self, out_pixels: int = 1, in_pixels: int | None = None) -> int:
         """Multiply-adds for ``out_pixels`` output pixels, S being formed at ``in_pixels`` (the same number by default)."""

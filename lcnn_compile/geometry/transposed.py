@@ -205,7 +205,7 @@ class TransposedGeometry(Geometry):
         # [n, kh, kw, m/groups, size, size]: the diagonal of kernel position and phase position.
         at_rows = torch.tensor([rows.position(r) for r in down], device=weight.device)
         at_columns = torch.tensor([columns.position(c) for c in right], device=weight.device)
-        shape = picked.shape
+        shape = (self.out_channels, rows.kernel, columns.kernel, self.channels, rows.size, columns.size)
         picked = picked.gather(4, at_rows.view(1, -1, 1, 1, 1, 1).expand(*shape[:4], 1, shape[5])).squeeze(4)
         picked = picked.gather(4, at_columns.view(1, 1, -1, 1, 1).expand(*shape[:4], 1)).squeeze(4)
         return picked.permute(0, 3, 1, 2)

@@ -14,8 +14,11 @@ from lcnn_compile.errors import ConfigError, ConversionError, WeightError
 from lcnn_compile.geometry import Call, Geometry, geometry_of
 from lcnn_compile.kernels.ops import lookup_conv2d
 from lcnn_compile.lookup import LookupWeight, filter_table
+from lcnn_compile.modules.guards import Parameters, check_initialiser
 from lcnn_compile.modules.tabled import HasTables
 from lcnn_compile.modules.tables import TABLES
+from lcnn_compile.modules.weight import DenseWeight, refuse_write
+from lcnn_compile.torch_private import is_tracing, without_transforms
 
 FACTORS = ("dictionary", "coefficients", *TABLES)
 
@@ -70,6 +73,8 @@ class LookupModule(HasTables):
     geometry: Geometry
     call: Call
     groups: int
+    weight_shape: tuple[int, ...]
+    """Shape of the dense layer's weight."""
     precision: str = "float32"
 
     def _initialise(
@@ -111,6 +116,8 @@ class LookupModule(HasTables):
             raise ConfigError(f"lowering is {lowering!r}; allowed are {LOWERING_CHOICES}")
         if precision not in PRECISION_CHOICES:
             raise ConfigError(f"precision is {precision!r}; allowed are {PRECISION_CHOICES}")
+        self._guard_parameters()
+        self.weight_shape = tuple(dense.weight.shape)  # type: ignore[arg-type]
         for name in type(self).attributes:
             setattr(self, name, getattr(dense, name))
         self.lowering, self.precision, self.groups = lowering, precision, geometry.groups
@@ -119,7 +126,7 @@ class LookupModule(HasTables):
         self.dictionary = nn.Parameter(weight.dictionary.detach().contiguous())
         self.coefficients = nn.Parameter(weight.coefficients.detach().contiguous())
         self._set_tables({name: getattr(weight, name).contiguous() for name in TABLES})
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dictionary).clone())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(weight.dictionary).clone()))
 
     @classmethod
     def from_weight(
@@ -174,21 +181,101 @@ class LookupModule(HasTables):
         return LookupWeight(**{name: getattr(self, name) for name in FACTORS}, kernel_size=self.call.kernel_size)
 
     def dense_weight(self) -> Tensor:
-        """W = P·D in the shape of the dense layer's weight; differentiable."""
-        return self.geometry.own_weight(self.geometry.natural_weight(self.lookup_weight().dense_weight()))
+        """W = P·D in the shape of the dense layer's weight, contiguous; differentiable."""
+        weight = self.lookup_weight().dense_weight(self.call.out_channels)
+        return self.geometry.own_weight(self.geometry.natural_weight(weight)).contiguous()
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, formed at every access, for code that reads ``layer.weight``. Writing to it changes nothing."""
-        return self.dense_weight()
+        """The dense weight, for code that reads ``layer.weight``: its form costs nothing, its values are formed when they are read.
+
+        Gradients reach dictionary and coefficients.
+
+        Raises:
+            WeightError: where something writes to it.
+        """
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        if is_tracing() and not exporting:
+            return self.dense_weight()
+        plain = exporting or type(self.dictionary) in (Tensor, nn.Parameter) and without_transforms(self.dictionary) is self.dictionary
+        return DenseWeight.of(self) if plain else self.dense_weight()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise refuse_write(self.label, "assignment")
+        geometry = None
+        if name in (*type(self).attributes, "groups") and "call" in self.__dict__ and getattr(self, name) != value:
+            geometry = self._geometry_with(name, value)
+        super().__setattr__(name, value)
+        if geometry is not None:
+            self.geometry, self.call = geometry, geometry.call()
+        if name == "path":
+            self._parameters.label = self.label  # type: ignore[attr-defined]
+
+    def _geometry_with(self, name: str, value: Any) -> Geometry:
+        """The geometry once a setting of the dense layer is another, as code changes strides and dilations of trained networks."""
+        dense = self._skeleton()
+        sizes = isinstance(getattr(self, name), tuple) and isinstance(value, int)
+        setattr(dense, name, (value,) * len(getattr(self, name)) if sizes else value)
+        try:
+            geometry = geometry_of(dense)
+            call = geometry.call()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise WeightError(f"{self.label}: {name} cannot be {value!r}: {error}") from error
+        kept = (call.out_channels, call.kernel_size, geometry.in_channels, geometry.groups)
+        # The taps of a transposed layer are stored by the output pixels that they write.
+        if (
+            kept != (self.call.out_channels, self.call.kernel_size, self.geometry.in_channels, self.groups)
+            or self.geometry.phases > 1
+        ):
+            raise WeightError(
+                f"{self.label}: {name} is {getattr(self, name)!r} and cannot become {value!r}: the weight was made for it. Change the "
+                "dense model and convert it again, or put layer.to_dense() in its place"
+            )
+        return geometry
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise refuse_write(self.label, "deletion")
+        super().__delattr__(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._guard_parameters()
+        if "weight_shape" not in self.__dict__:
+            self.weight_shape = tuple(self.dense_weight().shape)
+
+    def _guard_parameters(self) -> None:
+        self.__dict__["_parameters"] = Parameters(self._parameters)
+        self.__dict__["_parameters"].label = self.label
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module.register_parameter``; a weight cannot be given to a lookup layer, nor what pruning makes of one."""
+        if name.startswith("weight"):
+            raise refuse_write(self.label, f"register_parameter({name!r})")
+        super().register_parameter(name, param)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+        """As ``nn.Module.apply``.
+
+        Raises:
+            WeightError: if ``fn`` would initialise the weight of the dense layer: this one would stay what it is.
+        """
+        super().apply(fn)
+        check_initialiser(fn, self)
+        return self
 
     def to_dense(self) -> Any:
         """The dense layer that computes the same function."""
         raise NotImplementedError
 
+    def _skeleton(self) -> Any:
+        """A dense layer of this module's settings, on the meta device."""
+        raise NotImplementedError
+
     def _fill(self, dense: Any) -> Any:
         """Give a new dense layer this module's weight, bias and mode."""
-        dense = dense.to(self.dictionary.device, self.dictionary.dtype)
+        dense = dense.to_empty(device=self.dictionary.device).to(self.dictionary.dtype)
         with torch.no_grad():
             dense.weight.copy_(self.dense_weight())
             if self.bias is not None:

@@ -38,8 +38,11 @@ class LookupConv(LookupModule):
 
     def to_conv(self) -> Any:
         """The dense convolution that computes the same function."""
+        return self._fill(self._skeleton())
+
+    def _skeleton(self) -> Any:
         args = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        return self._fill(type(self).dense_type(*args, self.bias is not None, self.padding_mode))
+        return type(self).dense_type(*args, self.bias is not None, self.padding_mode, device="meta")
 
     def to_dense(self) -> Any:
         """As ``to_conv``."""

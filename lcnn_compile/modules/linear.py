@@ -49,7 +49,10 @@ class LookupLinear(LookupModule):
 
     def to_linear(self) -> nn.Linear:
         """The dense ``nn.Linear`` that computes the same function."""
-        return self._fill(nn.Linear(self.in_features, self.out_features, bias=self.bias is not None))
+        return self._fill(self._skeleton())
+
+    def _skeleton(self) -> Any:
+        return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
 
     def to_dense(self) -> Any:
         """As ``to_linear``."""

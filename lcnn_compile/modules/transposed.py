@@ -24,9 +24,12 @@ class LookupConvTranspose(LookupConv):
 
     def to_conv(self) -> Any:
         """The dense transposed convolution that computes the same function."""
+        return self._fill(self._skeleton())
+
+    def _skeleton(self) -> Any:
         sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.output_padding)
         rest = (self.groups, self.bias is not None, self.dilation, self.padding_mode)
-        return self._fill(type(self).dense_type(*sizes, *rest))
+        return type(self).dense_type(*sizes, *rest, device="meta")
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """[N, m, *] or [m, *] of the module's dtype to [N, n, *'] or [n, *'], * one or two dimensions.
