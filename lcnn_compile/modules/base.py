@@ -197,7 +197,9 @@ class LookupModule(HasTables):
         exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         if is_tracing() and not exporting:
             return self.dense_weight()
-        plain = exporting or type(self.dictionary) in (Tensor, nn.Parameter) and without_transforms(self.dictionary) is self.dictionary
+        plain = exporting or (
+            type(self.dictionary) in (Tensor, nn.Parameter) and without_transforms(self.dictionary) is self.dictionary
+        )
         return DenseWeight.of(self) if plain else self.dense_weight()
 
     def __setattr__(self, name: str, value: Any) -> None:

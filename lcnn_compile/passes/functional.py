@@ -50,7 +50,8 @@ def _lookup(graph: fx.Graph, name: str, module: nn.Module, x: fx.Node) -> fx.Nod
         if node.op == "placeholder":
             copied[node] = copied.get(node, x)
         elif node.op == "get_attr":
-            copied[node] = graph.get_attr(f"{name}.{node.target}" if name else str(node.target))
+            # Not graph.get_attr, which warns of tables: they are neither parameters nor buffers.
+            copied[node] = graph.create_node("get_attr", f"{name}.{node.target}" if name else str(node.target))
         elif node.op == "output":
             last = copied[node.args[0]]
         else:
