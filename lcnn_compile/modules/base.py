@@ -225,11 +225,10 @@ class LookupModule(HasTables):
         except (ValueError, TypeError, AttributeError) as error:
             raise WeightError(f"{self.label}: {name} cannot be {value!r}: {error}") from error
         kept = (call.out_channels, call.kernel_size, geometry.in_channels, geometry.groups)
-        # The taps of a transposed layer are stored by the output pixels that they write.
-        if (
-            kept != (self.call.out_channels, self.call.kernel_size, self.geometry.in_channels, self.groups)
-            or self.geometry.phases > 1
-        ):
+        own = (self.call.out_channels, self.call.kernel_size, self.geometry.in_channels, self.groups)
+        # PyTorch works padding out once that is not of zeros; taps of transposed layers are stored by the pixels that they write.
+        padded = geometry.padding_mode != "zeros" and name in ("padding", "dilation", "padding_mode")
+        if kept != own or padded or getattr(self, "transposed", False):
             raise WeightError(
                 f"{self.label}: {name} is {getattr(self, name)!r} and cannot become {value!r}: the weight was made for it. Change the "
                 "dense model and convert it again, or put layer.to_dense() in its place"
