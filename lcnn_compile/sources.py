@@ -18,11 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lcnn_compile.batches import Inputs, signature_of
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.export import load_pt2
 from lcnn_compile.images import ImageFolder, Images
 
 _SHAPE = re.compile(r"(?P<size>[1-9]\d*(?:x[1-9]\d*)*)(?::(?P<dtype>\w+))?")
+_NAME = re.compile(r"([A-Za-z_]\w*)=")
+_WORDS = {"none": None, "true": True, "false": False}
+_NUMBERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
 _NAMED = 8
 
 
@@ -158,22 +162,49 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ConversionError(f"{path} does not fit the model: {'; '.join(parts)}")
 
 
-def load_inputs(texts: Iterable[str]) -> tuple[Tensor, ...]:
-    """One tensor for each of "1x3x224x224", "1x16:int64" (normal or zero values) or a .npy file; all arrays of a .npz file.
+def load_inputs(texts: Iterable[str]) -> Inputs:
+    """The arguments of one call, from texts VALUE (by position) and NAME=VALUE.
+
+    A value is a shape of normal or zero values ("1x3x224x224", "1x16:int64"), a .npy file, a .npz file (all of its arrays, by
+    position only), or what Python calls "none", "true", "false", "int:3", "float:0.5", "str:text".
 
     Raises:
-        ConversionError: for anything else.
+        ConversionError: for anything else, a name that is given twice, or a value by position after one by name.
     """
-    return tuple(tensor for text in texts for tensor in _inputs(text))
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for text in texts:
+        named = _NAME.match(text)
+        if named is None:
+            if kwargs:
+                raise ConversionError(f"--input {text} is given by position after {', '.join(kwargs)} by name")
+            args += _inputs(text)
+            continue
+        name, values = named[1], _inputs(text[named.end() :])
+        if name in kwargs or len(values) != 1:
+            raise ConversionError(f"--input {text}: {name} is {'given twice' if name in kwargs else 'not one array'}")
+        kwargs[name] = values[0]
+    return Inputs(*args, **kwargs)
 
 
-def _inputs(text: str) -> list[Tensor]:
+def _inputs(text: str) -> list[Any]:
     if text.endswith((".npy", ".npz")):
         return _arrays(text)
+    if text in _WORDS:
+        return [_WORDS[text]]
+    kind, colon, rest = text.partition(":")
+    if colon and kind in _NUMBERS:
+        try:
+            return [_NUMBERS[kind](rest)]
+        except ValueError:
+            raise ConversionError(f"{text!r} is no input: {rest!r} is no {kind}") from None
     match = _SHAPE.fullmatch(text)
     dtype = getattr(torch, match["dtype"] or "float32", None) if match else None
     if match is None or not isinstance(dtype, torch.dtype):
-        raise ConversionError(f"{text!r} is no input; write a shape like 1x3x224x224 or 1x16:int64, or name a .npy or .npz file")
+        raise ConversionError(
+            f"{text!r} is no input; write a shape like 1x3x224x224 or 1x16:int64, name a .npy or .npz file, or give a constant: "
+            "none, true, false, int:3, float:0.5, str:text"
+        )
     size = [int(v) for v in match["size"].split("x")]
     if dtype.is_floating_point:
         return [torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)]
@@ -181,33 +212,42 @@ def _inputs(text: str) -> list[Tensor]:
 
 
 def _arrays(path: str) -> list[Tensor]:
-    """The arrays of a file; float64 becomes torch's default dtype."""
+    return list(_named_arrays(path).values())
+
+
+def _named_arrays(path: str) -> dict[str, Tensor]:
+    """The arrays of a file by name; float64 becomes torch's default dtype."""
     try:
         found = np.load(path, allow_pickle=False)
-        arrays = [found[name] for name in found.files] if path.endswith(".npz") else [found]
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        arrays = {name: found[name] for name in found.files} if path.endswith(".npz") else {"": found}
+        # ascontiguousarray makes a vector of a number.
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a).reshape(a.shape)) for name, a in arrays.items()}
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
     if not tensors:
         raise ConversionError(f"{path} holds no array")
-    return [t.to(torch.get_default_dtype()) if t.dtype == torch.float64 else t for t in tensors]
+    return {name: t.to(torch.get_default_dtype()) if t.dtype == torch.float64 else t for name, t in tensors.items()}
 
 
-def load_calibration(text: str, batch: int = 16, images: Images | None = None) -> Iterable[Any]:
+def load_calibration(text: str, batch: int = 16, images: Images | None = None, model: nn.Module | None = None) -> Iterable[Any]:
     """Batches of a folder of images, of a .npy or .npz file (samples first), or of a factory of an iterable of batches.
 
-    Several arrays of one length in a .npz file are the parts of each batch, in the file's order.
+    Several arrays of one length in a .npz file are the parts of each batch: by name where all are parameters of the ``model``'s
+    ``forward``, else in the file's order.
 
     Raises:
         ConversionError: for anything else.
     """
     if text.endswith((".npy", ".npz")):
-        arrays = _arrays(text)
+        named = _named_arrays(text)
+        arrays = list(named.values())
         if arrays[0].dtype == torch.uint8:
             raise ConversionError(f"{text} holds bytes; store the values that the model takes, as float32, scaled and normalised")
         if not arrays[0].dim() or not len(arrays[0]):
             raise ConversionError(f"{text} holds no samples: its shape is {tuple(arrays[0].shape)}")
         parts = [array for array in arrays if array.dim() and len(array) == len(arrays[0])]
+        if model is not None and len(parts) == len(named) and set(named) <= set(signature_of(model).parameters):
+            return [dict(zip(named, pieces, strict=True)) for pieces in zip(*(a.split(batch) for a in arrays), strict=True)]
         return arrays[0].split(batch) if len(parts) == 1 else list(zip(*(array.split(batch) for array in parts), strict=True))
     if Path(text).is_dir():
         return ImageFolder(Path(text), images or Images((224, 224)), batch)

@@ -19,6 +19,7 @@ from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.export import to_dense
 from lcnn_compile.images import ImageFolder, Images
+from lcnn_compile.sources import load_calibration, load_inputs, load_model
 
 NETWORK = """
 import torch
@@ -173,6 +174,46 @@ def test_calibration_from_other_sources(folder, source):
     expected = convert(dense, CONFIG, calibration=batches).eval()
     x = torch.randn(2, 4, 9, 9)
     torch.testing.assert_close(load(dense, "m.safetensors").eval()(x), expected(x))
+
+
+OPTIONAL = """
+import torch
+from torch import nn
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.seen = []
+
+    def forward(self, x, mask=None, *, gain=1.0, mode="add"):
+        y = self.a(x * gain).relu()
+        return self.b(y) if mask is None else self.b(y) + mask if mode == "add" else self.b(y * mask)
+"""
+
+
+def test_inputs_by_name_and_constants(folder):
+    (folder / "masked.py").write_text(OPTIONAL)
+    rng = np.random.default_rng(0)
+    np.savez("given.npz", mask=rng.random((12, 1, 9, 9)), x=rng.standard_normal((12, 4, 9, 9)))
+    np.save("mask.npy", rng.random((1, 1, 9, 9)))
+    given = ["--input", "1x4x9x9", "--input", "mask=mask.npy", "--input", "gain=float:0.5", "--input", "mode=str:times"]
+    assert len(json.loads(run("explain", "masked.py:Masked", *given, "--json").stdout)["layers"]) == 2
+    run("convert", "masked.py:Masked", "m.safetensors", "--calibration", "given.npz", *given, *SIZES, "--no-time")
+    out = run(
+        "export", "masked.py:Masked", "--checkpoint", "m.safetensors", *given, "--pt2", "m.pt2", "--lowering", "dense", "--json"
+    )
+    assert json.loads(out.stdout)["files"][0]["difference"] < 1e-3
+    batches = list(load_calibration("given.npz", 12, model=load_model("masked.py:Masked")))
+    assert batches[0]["mask"].shape == (12, 1, 9, 9)
+    found = load_inputs(["1x4", "none", "true", "int:-3", "a=false", "b=2x2:int64"])
+    assert (found.args[1:], found.kwargs["a"]) == ((None, True, -3), False)
+    assert found.kwargs["b"].dtype == torch.int64
+    for texts, word in ((["a=1x1", "2x2"], "by position after a"), (["a=1", "a=2"], "twice"), (["int:x"], "'x' is no int")):
+        with pytest.raises(LcnnError, match=word):
+            load_inputs(texts)
 
 
 def test_weights_and_programs_as_models(folder):

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 from torch import Tensor, nn
 
+from lcnn_compile.batches import Inputs, batch_inputs
 from lcnn_compile.checkpoint import save
 from lcnn_compile.cli import options as given
 from lcnn_compile.cli.output import Output, output
@@ -121,14 +122,14 @@ def convert_command(
         batches: Iterable[Any] | None = None
         if calibration is not None:
             pictures = given.images(image_size, image_resize, image_mean, image_std, image_limit, inputs)
-            batches = load_calibration(calibration, batch, pictures)
+            batches = load_calibration(calibration, batch, pictures, network)
         if reductions is not None:
             _sweep(
                 out, network, given.numbers("--sweep", reductions), settings, batches, inputs, evaluate, checkpoint, html, plot
             )
             return
         assert checkpoint is not None
-        example, batches = (inputs, batches) if inputs is not None or batches is None else _first(batches)
+        example, batches = (inputs, batches) if inputs is not None or batches is None else _first(network, batches)
         with progress_bars(out.errors) as tell:
             made = convert(network, settings, calibration=batches, example_inputs=example, progress=tell, resume=resume)
         report: Report = made.lcnn_report  # type: ignore[assignment]
@@ -150,15 +151,25 @@ def _check_targets(*paths: Path | None) -> None:
             check_target(path)
 
 
-def _first(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+def _first(network: nn.Module, batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """One sample of the first batch, and all batches; an iterator is not shortened by the look."""
     iterator: Iterator[Any] = iter(batches)
     try:
         first = next(iterator)
     except StopIteration:
         raise ConversionError("the calibration data holds no batch") from None
-    sample = pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, first)
+    sample = _sample(batch_inputs(network, first))
     return sample, chain([first], iterator) if iterator is batches else batches
+
+
+def _sample(inputs: Inputs) -> Inputs:
+    """The first sample of every tensor that has as many as the first one: an image without a batch is a sample already."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if not tensors or tensors[0].dim() < 4:
+        return inputs
+    count = len(tensors[0])
+    sample: Inputs = pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() and len(t) == count else t, inputs)
+    return sample
 
 
 def _show(

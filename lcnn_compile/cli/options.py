@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, LcnnError
 from lcnn_compile.images import IMAGENET_MEAN, IMAGENET_STD, Images
+from lcnn_compile.torch_private import pytree
 
 SIZES, PICTURES = "Sizes (they override --config)", "Calibration from a folder of images"
 
@@ -23,7 +25,11 @@ Weights = Annotated[Path | None, typer.Option(help="State dict to load into the 
 Checkpoint = Annotated[Path | None, typer.Option(help="Converted layers to load into the model, as convert writes them.")]
 Input = Annotated[
     list[str] | None,
-    typer.Option("--input", help="A shape (1x3x224x224, 1x8:int64) or a .npy file, once per input; or one .npz file."),
+    typer.Option(
+        "--input",
+        help="A shape (1x3x224x224, 1x8:int64), a .npy file or a constant (none, true, int:3, float:0.5, str:text), once per "
+        "input, in their order or as NAME=VALUE; or one .npz file.",
+    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -152,8 +158,8 @@ def images(size: str | None, resize: int | None, mean: str, std: str, limit: int
         if not all(part.isdigit() and int(part) for part in parts) or len(parts) > 2:
             raise LcnnError(f"--image-size is {size!r}; one number or height x width is allowed, like 224 or 224x320")
         high, wide = int(parts[0]), int(parts[-1])
-    elif inputs is not None and inputs[0].dim() == 4:
-        high, wide = inputs[0].shape[2:]
+    elif (shown := next((t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() == 4), None)) is not None:
+        high, wide = shown.shape[2:]
     else:
         high, wide = 224, 224
     return Images((high, wide), resize, numbers("--image-mean", mean), numbers("--image-std", std), limit)
