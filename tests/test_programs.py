@@ -12,7 +12,7 @@ from hypothesis import given
 from torch import nn
 
 import lcnn_compile
-from lcnn_compile import LookupConfig, LookupConv2d, convert
+from lcnn_compile import LookupConfig, LookupConv2d, convert, freeze
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu, cpu_build, program
 from lcnn_compile.kernels.lanes import side_by_side
@@ -503,3 +503,28 @@ def test_pooling_in_pairs(size, mean):
     x[0, 1, 0, 1], x[2, 4, -1, -1] = torch.nan, torch.nan
     exact = (F.avg_pool2d if mean else F.max_pool2d)(x, 2)
     torch.testing.assert_close(Program(recipe, [])(x)[0], exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("pool", "size", "inside"),
+    [
+        (nn.AvgPool2d(3, 3, ceil_mode=True), (2, 8), False),
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True), (6, 6), False),
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True), (7, 5), True),
+        (nn.MaxPool2d(3, 2, ceil_mode=True), (2, 2), False),
+        (nn.MaxPool2d(2, 2, ceil_mode=True), (1, 1), False),
+        (nn.MaxPool2d((5, 1), (5, 1), ceil_mode=True), (3, 4), False),
+        (nn.MaxPool2d(2, 2, ceil_mode=True), (4, 6), True),
+        (nn.AvgPool2d(5, 1, 2), (2, 3), True),
+    ],
+)
+def test_windows_that_leave_the_image_stay_outside(pool, size, inside):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), pool, nn.Conv2d(8, 4, 1)).eval()
+    model = convert(dense, LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
+    x = torch.randn(3, 4, *size)
+    frozen = freeze(model, x)
+    assert frozen.alone == (inside and cpu.is_available())
+    with torch.no_grad():
+        wanted = copy.deepcopy(dense).double()(x.double())
+    torch.testing.assert_close(frozen(x).double(), wanted, rtol=1e-4, atol=1e-4)
