@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import LcnnWarning
-from lcnn_compile.kernels.triton_pack import ROW_BITS, Epilogue, geometry, pack
+from lcnn_compile.kernels.triton_pack import INT32, ROW_BITS, Epilogue, geometry, pack
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -125,4 +125,31 @@ def coefficient_gradient(
         config = _kernels("tune").dictionary_configs(size, input.element_size())[0]
         total: Tensor = _kernels("backward").coefficient_gradient(grad, input, form, groups, where, config)
         return total.to(input.dtype).contiguous()
+    return None
+
+
+def chain(
+    input: Tensor,
+    weight: Tensor,
+    tail: tuple[Tensor | None, Tensor | None, str, bool, Tensor | None],
+    window: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
+    shape: tuple[int, int, int, int],
+    keep: bool,
+    next_channels: int,
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """y of this shape and the product of :mod:`lcnn_compile.kernels.chain`; None where these kernels cannot compute them.
+
+    Tensors are checked and channels_last; ``tail`` is bias, residual, activation, whether the residual comes last, and the
+    matrix of the 1x1 product; ``window`` kernel size, stride, padding and dilation. What is not wanted may be None.
+    """
+    pixels = max(input.shape[0] * input.shape[2] * input.shape[3], shape[0] * shape[2] * shape[3])
+    if str(input.device) in _unusable or pixels * max(input.shape[1], shape[1], next_channels) >= INT32:
+        return None
+    with attempt(input.device), torch.cuda.device_of(input):
+        kernels, tune = _kernels("chain"), _kernels("chain_tune")
+        kernel, stride, padding, dilation = window
+        where = kernels.Window(tuple(kernel), tuple(stride), (padding[0], padding[2]), tuple(dilation))
+        call = tune.Call(input, weight, where, kernels.Tail(*tail), shape, keep, next_channels)
+        found: tuple[Tensor | None, Tensor | None] = tune.run(call, tune.plan_for(call))
+        return found
     return None

@@ -1,0 +1,214 @@
+"""Which way a chain runs: one kernel for convolution and product or one for each, by Triton or by cuDNN; measured at its first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.errors import TritonError
+
+from lcnn_compile.kernels.chain import unpack_weight
+from lcnn_compile.kernels.prepared import Prepared
+from lcnn_compile.kernels.reference import output_size
+from lcnn_compile.kernels.store import known, remember
+from lcnn_compile.kernels.triton_chain import ChainConfig, Tail, Window, launch_chain
+from lcnn_compile.kernels.triton_forward import precision
+from lcnn_compile.kernels.triton_store import may_measure, milliseconds, store_of
+
+SHARED, LARGE = 96 << 10, 220 << 10
+"""Bytes of shared memory that a program of four warps and a larger one may take; a GPU that has less refuses and the plan loses."""
+BLOCKS = ((64, 64, 4, 4), (128, 64, 4, 4), (64, 128, 4, 4), (128, 128, 8, 3), (128, 128, 4, 4), (128, 256, 8, 3), (64, 256, 8, 3), (256, 64, 8, 3))
+"""Pixels, filters, warps and stages that are tried in half precision, the safest first."""
+BLOCKS_32 = ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3))
+
+
+class Plan(NamedTuple):
+    """How a call runs.
+
+    Attributes:
+        first: what forms the convolution; None: cuDNN.
+        apart: whether the 1x1 product has a kernel of its own, so that y is written in any case.
+        second: what forms the product then; None: cuDNN.
+    """
+
+    first: ChainConfig | None
+    apart: bool = False
+    second: ChainConfig | None = None
+
+
+class Call(NamedTuple):
+    """One call of the operator, checked: the input, its packed weight, what is wanted of ``shape`` (that of y) and of k channels."""
+
+    x: Tensor
+    weight: Tensor
+    window: Window
+    tail: Tail
+    shape: tuple[int, ...]
+    keep: bool
+    next_channels: int
+
+    def empty(self, channels: int) -> Tensor:
+        """Room for an output of so many channels."""
+        shape = (self.shape[0], channels, *self.shape[2:])
+        return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
+
+
+_dense_weight = Prepared(lambda weight, *sizes: unpack_weight(weight, *sizes).contiguous(memory_format=torch.channels_last))
+_dense_next = Prepared(lambda next, n, k: next[:n, :k].t()[:, :, None, None].contiguous(memory_format=torch.channels_last))
+_bias = Prepared(lambda bias, n: bias[:n].clone())
+
+
+def _rows(weight: Tensor, kernel_rows: int, numbers: int, block: int) -> Tensor:
+    """[kh·block, n′]: each row of the window, ``numbers`` side by side in memory, filled up to ``block``."""
+    return F.pad(weight.view(kernel_rows, numbers, -1), (0, 0, 0, block - numbers)).flatten(0, 1).contiguous()
+
+
+_row_weight = Prepared(_rows)
+
+
+def configs(channels: int, filters: int, both: bool, row: int, item: int) -> Iterator[ChainConfig]:
+    """Block sizes for C′ channels and n′ filters, the safest first; ``both``: the product too; ``row``: kw where rows may be steps."""
+    depths = [size for size in (64, 32, 16) if channels % size == 0][: 1 if item == 4 else 2]
+    steps = [(size, False) for size in depths]
+    whole = 1 << (channels * row - 1).bit_length()
+    if row > 1 and item < 4 and whole <= 128:
+        steps.append((whole, True))
+    for pixels, columns, warps, stages in BLOCKS if item < 4 else BLOCKS_32:
+        columns = min(columns, filters)
+        if filters % columns or (both and filters > columns and warps == 4 and columns >= 128):
+            continue  # the latter would spill
+        for size, is_row in steps:
+            deep = 2 if size > 64 else stages
+            room = item * (deep * size * (pixels + columns) + pixels * columns)
+            if room <= (LARGE if warps == 8 or columns >= 128 else SHARED):
+                yield ChainConfig(pixels, columns, size, warps, deep, is_row)
+
+
+def plans(call: Call) -> list[Plan]:
+    """Every way to run a call that may be fastest, the safest first, each once."""
+    window, next = call.window, call.tail.next
+    channels, filters = call.weight.shape[0] // (window.kernel[0] * window.kernel[1]), call.weight.shape[1]
+    item = call.x.element_size()
+    row = window.kernel[1] if window.dilation[1] == 1 and channels == call.x.shape[1] else 1
+    alone: list[ChainConfig | None] = list(configs(channels, filters, False, row, item))
+    if _cudnn_can(call):
+        alone.append(None)
+    if next is None:
+        return list(dict.fromkeys(map(Plan, alone)))
+    products: list[ChainConfig | None] = [*list(configs(filters, next.shape[1], False, 1, item))[:2], None]
+    found = [Plan(config) for config in configs(channels, filters, True, row, item)]
+    return list(dict.fromkeys([*found, *(Plan(config, True, product) for config in alone for product in products)]))
+
+
+def _cudnn_can(call: Call) -> bool:
+    """Whether cuDNN has convolution and epilogue in one call: padding alike on both sides, a ReLU after the residual, a bias."""
+    tail, window = call.tail, call.window
+    (top, left), size = window.first, tuple(call.x.shape[2:])
+    if output_size(size, window.kernel, window.stride, (top, top, left, left), window.dilation) != call.shape[2:]:
+        return False
+    plain = tail.activation == "none" and tail.residual is None
+    fused = tail.activation == "relu" and tail.bias is not None and (tail.residual is None or not tail.residual_last)
+    return call.x.is_cuda and (plain or fused)
+
+
+def _by_cudnn(call: Call) -> Tensor:
+    tail, window, n = call.tail, call.window, call.shape[1]
+    weight = _dense_weight((call.weight,), call.x.shape[1], n, window.kernel)
+    bias = tail.bias if tail.bias is None or tail.bias.shape[0] == n else _bias((tail.bias,), n)
+    settings = (window.stride, window.first, window.dilation, 1)
+    if tail.activation == "none":
+        y = F.conv2d(call.x, weight, bias, *settings)
+    elif tail.residual is None:
+        y = torch.ops.aten.cudnn_convolution_relu(call.x, weight, bias, *settings)
+    else:
+        y = torch.ops.aten.cudnn_convolution_add_relu(call.x, weight, tail.residual, 1.0, bias, *settings)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _by_triton(call: Call, config: ChainConfig, keep: bool, product: bool) -> tuple[Tensor | None, Tensor | None]:
+    y = call.empty(call.shape[1]) if keep else None
+    s = call.empty(call.next_channels) if product else None
+    weight, (kh, kw) = call.weight, call.window.kernel
+    if config.row:
+        weight = _row_weight((weight,), kh, kw * call.x.shape[1], config.block_channels)
+    digits = precision(call.x.dtype)
+    launch_chain(call.x, weight, call.window, call.tail, y, s, call.shape[1], call.shape[2:], digits, config)
+    return y, s
+
+
+def run(call: Call, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+    """y and the product; None for y where it is not wanted and was not needed, and for a product that there is not."""
+    next = call.tail.next
+    if not plan.apart and plan.first is not None:
+        return _by_triton(call, plan.first, call.keep, next is not None)
+    y = _by_cudnn(call) if plan.first is None else _by_triton(call, plan.first, True, False)[0]
+    if next is None:
+        return y, None
+    assert y is not None
+    if plan.second is None:
+        return y, F.conv2d(y, _dense_next((next,), call.shape[1], call.next_channels))
+    s = call.empty(call.next_channels)
+    point, nothing = Window((1, 1), (1, 1), (0, 0), (1, 1)), Tail(None, None, "none", False, None)
+    launch_chain(y, next, point, nothing, s, None, call.next_channels, call.shape[2:], precision(y.dtype), plan.second)
+    return y, s
+
+
+def _milliseconds(call: Call, plan: Plan) -> float:
+    """Of a call; infinite where the plan does not compile or fit this device."""
+    try:
+        return milliseconds(partial(run, call, plan), call.x.device)
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError):
+        return float("inf")
+
+
+def _restored(stored: list[Any]) -> Plan:
+    first, apart, second = stored
+    return Plan(None if first is None else ChainConfig(*first), apart, None if second is None else ChainConfig(*second))
+
+
+_chosen: dict[tuple[Any, ...], Plan] = {}
+
+
+def plan_for(call: Call) -> Plan:
+    """The fastest plan for calls of this kind: measured at the first of them, where that is possible, and kept on disk."""
+    x, tail = call.x, call.tail
+    epilogue = (tail.bias is None, tail.residual is None, tail.activation, tail.residual_last)
+    what = (call.shape, call.keep, call.next_channels if tail.next is not None else 0)
+    key = (x.device, x.dtype, precision(x.dtype), tuple(x.shape), call.window, epilogue, what)
+    found = _chosen.get(key)
+    if found is not None:
+        return found
+    choices = plans(call)
+    if not x.is_cuda:
+        return choices[0]
+    path, name = store_of(x.device), f"chain {tuple(str(part) for part in key[1:])}"
+    stored = known(path).get(name)
+    if stored is not None:
+        found = _restored(stored)
+    elif may_measure(x.device):
+        times = {plan: _milliseconds(call, plan) for plan in choices}
+        found = min(times, key=lambda plan: times[plan])
+        remember(path, name, [None if found.first is None else list(found.first), found.apart, None if found.second is None else list(found.second)])
+    else:
+        return choices[0]
+    _chosen[key] = found
+    return found
+
+
+def launches(call: Call) -> list[Callable[[], object]]:
+    """Calls that together launch every kernel of the plans, to have them compiled before."""
+    chosen = [plan for plan in plans(call) if plan.first is not None and not (plan.apart and plan.second is None)]
+    seen: set[Any] = set()
+    wanted: list[Callable[[], object]] = []
+    for plan in chosen:
+        parts = {(plan.first, plan.apart), plan.second}
+        if parts - seen:
+            seen |= parts
+            wanted.append(partial(run, call, plan))
+    return wanted
