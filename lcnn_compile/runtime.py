@@ -21,6 +21,7 @@ from lcnn_compile.graphs import bind_weights, fingerprint, is_weight, unbind_wei
 from lcnn_compile.kernels.program import Program
 from lcnn_compile.modules import lookup_modules, replace_module
 from lcnn_compile.passes import (
+    chain_lookups,
     choose_lowerings,
     fold_batch_norm,
     fold_factors,
@@ -28,6 +29,7 @@ from lcnn_compile.passes import (
     gather_programs,
     lift_functional_convolutions,
     narrow_convolutions,
+    pool_first,
 )
 from lcnn_compile.passes.programs import programs, single_program
 from lcnn_compile.passes.targets import attribute
@@ -92,6 +94,7 @@ class Lowered:
         with _plain_tensors(), without_sources():
             bound = self._transform(bind_weights(self._gm, inputs, self._places))
             bound = fuse_epilogues(choose_lowerings(narrow_convolutions(fold_factors(fold_batch_norm(bound)))))
+            bound = pool_first(chain_lookups(bound))
             if self._gather:
                 bound = gather_programs(bound)
             unbound = unbind_weights(bound, inputs, self._places)

@@ -25,9 +25,10 @@ from torch import Tensor
 from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import reference, triton_ops
 from lcnn_compile.kernels.checks import LARGEST
-from lcnn_compile.kernels.ops import library
+from lcnn_compile.kernels.ops import TAGS, library
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALVES = (torch.float16, torch.bfloat16)
+"""Dtypes in which lookup convolutions run as chains."""
 WIDEST = 128
 """Channels that the 1x1 product may have."""
 
@@ -46,6 +47,11 @@ def _fill(t: Tensor, dim: int, size: int) -> Tensor:
     missing = list(t.shape)
     missing[dim] = size - t.shape[dim]
     return torch.cat([t, t.new_zeros(missing)], dim) if missing[dim] else t
+
+
+def pad_rows(t: Tensor, multiple: int) -> Tensor:
+    """A tensor whose first dimension is filled up to a multiple with zeros."""
+    return _fill(t, 0, -(-t.shape[0] // multiple) * multiple)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -75,9 +81,7 @@ library.define(
     "chain(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? next, SymInt out_channels, SymInt next_channels, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, str activation, bool residual_last, bool keep) "
     "-> (Tensor, Tensor)",
-    # Inputs may have any strides; those that are not channels_last are copied. Without this tag Inductor insists on the
-    # strides that it saw when it traced, at the price of a copy.
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+    tags=TAGS,
 )
 
 

@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def output_format(input: Tensor) -> torch.memory_format:
     """The memory format of what has the input's: channels_last where only that fits it, else contiguous."""
-    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
 

@@ -169,7 +169,28 @@ def chain_kernel(
     for j in range(COUNT):
         o_n = (i_n + j) * B_N + tl.arange(0, B_N)
         acc = convolve_block(
-            p_x, p_w, base, h_0, w_0, m_p, o_n, H, W, C, C_PADDED, N_PADDED, KH, KW, DH, DW, WHOLE, ROW, VEC, PRECISION, B_C, STAGES
+            p_x,
+            p_w,
+            base,
+            h_0,
+            w_0,
+            m_p,
+            o_n,
+            H,
+            W,
+            C,
+            C_PADDED,
+            N_PADDED,
+            KH,
+            KW,
+            DH,
+            DW,
+            WHOLE,
+            ROW,
+            VEC,
+            PRECISION,
+            B_C,
+            STAGES,
         )
         m_y = m_p[:, None]
         if not ALL_FILTERS:

@@ -21,9 +21,13 @@ from lcnn_compile.kernels.triton_store import may_measure, milliseconds, store_o
 
 SHARED, LARGE = 96 << 10, 220 << 10
 """Bytes of shared memory that a program of four warps and a larger one may take; a GPU that has less refuses and the plan loses."""
-BLOCKS = ((64, 64, 4, 4), (128, 64, 4, 4), (64, 128, 4, 4), (128, 128, 8, 3), (128, 128, 4, 4), (128, 256, 8, 3), (64, 256, 8, 3), (256, 64, 8, 3))
-"""Pixels, filters, warps and stages that are tried in half precision, the safest first."""
-BLOCKS_32 = ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3))
+BLOCKS = {
+    64: ((64, 64, 4, 4), (128, 64, 4, 4)),
+    128: ((64, 128, 4, 4), (128, 128, 8, 3), (128, 128, 4, 4)),
+    256: ((64, 128, 4, 4), (64, 256, 8, 3), (128, 256, 8, 3)),
+}
+"""Pixels, filters, warps and stages that are tried in half precision for up to so many filters, the safest first."""
+BLOCKS_32 = ((64, 32, 4, 3), (64, 64, 4, 3))
 
 
 class Plan(NamedTuple):
@@ -47,7 +51,7 @@ class Call(NamedTuple):
     weight: Tensor
     window: Window
     tail: Tail
-    shape: tuple[int, ...]
+    shape: tuple[int, int, int, int]
     keep: bool
     next_channels: int
 
@@ -58,7 +62,7 @@ class Call(NamedTuple):
 
 
 _dense_weight = Prepared(lambda weight, *sizes: unpack_weight(weight, *sizes).contiguous(memory_format=torch.channels_last))
-_dense_next = Prepared(lambda next, n, k: next[:n, :k].t()[:, :, None, None].contiguous(memory_format=torch.channels_last))
+_dense_next = Prepared(lambda matrix, n, k: matrix[:n, :k].t()[:, :, None, None].contiguous(memory_format=torch.channels_last))
 _bias = Prepared(lambda bias, n: bias[:n].clone())
 
 
@@ -72,15 +76,16 @@ _row_weight = Prepared(_rows)
 
 def configs(channels: int, filters: int, both: bool, row: int, item: int) -> Iterator[ChainConfig]:
     """Block sizes for C′ channels and n′ filters, the safest first; ``both``: the product too; ``row``: kw where rows may be steps."""
-    depths = [size for size in (64, 32, 16) if channels % size == 0][: 1 if item == 4 else 2]
-    steps = [(size, False) for size in depths]
+    depth = next(size for size in ((32, 16) if item == 4 else (64, 32, 16)) if channels % size == 0)
+    steps = [(depth, False)]
     whole = 1 << (channels * row - 1).bit_length()
     if row > 1 and item < 4 and whole <= 128:
         steps.append((whole, True))
-    for pixels, columns, warps, stages in BLOCKS if item < 4 else BLOCKS_32:
+    blocks = BLOCKS_32 if item == 4 else BLOCKS[64 if filters <= 64 else 128 if filters % 256 else 256]
+    for pixels, columns, warps, stages in blocks:
         columns = min(columns, filters)
-        if filters % columns or (both and filters > columns and warps == 4 and columns >= 128):
-            continue  # the latter would spill
+        if filters % columns or (both and (filters > 256 or (filters > columns and warps == 4 and columns >= 128))):
+            continue  # of the latter, the first are slow and the others spill
         for size, is_row in steps:
             deep = 2 if size > 64 else stages
             room = item * (deep * size * (pixels + columns) + pixels * columns)
@@ -99,9 +104,10 @@ def plans(call: Call) -> list[Plan]:
         alone.append(None)
     if next is None:
         return list(dict.fromkeys(map(Plan, alone)))
-    products: list[ChainConfig | None] = [*list(configs(filters, next.shape[1], False, 1, item))[:2], None]
+    products: list[ChainConfig | None] = [*list(configs(filters, next.shape[1], False, 1, item))[:1], None]
     found = [Plan(config) for config in configs(channels, filters, True, row, item)]
-    return list(dict.fromkeys([*found, *(Plan(config, True, product) for config in alone for product in products)]))
+    found += [Plan(config, True, product) for config in alone for product in products]
+    return list(dict.fromkeys(found))
 
 
 def _cudnn_can(call: Call) -> bool:
@@ -194,7 +200,15 @@ def plan_for(call: Call) -> Plan:
     elif may_measure(x.device):
         times = {plan: _milliseconds(call, plan) for plan in choices}
         found = min(times, key=lambda plan: times[plan])
-        remember(path, name, [None if found.first is None else list(found.first), found.apart, None if found.second is None else list(found.second)])
+        remember(
+            path,
+            name,
+            [
+                None if found.first is None else list(found.first),
+                found.apart,
+                None if found.second is None else list(found.second),
+            ],
+        )
     else:
         return choices[0]
     _chosen[key] = found

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from lcnn_compile.kernels.reference import tap_filter_groups
+from lcnn_compile.kernels.reference import output_format, tap_filter_groups
 from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional
@@ -148,6 +148,7 @@ def add_attribute(gm: fx.GraphModule, before: fx.Node, suffix: str, value: Tenso
     while hasattr(gm, name if not number else f"{name}_{number}"):
         number += 1
     name = name if not number else f"{name}_{number}"
-    gm.register_buffer(name, value.detach().contiguous())
+    # A filter bank in channels_last stays so: its convolution would copy it at every call.
+    gm.register_buffer(name, value.detach().contiguous(memory_format=output_format(value)))
     with gm.graph.inserting_before(before):
         return gm.graph.get_attr(name)

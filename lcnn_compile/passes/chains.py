@@ -1,0 +1,150 @@
+"""Pass: on a GPU in half precision, lookup convolutions become chains that hand S, not their output, to the next one."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.chain import HALVES, WIDEST, chain, pack_bias, pack_next, pack_weight, pad_rows
+from lcnn_compile.passes.decompose import epilogue_of, has_constant_weight
+from lcnn_compile.passes.effects import Effects
+from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.fold import add_attribute
+from lcnn_compile.passes.targets import CONV2D, attribute, example, is_get_attr, shape_of
+
+NAMES = (
+    *("input", "weight", "bias", "residual", "next", "out_channels", "next_channels", "kernel_size", "stride", "padding"),
+    *("dilation", "activation", "residual_last", "keep"),
+)
+"""The operator's arguments, in order."""
+
+
+def chain_lookups(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModule:
+    """Rewrite lookup convolutions as calls of ``lcnn::chain``, S of the next one formed where the output before it is formed.
+
+    Each becomes S = D ∗ x and a convolution of S with P, its epilogue included. Where x is the output of such a convolution, and
+    nothing writes to it in between, that one forms S, and writes x only if somebody else reads it. A bias of the convolution
+    whose output is the residual moves into the bias of the sum. For inference, in half precision, on a GPU (or on ``device``, to
+    try it), batches in channels_last and sizes that are known; whatever else there is stays as it is. Needs
+    :func:`fuse_epilogues` before. The graph is changed in place and returned.
+    """
+    nodes = [node for node in gm.graph.nodes if is_lookup(node) and _can(gm, node, device)]
+    if not nodes:
+        return gm
+    products = [_rewrite(gm, node) for node in nodes]
+    effects = Effects(gm)
+    for product in products:
+        _join(gm, effects, product)
+    for node in list(gm.graph.nodes):
+        if node.target is chain:
+            _take_bias(gm, node)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _can(gm: fx.GraphModule, node: fx.Node, device: str | None) -> bool:
+    x = node.args[0]
+    lowering = node.args[13] if len(node.args) > 13 else node.kwargs.get("lowering", "lookup")
+    if lowering != "lookup" or not isinstance(x, fx.Node) or not has_constant_weight(node):
+        return False
+    found, shape = example(x), shape_of(x)
+    if found is None or found.device.type != (device or "cuda") or found.dtype not in HALVES or not _last(gm, x):
+        return False
+    if shape is None or len(shape) != 4 or not all(type(size) is int for size in shape):
+        return False
+    dictionary: Tensor = attribute(gm, cast(fx.Node, node.args[1]).target)
+    kernel_size, stride, padding = cast("tuple[Any, Any, Any]", node.args[9:12])
+    fixed = all(type(size) is int for size in (*kernel_size, *stride, *padding))
+    few = dictionary.shape[0] == 1 and -(-dictionary.shape[1] // 16) * 16 <= WIDEST
+    return few and fixed and not reference.skips_pixels(kernel_size, stride, padding) and dictionary.dtype == found.dtype
+
+
+def _last(gm: fx.GraphModule, x: fx.Node) -> bool:
+    """Whether the network works in channels_last: the value or an input of the graph has that form and no other."""
+    values = [example(node) for node in (x, *gm.graph.find_nodes(op="placeholder"))]
+    return any(v is not None and v.dim() == 4 and reference.output_format(v) == torch.channels_last for v in values)
+
+
+def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Replace a lookup convolution by two calls of the operator; the first of them, which forms S."""
+    x, bias = cast(fx.Node, node.args[0]), node.args[7]
+    dictionary, coefficients, indices, positions, offsets, filters = (
+        attribute(gm, cast(fx.Node, a).target) for a in node.args[1:7]
+    )
+    out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
+    activation, residual, residual_last = epilogue_of(node)
+    size, planes = dictionary.shape[1], -(-dictionary.shape[1] // 16) * 16
+    with torch.no_grad():
+        lookups = reference.lookup_tensor(coefficients, indices, positions, offsets, filters, out_channels, size, kernel_size)
+        vectors = pad_rows(dictionary[0].detach(), 16)
+        packed = pack_weight(pad_rows(lookups.transpose(0, 1), 16).transpose(0, 1))
+        first = pack_weight(vectors[:, :, None, None])
+        shift = None if bias is None else pack_bias(attribute(gm, cast(fx.Node, bias).target).detach())
+    d, p = add_attribute(gm, node, "dictionary", first), add_attribute(gm, node, "lookups", packed)
+    b = None if shift is None else add_attribute(gm, node, "bias", shift)
+    point = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), "none", False, True)
+    with gm.graph.inserting_before(node):
+        product = gm.graph.call_function(chain, (x, d, None, None, None, planes, 0, *point))
+        s = gm.graph.call_function(operator.getitem, (product, 0))
+        window = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+        call = gm.graph.call_function(chain, (s, p, b, residual, None, out_channels, 0, *window, activation, residual_last, True))
+        y = gm.graph.call_function(operator.getitem, (call, 0))
+    product.meta["lcnn_vectors"] = vectors
+    y.meta = dict(node.meta)
+    node.replace_all_uses_with(y)
+    gm.graph.erase_node(node)
+    return product
+
+
+def _given(node: fx.Node, name: str) -> Any:
+    return node.args[NAMES.index(name)]
+
+
+def _set(node: fx.Node, **values: Any) -> None:
+    node.args = tuple(values.get(name, value) for name, value in zip(NAMES, node.args, strict=True))
+
+
+def _join(gm: fx.GraphModule, effects: Effects, product: fx.Node) -> None:
+    """Let the chain whose output ``product`` multiplies form the product, if there is one and it forms none yet."""
+    vectors = product.meta.pop("lcnn_vectors")
+    y = cast(fx.Node, product.args[0])
+    call = y.args[0] if y.target is operator.getitem and y.args[1] == 0 else None
+    if not isinstance(call, fx.Node) or call.target is not chain or _given(call, "next") is not None:
+        return
+    step = call.next
+    while step is not product:
+        if effects.conflict(step, product):
+            return
+        step = step.next
+    [s] = product.users
+    with torch.no_grad():
+        matrix = add_attribute(gm, call, "next", pack_next(vectors))
+    with gm.graph.inserting_after(call):
+        made = gm.graph.call_function(operator.getitem, (call, 1))
+    made.meta = dict(s.meta)
+    s.replace_all_uses_with(made)
+    gm.graph.erase_node(s)
+    gm.graph.erase_node(product)
+    _set(call, next=matrix, next_channels=vectors.shape[0], keep=bool(y.users))
+    if not y.users:
+        gm.graph.erase_node(y)
+
+
+def _take_bias(gm: fx.GraphModule, call: fx.Node) -> None:
+    """Add the bias of the dense convolution that makes the residual to the chain's own, where they are added at once."""
+    conv, bias = _given(call, "residual"), _given(call, "bias")
+    if not isinstance(conv, fx.Node) or conv.op != "call_function" or conv.target not in CONV2D or _given(call, "residual_last"):
+        return
+    theirs = conv.args[2] if len(conv.args) > 2 else None
+    if len(conv.users) > 1 or not is_get_attr(theirs) or "bias" in conv.kwargs or (bias is not None and not is_get_attr(bias)):
+        return
+    with torch.no_grad():
+        more = pack_bias(attribute(gm, cast(fx.Node, theirs).target).detach())
+        total = more if bias is None else (attribute(gm, bias.target).double() + more.double()).to(more.dtype)
+    _set(call, bias=add_attribute(gm, call, "bias", total))
+    conv.args = (*conv.args[:2], None, *conv.args[3:])

@@ -1,0 +1,53 @@
+"""What chains compile to, for GPUs that are not there: registers, spills, shared memory and the width of global accesses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from emulate import compiling, resources
+from test_values_chain import Case, build
+
+from lcnn_compile.kernels import triton_chain_tune
+from lcnn_compile.kernels.triton_chain import launch_chain
+
+pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
+
+LAYERS = {
+    "64 filters": Case(channels=16, filters=64, next=16, residual=True, size=(56, 56), dtype=torch.float16),
+    "128 filters": Case(channels=32, filters=128, next=32, residual=True, size=(28, 28), dtype=torch.float16),
+    "256 filters": Case(channels=64, filters=256, next=64, residual=True, size=(14, 14), dtype=torch.float16),
+    "512 filters": Case(channels=128, filters=512, next=128, residual=True, size=(7, 7), dtype=torch.float16),
+    "the last": Case(channels=128, filters=512, residual=True, size=(7, 7), dtype=torch.float16),
+    "product": Case(channels=256, filters=64, kernel=(1, 1), padding=(0,) * 4, activation="none", dtype=torch.float16),
+    "float32": Case(channels=32, filters=128, next=32, size=(28, 28)),
+}
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that a program may have."""
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_compiled(name, capability):
+    """The safest configuration of every layer neither spills nor exceeds a multiprocessor, and moves 16 bytes at a time."""
+    case = LAYERS[name]
+    call, _, _ = build(case, "cpu")
+    first = triton_chain_tune.plans(call)[0].first
+    with compiling(capability) as kernels:
+        y = call.empty(case.filters)
+        s = call.empty(case.next) if case.next and case.filters <= 256 else None
+        digits = "ieee" if case.dtype == torch.float16 else "tf32x3"
+        launch_chain(call.x, call.weight, call.window, call.tail, y, s, case.filters, case.size, digits, first)
+    [kernel] = kernels
+    found = resources(kernel)
+    assert found["STACK"] == 0, found
+    assert found["spills"] == 0, found
+    assert found["REG"] * 32 * kernel.metadata.num_warps <= 65536, found
+    assert found["smem"] <= SHARED[capability] * 1024, found
+    assert set(found["async"]) == {16}, found
+    assert found["matrix"], found
+    assert max(found["store"], key=found["store"].get) == 16, found
