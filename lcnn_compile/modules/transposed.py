@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from lcnn_compile.errors import WeightError
 from lcnn_compile.geometry import TransposedGeometry
+from lcnn_compile.kernels.reference import output_format
 from lcnn_compile.modules.conv import LookupConv
 
 
@@ -45,8 +46,11 @@ class LookupConvTranspose(LookupConv):
             self._check(extra, size)
         call = self.call if output_size is None else geometry.call(extra)
         y = geometry.interleave(self._lookup(x, None, call), size, extra)
-        y = y.contiguous() if self.bias is None else y + self.bias[:, None, None]
-        y = y.squeeze(2) if geometry.dimensions == 1 else y
+        y = y.contiguous() if self.bias is None else y + _like_output(self.bias, y)[:, None, None]
+        if geometry.dimensions == 1:
+            y = y.squeeze(2)
+        elif not isinstance(input, fx.Proxy):
+            y = y.contiguous(memory_format=output_format(x))
         return y if batched else y.squeeze(0)
 
     def _check(self, extra: tuple[int, int], size: tuple[int, int]) -> None:
@@ -57,6 +61,12 @@ class LookupConvTranspose(LookupConv):
                 raise WeightError(f"{type(self).__name__}: output_size {least + more} is not possible; {least} to {most} are")
             if axis.length(length, more) <= 0:
                 raise WeightError(f"{type(self).__name__}: input of size {size} is too small for padding {self.padding}")
+
+
+def _like_output(bias: Tensor, y: Tensor) -> Tensor:
+    # A cast where none is needed would stand in every traced graph.
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return bias.to(y.dtype) if autocast else bias
 
 
 class LookupConvTranspose2d(LookupConvTranspose):
