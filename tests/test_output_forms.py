@@ -36,16 +36,15 @@ def test_strides(kind, lowering):
             given = x.contiguous(memory_format=form)
             for gradients in (False, True):
                 with torch.set_grad_enabled(gradients):
-                    assert made(given).stride() == layer(given).stride()
+                    assert strides(made(given)) == strides(layer(given))
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-                assert made(mode.from_tensor(given)).stride() == made_strides(layer, given)
+                fake = made(mode.from_tensor(given))
+            assert fake.stride() == made(given).stride()
 
 
-def made_strides(layer, x):
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        return layer(x).stride()
+def strides(y):
+    """Those that a view depends on: of none of the elements, and of dimensions of one, they mean nothing."""
+    return y.shape, [step for size, step in zip(y.shape, y.stride(), strict=True) if size > 1 and y.numel()]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
