@@ -16,10 +16,10 @@ from lcnn_compile.batches import call_model, conversion_inputs
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.learning import fit_model
-from lcnn_compile.modules import lookup_layer, replace_module
 from lcnn_compile.plan import Plan
 from lcnn_compile.report import Report
 from lcnn_compile.torch_private import module_of
+from lcnn_compile.untouched import untouched
 
 log = logging.getLogger("lcnn_compile")
 Progress = Callable[[str, int, int], None]
@@ -38,7 +38,8 @@ def convert(
     """A copy of ``model`` whose convolutions are lookup convolutions (LCNN, section 3), fitted without labels.
 
     ``model`` itself is not changed. The copy has ``lcnn_report``, one :class:`~lcnn_compile.report.LayerReport` per layer.
-    Convolutions called as functions are replaced where ``torch.fx`` can trace the model; the copy is then a GraphModule.
+    It is of the model's own class, with its hooks, methods and attributes, also where convolutions are called as functions
+    (``F.conv2d(x, self.w)``): such a parameter is then a :class:`~lcnn_compile.modules.FunctionalWeight`, which takes these calls.
 
     Args:
         model: any module, control flow included; of one that ``torch.compile`` wrapped, the module inside. Other wrappers
@@ -71,7 +72,9 @@ def convert(
         distributed=distributed,
     )
     for name, module in result.named_modules():
-        module.training = modes.get(name, model.training)
+        # A new module is in the mode of the one that it hangs in.
+        modes.setdefault(name, modes.get(name.rpartition(".")[0], model.training))
+        module.training = modes[name]
     result.lcnn_report = report  # type: ignore[assignment]
     if not report.replaced:
         reasons = {r.reason for r in report if "linear layers" not in r.reason} or {"the model has no convolution"}
@@ -93,34 +96,28 @@ def convert_in_place(
 ) -> tuple[nn.Module, Report]:
     """Put fitted lookup layers into ``model`` itself, which must be in evaluation mode; see :func:`convert`.
 
-    Its tensors are never changed, only its modules. Returns the model (a GraphModule where convolutions were called as
-    functions) and the report.
+    Its tensors are never changed, only its modules. Returns the model and the report.
     """
     example, batches = conversion_inputs(model, example_inputs, calibration)
     plan = Plan(model, config, example)
-    fitted = fit_model(
-        plan.model,
-        plan.chosen,
-        plan.configs,
-        calibration=batches,
-        call=call_model,
-        target_speedup=config.target_speedup,
-        other=plan.other(config.budget),
-        timer=plan.timer(config.budget),
-        pixels={name: (use.out_pixels, use.in_pixels) for name, use in plan.survey.usage.items()},
-        seed=config.seed,
-        progress=progress,
-        resume=None if resume is None else Path(resume),
-        distributed=distributed,
-    )
+    with untouched(plan.model):
+        fitted = fit_model(
+            plan.model,
+            plan.chosen,
+            plan.configs,
+            calibration=batches,
+            call=call_model,
+            target_speedup=config.target_speedup,
+            other=plan.other(config.budget),
+            timer=plan.timer(config.budget),
+            pixels={name: (use.out_pixels, use.in_pixels) for name, use in plan.survey.usage.items()},
+            seed=config.seed,
+            progress=progress,
+            resume=None if resume is None else Path(resume),
+            distributed=distributed,
+        )
     report = Report(tuple(plan.row(name, fitted.get(name)) for name in plan.names()), title=title)
-    result = plan.model
-    for name, fit in fitted.items():
-        if not fit.reason:
-            layer = plan.chosen[name]
-            settings = plan.configs[name]
-            new = lookup_layer(fit.weight, layer, fit.bias, settings.lowering, settings.precision)
-            result = replace_module(result, layer, new)
+    result = plan.replace(plan.model, fitted)
     log.info("%s\n%s", report.title, report)
     return result, report
 

@@ -15,6 +15,8 @@ from lcnn_compile.torch_private import pre_hooks_of
 QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.")
 """Where PyTorch's quantised layers and those of quantisation-aware training come from."""
 
+DEPTHWISE = "depthwise: one input channel per group leaves nothing to look up"
+
 _OLD_NORMS = {
     "WeightNorm": "weight norm (remove it with torch.nn.utils.remove_weight_norm)",
     "SpectralNorm": "spectral norm (remove it with torch.nn.utils.remove_spectral_norm)",
@@ -53,7 +55,7 @@ def obstacle(layer: nn.Module) -> str:
         return f"its weight has shape {tuple(weight.shape)}, without elements"
     groups: Any = getattr(layer, "groups", 1)
     if groups > 1 and groups == layer.in_channels:
-        return "depthwise: one input channel per group leaves nothing to look up"
+        return DEPTHWISE
     return ""
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
+from lcnn_compile.calls import Called
 from lcnn_compile.config import Budget, LayerConfig, LookupConfig
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.geometry import Layer, geometry_of, kind_of
+from lcnn_compile.intercept import Orders, intercept, replace_layer, settle
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.ops import has_lookup_kernel
 from lcnn_compile.learning import FittedLayer
 from lcnn_compile.learning.costs import Timer
 from lcnn_compile.learning.dictionary import most_vectors
+from lcnn_compile.modules import lookup_layer
 from lcnn_compile.obstacles import too_narrow, weight_of
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport
@@ -27,9 +31,14 @@ class Plan:
     def __init__(self, model: nn.Module, config: LookupConfig, example_inputs: Any):
         self.model = model
         self.survey: Survey = survey(model, example_inputs)
-        self._functions: dict[str, tuple[str, str]] = {}
-        if self.survey.functions or isinstance(model, fx.GraphModule):
+        self.orders: Orders = {}
+        self._left: dict[str, Called] = {}
+        if isinstance(model, fx.GraphModule):
             self._lift(example_inputs)
+        elif self.survey.calls:
+            found = intercept(model, self.survey, lambda: survey(model, example_inputs))
+            self.survey, self.orders = found.survey, found.orders
+            self._left = _named(found.left, self.survey.layers)
         check_rules(config, self.survey.layers)
         ruled = select(config, self.survey.layers)
         self.configs: dict[str, LayerConfig] = {}
@@ -44,20 +53,27 @@ class Plan:
                 self.configs[name] = settings
 
     def _lift(self, example_inputs: Any) -> None:
-        """Make modules of convolutions that are called as functions, where the model can be traced."""
+        """Make modules of the convolutions that a graph calls as functions."""
         try:
-            lifted = self.model if isinstance(self.model, fx.GraphModule) else fx.symbolic_trace(self.model)
-            lifted = lift_functional_convolutions(lifted)
-            self.survey, before = survey(lifted, example_inputs), self.survey
-            self.model = lifted
-            left = self.survey.functions if example_inputs is not None else {}
+            self.model = lift_functional_convolutions(self.model)  # type: ignore[arg-type]
+            self.survey = survey(self.model, example_inputs)
             why = "called as a function on a weight or geometry that is computed, or of a kind that has no lookup form"
         except Exception as error:
-            # Tracing runs the user's code on proxies, which may raise anything; module calls can still be replaced.
-            left, before = self.survey.functions, self.survey
+            # A graph may hold anything; module calls can still be replaced.
             first = (str(error).splitlines() or [""])[0]
-            why = f"called as a function in code that torch.fx cannot trace ({type(error).__name__}: {first})"
-        self._functions = {name: (function, why) for name, function in left.items() if name in before.functions}
+            why = f"called as a function in a graph that cannot be changed ({type(error).__name__}: {first})"
+        for call in self.survey.calls:
+            call.reason = call.reason or why
+        self._left = _named(self.survey.calls, self.survey.layers)
+
+    def replace(self, model: nn.Module, fitted: Mapping[str, FittedLayer]) -> nn.Module:
+        """``model``, which is the plan's or a copy of it, with the fitted layers in place."""
+        layers = {name: model.get_submodule(name) for name, fit in fitted.items() if not fit.reason}
+        for name, layer in layers.items():
+            fit, settings = fitted[name], self.configs[name]
+            new = lookup_layer(fit.weight, layer, fit.bias, settings.lowering, settings.precision)
+            model = replace_layer(model, layer, new)
+        return settle(model, self.orders)
 
     @property
     def chosen(self) -> dict[str, Layer]:
@@ -66,13 +82,13 @@ class Plan:
 
     def names(self) -> list[str]:
         """Rows of the report: layers, then convolutions called as functions that stay so."""
-        return [*self.survey.layers, *self._functions]
+        return [*self.survey.layers, *self._left]
 
     def other(self, budget: Budget) -> float:
         """Multiply-adds per sample, or seconds where they can be measured, of the layers that are not chosen."""
         others = {name: use for name, use in self.survey.usage.items() if name not in self.configs}
         if budget == "macs":
-            return sum(use.macs for use in others.values())
+            return sum(use.macs for use in others.values()) + sum(call.macs for call in self._left.values())
         kinds = [name for name in others if kind_of(self.survey.layers[name]) is not None and not self.survey.reasons[name]]
         return sum(self.seconds(name, 0, 0, 1) for name in kinds)
 
@@ -104,9 +120,9 @@ class Plan:
 
     def row(self, name: str, fit: FittedLayer | None) -> LayerReport:
         """The report's row for a layer: as fitted, or as it would be."""
-        if name in self._functions:
-            kind, why = self._functions[name]
-            return LayerReport(name, kind, False, reason=why)
+        if name in self._left:
+            call = self._left[name]
+            return LayerReport(name, call.function, False, reason=call.reason, macs_before=call.macs, macs_after=call.macs)
         layer, use = self.survey.layers[name], self.survey.usage.get(name)
         kind, macs = type(layer).__name__, None if use is None else use.macs
         size = _dense_bytes(layer)
@@ -199,6 +215,18 @@ class Plan:
             dtype=layer.weight.dtype,
             precision=choose.known_precision(wanted, layer.weight.device.type, layer.weight.dtype),
         )
+
+
+def _named(calls: Sequence[Called], layers: Mapping[str, Any]) -> dict[str, Called]:
+    """A name for each row of the report: where the call is and its function, numbered where that is not enough."""
+    found: dict[str, Called] = {}
+    for call in calls:
+        name = base = f"{call.where}.{call.function}" if call.where else call.function
+        number = 1
+        while name in found or name in layers:
+            name, number = f"{base}_{number}", number + 1
+        found[name] = call
+    return found
 
 
 def _dense_bytes(layer: nn.Module) -> int:

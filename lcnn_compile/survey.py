@@ -9,21 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lcnn_compile.batches import call_model
+from lcnn_compile.calls import Called, CallWatch
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.geometry import geometry_of, kind_of
-from lcnn_compile.modules import LookupModule
+from lcnn_compile.modules import FunctionalWeight, LookupModule
 from lcnn_compile.obstacles import is_quantised, obstacle, weight_of
+from lcnn_compile.untouched import untouched
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTION_FUNCTIONS = {
-    getattr(F, name): name for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-}
-
 
 @dataclass
 class Usage:
@@ -50,13 +46,17 @@ class Survey:
         layers: convolutions and linear layers by qualified name.
         reasons: why a layer cannot be replaced; "" where it can.
         usage: how the layers ran on the example inputs; empty without any.
-        functions: convolutions called as functions: name of the weight (or of the function) -> name of the function.
+        calls: convolutions called as functions on the example inputs.
+        only_bias: the bias that a call alone reads, if it has one; see :meth:`~lcnn_compile.calls.CallWatch.only_bias`.
+        outputs: what the model returned.
     """
 
     layers: dict[str, nn.Module]
     reasons: dict[str, str]
     usage: dict[str, Usage] = field(default_factory=dict)
-    functions: dict[str, str] = field(default_factory=dict)
+    calls: list[Called] = field(default_factory=list)
+    only_bias: Callable[[Called], nn.Parameter | None] = lambda call: None
+    outputs: Any = None
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -73,25 +73,10 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
             inside.append(f"{name}.")
             found[name] = module
         elif isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-            found[name] = module
+            # The layer of a FunctionalWeight stands for a module that only keeps that weight.
+            if not isinstance(getattr(module, "weight", None), FunctionalWeight):
+                found[name] = module
     return found
-
-
-class _FunctionWatch(TorchFunctionMode):
-    """Records convolutions that are called as functions, outside the known layers."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self.found: dict[str, str] = {}
-        self.inside = 0
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in CONVOLUTION_FUNCTIONS and not self.inside:
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            self.found[self._names.get(id(weight), func.__name__)] = CONVOLUTION_FUNCTIONS[func]
-        return func(*args, **kwargs)
 
 
 def _usage(layer: Any, input: Tensor, output: Tensor) -> Usage:
@@ -117,17 +102,12 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
     """
     layers = find_layers(model)
     usage: dict[str, Usage] = {}
-    functions: dict[str, str] = {}
+    watch = CallWatch(model, layers)
+    outputs: Any = None
     if batch is not None:
         names = {id(layer): name for name, layer in layers.items()}
 
-        watch = _FunctionWatch(model)
-
-        def enter(layer: nn.Module, args: Any) -> None:
-            watch.inside += 1
-
         def record(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            watch.inside -= 1
             input = args[0] if args else kwargs.get("input")
             if isinstance(input, Tensor) and isinstance(output, Tensor):
                 seen, new = usage.setdefault(names[id(layer)], Usage()), _usage(layer, input, output)
@@ -137,16 +117,16 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
                 seen.size = new.size
 
         with ExitStack() as stack:
+            stack.enter_context(untouched(model))
             for layer in layers.values():
-                stack.callback(layer.register_forward_pre_hook(enter).remove)
                 stack.callback(layer.register_forward_hook(record, with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())
-            stack.enter_context(watch)
+            stack.enter_context(watch.watching())
             try:
-                call_model(model, batch)
+                outputs = call_model(model, batch)
             except Exception as error:
                 raise ConversionError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
-        functions = watch.found
         order = [*usage, *(name for name in layers if name not in usage)]
         layers = {name: layers[name] for name in order}
-    return Survey(layers, {name: obstacle(layer) for name, layer in layers.items()}, usage, functions)
+    reasons = {name: obstacle(layer) for name, layer in layers.items()}
+    return Survey(layers, reasons, usage, watch.calls(), watch.only_bias, outputs)

@@ -56,6 +56,7 @@ __all__ = [
     "pytree",
     "sizes_apart",
     "tensor_names",
+    "tensors_of",
     "version",
     "without_autocast",
     "without_compilers",
@@ -192,6 +193,11 @@ def dynamo_signals() -> tuple[type[BaseException], ...]:
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The dictionary of a module's children, as it is kept: names may share a module, and writing to it replaces."""
     return module._modules
+
+
+def tensors_of(module: nn.Module) -> tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]:
+    """The dictionaries of a module's own parameters and buffers, as they are kept: writing to them replaces."""
+    return module._parameters, module._buffers
 
 
 def tensor_names(module: nn.Module) -> set[str]:

@@ -121,15 +121,7 @@ def sweep(
 
 def _assemble(plan: Plan, fitted: Mapping[str, FittedLayer]) -> nn.Module:
     """A copy of the plan's model with the fitted layers in place."""
-    from lcnn_compile.modules import lookup_layer, replace_module
-
-    result = copy.deepcopy(plan.model)
-    layers = {name: result.get_submodule(name) for name, fit in fitted.items() if not fit.reason}
-    for name, layer in layers.items():
-        fit, settings = fitted[name], plan.configs[name]
-        new = lookup_layer(fit.weight, layer, fit.bias, settings.lowering, settings.precision)
-        result = replace_module(result, layer, new)
-    return result
+    return plan.replace(copy.deepcopy(plan.model), fitted)
 
 
 def _first_images(batches: Sequence[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from lcnn_compile.modules.base import FACTORS, LookupModule, random_weight
 from lcnn_compile.modules.conv import LookupConv, LookupConv1d, LookupConv2d, LookupConv3d
+from lcnn_compile.modules.functional import FunctionalWeight
 from lcnn_compile.modules.linear import LookupLinear
 from lcnn_compile.modules.swap import LOOKUP_KINDS, dense_layer, lookup_layer, lookup_modules, replace_module
 from lcnn_compile.modules.transposed import LookupConvTranspose, LookupConvTranspose1d, LookupConvTranspose2d
@@ -9,6 +10,7 @@ from lcnn_compile.modules.transposed import LookupConvTranspose, LookupConvTrans
 __all__ = [
     "FACTORS",
     "LOOKUP_KINDS",
+    "FunctionalWeight",
     "LookupConv",
     "LookupConv1d",
     "LookupConv2d",
