@@ -19,11 +19,13 @@ from torch import Tensor, fx, nn
 
 from lcnn_compile.errors import CheckpointError, LcnnError
 from lcnn_compile.geometry import kind_of
+from lcnn_compile.intercept import replace_layer
 from lcnn_compile.lookup import LookupWeight
-from lcnn_compile.modules import FACTORS, LookupModule, dense_layer, lookup_layer, lookup_modules, replace_module
+from lcnn_compile.modules import FACTORS, LookupModule, dense_layer, lookup_layer, lookup_modules
 from lcnn_compile.modules.tables import CHECKSUM, TABLES
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport, Report
+from lcnn_compile.saved_calls import Calls, adapt_lifted, are_calls, describe_calls, put_calls
 from lcnn_compile.stored import DTYPES, from_stored, to_stored
 from lcnn_compile.torch_private import BatchNorm, module_of
 
@@ -42,12 +44,14 @@ class Header:
         aliases: state-dict key -> the key under which the same tensor is stored.
         report: the rows of ``lcnn_report``, empty if the model had none.
         shapes: stored tensor -> its shape.
+        calls: the parameters that convolutions called as functions look up.
     """
 
     layers: dict[str, dict[str, Any]]
     aliases: dict[str, str]
     report: list[dict[str, Any]]
     shapes: dict[str, list[int]]
+    calls: Calls
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -84,7 +88,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     rows = report.to_dict()["layers"] if isinstance(report, Report) else []
     for row in rows:
         del row["precision"]  # stands with the layers: versions that do not know it read the report all the same
-    described = {"format": FORMAT, "layers": layers, "aliases": aliases, "report": rows, **({"forms": forms} if forms else {})}
+    described: dict[str, Any] = {"format": FORMAT, "layers": layers, "aliases": aliases, "report": rows}
+    described |= {name: value for name, value in (("forms", forms), ("calls", describe_calls(model))) if value}
     body = json.dumps(described, sort_keys=True)
     metadata = {"lcnn": body, "digest": _digest(body, tensors)}
     target = Path(path)
@@ -115,15 +120,21 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     header, tensors = _read(Path(path))
     result = copy.deepcopy(module_of(model))
-    missing = [name for name in header.layers if not _has(result, name)]
-    if missing:
-        result = _lifted(result, missing)
     state = {**tensors, **{key: _stored(tensors, key, source) for key, source in header.aliases.items()}}
     for key in _weights(result) & set(state):
         _check_finite(key, state[key])
-    for name, settings in header.layers.items():
+    layers = header.layers
+    put_calls(result, header.calls)
+    if missing := [name for name in layers if not _has(result, name)]:
+        if isinstance(result, fx.GraphModule):
+            result = lift_functional_convolutions(result)
+        else:
+            layers, state = adapt_lifted(result, missing, layers, state)
+    if missing := [name for name in layers if not _has(result, name)]:
+        raise CheckpointError(f"the model has no layers {missing}, which the file replaces")
+    for name, settings in layers.items():
         new = _module(result.get_submodule(name), name, settings, state)
-        result = replace_module(result, result.get_submodule(name), new)
+        result = replace_layer(result, result.get_submodule(name), new)
     _load_state(result, state)
     result.lcnn_report = Report(tuple(_row(row) for row in header.report), title=f"lcnn: {type(model).__name__}")
     return result
@@ -172,6 +183,9 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     refusal = CheckpointError(f"{path} has a header that does not describe lookup layers")
     if not isinstance(layers, dict) or not isinstance(aliases, dict) or not isinstance(report, list):
         raise refusal
+    calls = values.get("calls", {})
+    if not are_calls(calls):
+        raise refusal
     if not all(_layer_ok(v) for v in layers.values()) or not all(isinstance(v, str) for v in aliases.values()):
         raise refusal
     for row in report:
@@ -183,7 +197,7 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     tensors |= {key: from_stored(key, tensors[key], form) for key, form in forms.items()}
     for key in _factor_keys(layers) & set(tensors):
         _check_finite(key, tensors[key])
-    return Header(layers, aliases, report, {key: list(value.shape) for key, value in tensors.items()}), tensors
+    return Header(layers, aliases, report, {key: list(value.shape) for key, value in tensors.items()}, calls), tensors
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
@@ -266,19 +280,6 @@ def _has(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _lifted(model: nn.Module, missing: list[str]) -> nn.Module:
-    """The model with its functional convolutions as modules, for files of models that were converted that way."""
-    try:
-        lifted = lift_functional_convolutions(model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model))
-    except Exception as error:
-        # Tracing runs the user's code on proxies, which may raise anything.
-        raise CheckpointError(f"the model has no layers {missing}, nor can torch.fx trace it: {error}") from error
-    still = [name for name in missing if not _has(lifted, name)]
-    if still:
-        raise CheckpointError(f"the model has no layers {still}, which the file replaces")
-    return lifted
 
 
 def _module(old: nn.Module, name: str, settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> LookupModule:

@@ -167,7 +167,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
     return torch.allclose(x, y, rtol=1e-3, atol=1e-3 * size if size < float("inf") else 0.0, equal_nan=True)
 
 
-def bias_names(model: nn.Module) -> Mapping[int, str]:
+def outer_names(model: nn.Module) -> Mapping[int, str]:
     """Qualified names of the parameters of ``model`` outside of any FunctionalWeight, by identity."""
     inside = {id(m) for weight in model.modules() if isinstance(weight, FunctionalWeight) for m in weight.modules()}
     found: dict[int, str] = {}

@@ -157,19 +157,22 @@ class FunctionalWeight(nn.Module):
         """A tensor of the device and dtype of the weight, without forming it."""
         return next(self.parameters())
 
+    def layer_of(self, settings: Settings, bias: Any) -> str | None:
+        """The name of the layer that takes a call with these settings and this bias; None where no layer does."""
+        for name, known in self.calls.items():
+            if known == settings:
+                layer: Any = getattr(self, name)
+                return name if name not in self.biased or bias is layer.bias else None
+        return None
+
     def convolve(self, function: Callable[..., Any], found: Mapping[str, Any]) -> Tensor | None:
         """What the layer that takes this call returns; None where no layer does."""
-        settings = settings_of(FUNCTIONS[function], found)
-        bias = found["bias"]
-        for name, known in self.calls.items():
-            if known != settings:
-                continue
-            layer: Any = getattr(self, name)
-            if name in self.biased:
-                return layer(found["input"]) if bias is layer.bias else None
-            y: Tensor = layer(found["input"])
-            return y if bias is None else y + bias.reshape(-1, *(1 for _ in settings.stride))
-        return None
+        settings, bias = settings_of(FUNCTIONS[function], found), found["bias"]
+        name = self.layer_of(settings, bias)
+        if name is None:
+            return None
+        y: Tensor = getattr(self, name)(found["input"])
+        return y if bias is None or name in self.biased else y + bias.reshape(-1, *(1 for _ in settings.stride))
 
     @classmethod
     def __torch_function__(

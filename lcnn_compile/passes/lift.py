@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lcnn_compile.geometry import kind_of
+from lcnn_compile.modules import FunctionalWeight
+from lcnn_compile.modules.functional import has_module, make_conv, settings_of
 from lcnn_compile.passes.effects import mark_written
 from lcnn_compile.passes.targets import CONVOLUTION, attribute, bound, convolution_of, is_get_attr, shape_of
 from lcnn_compile.torch_private import children_of, tensor_names
 
-_KINDS: dict[str, Any] = {
-    "conv1d": nn.Conv1d,
-    "conv2d": nn.Conv2d,
-    "conv3d": nn.Conv3d,
-    "conv_transpose1d": nn.ConvTranspose1d,
-    "conv_transpose2d": nn.ConvTranspose2d,
-}
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _GENERAL = (*_PLAIN[:6], "transposed", "output_padding", "groups")
@@ -44,35 +39,11 @@ def _convolution(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
         function = f"conv{'_transpose' if values['transposed'] else ''}{dimensions}d"
     shape = shape_of(found["input"])
     # A traced graph is for batches.
-    return {**found, "function": function} if function in _KINDS and (shape is None or len(shape) == dimensions + 2) else None
+    return {**found, "function": function} if has_module(function) and (shape is None or len(shape) == dimensions + 2) else None
 
 
 def _flat(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def make_conv(function: str, weight: Tensor, bias: Tensor | None, **settings: Any) -> nn.Module:
-    """The module of the convolution ``function``, which shares ``weight`` and ``bias``; parameters stay parameters.
-
-    ``settings`` are the function's own: stride, padding, output_padding, dilation, groups.
-    """
-    transposed, dimensions = function.startswith("conv_transpose"), weight.dim() - 2
-    groups = settings["groups"]
-    first, second = weight.shape[:2]
-    channels = (first, second * groups) if transposed else (second * groups, first)
-    if not transposed:
-        settings.pop("output_padding", None)
-    sized = {key: _sized(value, dimensions) for key, value in settings.items() if key != "groups"}
-    conv = _KINDS[function](*channels, tuple(weight.shape[2:]), **sized, groups=groups, bias=bias is not None, device="meta")
-    conv.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, weight.requires_grad)
-    if bias is not None:
-        conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
-    return conv
-
-
-def _sized(value: Any, dimensions: int) -> Any:
-    values = _flat(value)
-    return value if isinstance(value, str) else tuple(values * dimensions if len(values) == 1 else values)
 
 
 def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
@@ -80,7 +51,8 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
 
     It is named as the owner of its weight where that is a bare container, else after the weight and the function, as in
     "kernel_conv2d". The graph is changed in place and returned. Two calls with the same weight and geometry share one
-    module. Convolutions whose weight or geometry is computed in the graph are left as they are.
+    module. Convolutions whose weight or geometry is computed in the graph are left as they are. Calls on a
+    :class:`~lcnn_compile.modules.FunctionalWeight` become calls of its layers.
     """
     mark_written(gm)
     made: dict[tuple[Any, ...], str] = {}
@@ -90,6 +62,12 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         weight, bias = str(found["weight"].target), None if found["bias"] is None else str(found["bias"].target)
         key = (found["function"], weight, bias, *(str(found[name]) for name in _SETTINGS))
+        taken = attribute(gm, weight)
+        if isinstance(taken, FunctionalWeight):
+            layer = taken.layer_of(settings_of(found["function"], found), None if bias is None else attribute(gm, bias))
+            if layer is None or (bias is not None and layer not in taken.biased):
+                continue
+            made[key] = f"{weight}.{layer}"
         if key not in made:
             made[key] = _name(gm, found["function"], weight, bias)
             tensors = attribute(gm, weight), None if bias is None else attribute(gm, bias)
