@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -126,6 +127,8 @@ class CallWatch(TorchFunctionMode):
         name, parameter = self._parameters.get(id(weight), (self._buffers.get(id(weight), module), None))
         settings = settings_of(function, found)
         reason = _reason(settings, weight, parameter, id(weight) in self._buffers)
+        if parameter is not None and not reason and _in_autograd_function():
+            reason = f"{function} is called by a torch.autograd.Function, which may save its weight for the backward pass"
         if reason and parameter is not None:
             self._reads.setdefault(id(weight), set()).add(function)
         key = (function, name, reason) if reason else (id(weight), settings)
@@ -158,6 +161,17 @@ class CallWatch(TorchFunctionMode):
             return None
         elsewhere = any(other is not call and any(b is bias for b in other.biases) for other in self._calls.values())
         return None if elsewhere else self._parameters[id(bias)][1]
+
+
+def _in_autograd_function() -> bool:
+    """Whether this runs inside of ``apply`` of a torch.autograd.Function."""
+    wanted = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is wanted:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _reason(settings: Settings, weight: Any, parameter: nn.Parameter | None, buffer: bool) -> str:

@@ -123,19 +123,21 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     state = {**tensors, **{key: _stored(tensors, key, source) for key, source in header.aliases.items()}}
     for key in _weights(result) & set(state):
         _check_finite(key, state[key])
-    layers = header.layers
+    layers, adapted = header.layers, False
     put_calls(result, header.calls)
     if missing := [name for name in layers if not _has(result, name)]:
         if isinstance(result, fx.GraphModule):
             result = lift_functional_convolutions(result)
         else:
             layers, state = adapt_lifted(result, missing, layers, state)
+            adapted = True
     if missing := [name for name in layers if not _has(result, name)]:
         raise CheckpointError(f"the model has no layers {missing}, which the file replaces")
     for name, settings in layers.items():
         new = _module(result.get_submodule(name), name, settings, state)
         result = replace_layer(result, result.get_submodule(name), new)
-    _load_state(result, state)
+    # Version 0.1 dropped what a traced graph does not read.
+    _load_state(result, {**result.state_dict(), **state} if adapted else state)
     result.lcnn_report = Report(tuple(_row(row) for row in header.report), title=f"lcnn: {type(model).__name__}")
     return result
 
@@ -183,7 +185,7 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     refusal = CheckpointError(f"{path} has a header that does not describe lookup layers")
     if not isinstance(layers, dict) or not isinstance(aliases, dict) or not isinstance(report, list):
         raise refusal
-    calls = values.get("calls", {})
+    calls = values.get("calls", [])
     if not are_calls(calls):
         raise refusal
     if not all(_layer_ok(v) for v in layers.values()) or not all(isinstance(v, str) for v in aliases.values()):

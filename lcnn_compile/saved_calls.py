@@ -16,8 +16,8 @@ from lcnn_compile.modules.functional import FUNCTIONS, Settings, has_module, mak
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.torch_private import children_of, tensors_of
 
-Calls = dict[str, dict[str, dict[str, Any]]]
-"""Qualified name of a FunctionalWeight -> name of a layer in it -> settings of the calls that it takes, and their bias."""
+Calls = list[tuple[str, dict[str, dict[str, Any]]]]
+"""Qualified name of a FunctionalWeight, and for each layer in it by name the settings of its calls, and their bias."""
 
 _CHILD = re.compile(r"conv(_transpose)?[123]d(_[0-9]{1,6})?")
 _NUMBERS = ("stride", "padding", "output_padding", "dilation")
@@ -28,22 +28,22 @@ def describe_calls(model: nn.Module) -> Calls:
     names, found = outer_names(model), Calls()
     for path, weight in model.named_modules():
         if isinstance(weight, FunctionalWeight):
-            found[path] = {
-                name: {
-                    **settings._asdict(),
-                    "biased": name in weight.biased,
-                    "bias": names.get(id(weight.get_submodule(name).bias)) if name in weight.biased else None,
-                }
-                for name, settings in weight.calls.items()
-            }
+            layers = {}
+            for name, settings in weight.calls.items():
+                biased = name in weight.biased
+                bias = names.get(id(weight.get_submodule(name).bias)) if biased else None
+                layers[name] = {**settings._asdict(), "biased": biased, "bias": bias}
+            found.append((path, layers))
     return found
 
 
 def are_calls(value: object) -> bool:
     """Whether ``value``, of a file, has the form that :func:`describe_calls` gives."""
-    if not isinstance(value, dict):
+    if not isinstance(value, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in value):
         return False
-    return all(isinstance(c, dict) and c and all(_CHILD.fullmatch(n) and _is_call(v) for n, v in c.items()) for c in value.values())
+    if not all(isinstance(path, str) and isinstance(layers, dict) and layers for path, layers in value):
+        return False
+    return all(_CHILD.fullmatch(name) and _is_call(told) for _, layers in value for name, told in layers.items())
 
 
 def _is_call(value: object) -> bool:
@@ -71,7 +71,7 @@ def put_calls(model: nn.Module, calls: Calls) -> None:
     Raises:
         CheckpointError: for a parameter that the model does not have, or that settings do not fit.
     """
-    for path, layers in calls.items():
+    for path, layers in calls:
         owner, _, name = path.rpartition(".")
         parameter = _parameter(model, owner, name)
         weight = FunctionalWeight(parameter.shape)
@@ -93,7 +93,7 @@ def put_calls(model: nn.Module, calls: Calls) -> None:
 
 
 def _settings(told: Mapping[str, Any]) -> Settings:
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in Settings._fields})
+    return Settings._make(tuple(value) if isinstance(value := told[name], list) else value for name in Settings._fields)
 
 
 def _parameter(model: nn.Module, owner: str, name: str) -> nn.Parameter:
@@ -136,7 +136,8 @@ def adapt_lifted(
     strange = [name for name, conv in convolutions.items() if id(getattr(conv, "weight", None)) not in names]
     if strange:
         raise CheckpointError(f"the model has no layers {strange}, which the file replaces")
-    calls, renamed = Calls(), {}
+    calls: dict[str, dict[str, Any]] = {}
+    renamed: dict[str, str] = {}
     biases = [id(conv.bias) for conv in convolutions.values()]
     state = dict(state)
     for name, conv in convolutions.items():
@@ -151,21 +152,17 @@ def adapt_lifted(
         kept = calls.setdefault(names[id(conv.weight)], {})
         child = function if function not in kept else f"{function}_{sum(c.startswith(function) for c in kept)}"
         kept[child] = told
-        renamed[name] = new = f"{names[id(conv.weight)]}.{child}"
+        renamed[name] = f"{names[id(conv.weight)]}.{child}"
         if told["biased"]:
             state[bias] = state[f"{name}.bias"]
         elif bias is not None and f"{name}.bias" in state:
             # The calls add a bias that others read too, so the layer keeps the difference.
             own = state.get(bias, dict(model.named_parameters())[bias].detach())
             state[f"{name}.bias"] = state[f"{name}.bias"] - own.to(state[f"{name}.bias"])
-    put_calls(model, calls)
+    put_calls(model, list(calls.items()))
 
     def rename(key: str) -> str:
         owner, _, last = key.rpartition(".")
         return f"{renamed[owner]}.{last}" if owner in renamed else key
 
-    complete = {key: value.detach() for key, value in model.state_dict().items()}
-    # Tracing had dropped what the graph does not read.
-    replaced = {f"{new}.weight" for new in renamed.values()}
-    complete = {key: value for key, value in complete.items() if key not in replaced}
-    return {renamed.get(name, name): told for name, told in layers.items()}, complete | {rename(k): v for k, v in state.items()}
+    return {renamed.get(name, name): told for name, told in layers.items()}, {rename(k): v for k, v in state.items()}

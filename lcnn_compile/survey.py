@@ -21,6 +21,7 @@ from lcnn_compile.untouched import untouched
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+
 @dataclass
 class Usage:
     """How a layer runs in one call of the model, per sample.
@@ -72,10 +73,10 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         elif is_quantised(module):
             inside.append(f"{name}.")
             found[name] = module
+        elif isinstance(getattr(module, "weight", None), FunctionalWeight):
+            continue  # It only keeps a weight; the layers in that stand for it.
         elif isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-            # The layer of a FunctionalWeight stands for a module that only keeps that weight.
-            if not isinstance(getattr(module, "weight", None), FunctionalWeight):
-                found[name] = module
+            found[name] = module
     return found
 
 

@@ -196,7 +196,12 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def tensors_of(module: nn.Module) -> tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]:
-    """The dictionaries of a module's own parameters and buffers, as they are kept: writing to them replaces."""
+    """The dictionaries of a module's own parameters and buffers, as they are kept: writing to them replaces.
+
+    Those of a scripted module, which keeps them elsewhere, are copies.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return dict(module.named_parameters(recurse=False)), dict(module.named_buffers(recurse=False))
     return module._parameters, module._buffers
 
 

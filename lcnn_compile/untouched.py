@@ -26,12 +26,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Tensors keep their identity. Lazy layers stay as their first run has made them. What a model changes inside of objects of
     its own is not seen.
     """
-    restore = [_tensors(model), *(_attributes(module) for module in model.modules()), _random_numbers()]
+    restore = [_tensors(model), *map(_attributes, _python_modules(model)), _random_numbers()]
     try:
         yield
     finally:
         for step in restore:
             step()
+
+
+def _python_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` that keep their attributes in Python."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def _tensors(model: nn.Module) -> Callable[[], None]:
@@ -66,7 +71,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _attributes(module: nn.Module) -> Callable[[], None]:
-    tensors = [(kept, dict(kept)) for kept in tensors_of(module)]
+    tensors: list[tuple[Any, dict[str, Any]]] = [(kept, dict(kept)) for kept in tensors_of(module)]
     lazy = any(nn.parameter.is_lazy(tensor) for kept, _ in tensors for tensor in kept.values())
     plain = {name: value for name, value in vars(module).items() if name not in _MACHINERY}
     contents = {name: copy.copy(value) for name, value in plain.items() if type(value) in _CONTAINERS}

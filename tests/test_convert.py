@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from nets import Functional, SmallResNet, Untraceable, pictures, randomise
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 
 from lcnn_compile import LcnnError, LcnnWarning, LookupConfig, LookupConv2d, LookupLinear, convert, explain
@@ -69,21 +69,6 @@ def test_the_better_size_has_the_smaller_error():
     ]
     assert rows[0].error > rows[1].error > rows[2].error
     assert rows[2].error < 1e-9
-
-
-def test_functional_convolutions_become_modules():
-    converted = convert(Functional().eval(), SMALL, calibration=calibration())
-    assert isinstance(converted, fx.GraphModule)
-    assert sum(isinstance(m, LookupConv2d) for m in converted.modules()) == 3
-
-
-def test_functional_convolutions_that_cannot_be_traced_are_listed():
-    class Net(Functional):
-        def forward(self, x):
-            return super().forward(x) if x.sum() > -1e30 else x
-
-    report = convert(Net().eval(), SMALL, calibration=calibration(), example_inputs=pictures(1)).lcnn_report
-    assert "torch.fx cannot trace" in report["kernel"].reason
 
 
 def test_convolutions_that_are_left_say_why():

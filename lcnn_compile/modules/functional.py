@@ -31,8 +31,25 @@ _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding",
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
 
 OF_ANY = frozenset(
-    ("is_floating_point", "is_complex", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "layout", "element_size")
-    + ("itemsize", "get_device", "requires_grad", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+    [
+        "is_floating_point",
+        "is_complex",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "layout",
+        "element_size",
+        "itemsize",
+        "get_device",
+        "requires_grad",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_tensor",
+    ]
 )
 """What a tensor of the same dtype on the same device answers alike."""
 OF_SHAPE = frozenset(("numel", "nelement", "stride", "is_contiguous", "ndimension"))
@@ -233,7 +250,7 @@ class FunctionalWeight(nn.Module):
                 return self.dense().to(*args, **kwargs)
         return self
 
-    def type(self, dtype: Any = None, **kwargs: Any) -> Any:
+    def type(self, dtype: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As ``Tensor.type``."""
         return self.dense().type(dtype, **kwargs)
 
