@@ -5,23 +5,26 @@ Registered through the entry-point group ``torch_dynamo_backends`` alone, so imp
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from lcnn_compile.calibrating import Calibrating
 from lcnn_compile.config import LookupConfig
-from lcnn_compile.errors import ConfigError, LcnnError, LcnnWarning
+from lcnn_compile.errors import ConfigError, LcnnError
+from lcnn_compile.geometry import kind_of
 from lcnn_compile.graphs import bind_weights, weight_placeholders
-from lcnn_compile.passes import find_convolutions, set_precision
-from lcnn_compile.runtime import Calibrating, Lowered
+from lcnn_compile.guard import attempt, once
+from lcnn_compile.passes import find_convolutions, lift_functional_convolutions, set_precision
+from lcnn_compile.runtime import Captured, Lowered
+from lcnn_compile.symbols import settle_numbers
 from lcnn_compile.torch_private import compile_with_inductor, dynamo_signals, inductor_modes
+from lcnn_compile.unlifted import unlifted
 
 MAX_ERROR = 0.05
-_warned: set[str] = set()
 
 
 def parse_options(options: Mapping[str, Any] | None) -> tuple[LookupConfig, int]:
@@ -84,32 +87,39 @@ def lcnn(
         except Exception as error:
             # Inductor, or the compiler behind it, may fail in any way; the graph itself computes the same.
             reason = str(error).strip().split("\n")[0][:200]
-            _once(
-                "inductor", f"Inductor cannot compile a graph of lcnn's, which runs uncompiled: {type(error).__name__}: {reason}"
-            )
+            once(f"Inductor cannot compile a graph of lcnn's, which runs uncompiled: {type(error).__name__}: {reason}")
             return graph
         return compiled
 
-    places = weight_placeholders(gm, example_inputs)
-    bound = bind_weights(gm, example_inputs, places)
-    found = find_convolutions(bound)
-    dense = [c for c in found if not c.lookup and c.name != c.node.name]
-    training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
-    if training:
-        if dense and len(dense) == len(found):
-            _once(
-                "training",
-                f"lcnn left {len(dense)} dense convolutions dense: their weights need gradients. To train lookup convolutions, "
-                "convert the model first (lcnn_compile.convert); for inference call it under torch.no_grad().",
-            )
+    def lower() -> Callable[..., Any]:
+        graph = settle_numbers(gm)
+        names = weight_placeholders(graph, example_inputs)
+        bound = bind_weights(graph, example_inputs, names)
+        found = find_convolutions(bound)
+        lookups = [convolution for convolution in found if convolution.lookup]
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
+            if found and not lookups:
+                once(
+                    f"lcnn left {len(found)} dense convolutions dense: their weights need gradients. To train lookup convolutions, "
+                    "convert the model first (lcnn_compile.convert); for inference call it under torch.no_grad()."
+                )
+            return compile_graph(gm, example_inputs)
+        captured = Captured.of(graph, example_inputs, names, compile_graph)
+        if lookups:
+            transform = None if config.precision == "float32" else partial(set_precision, precision=config.precision)
+            return Lowered(captured, example_inputs, transform=transform)
+        lift_functional_convolutions(bound)
+        if any(kind_of(module) not in (None, nn.Linear) for module in bound.modules()):
+            return Calibrating(captured, example_inputs, config, batches)
+        left = unlifted(bound)
+        if left:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
+            once(f"lcnn replaced nothing in a compiled graph: {reasons}")
+        else:
+            once("lcnn replaced nothing: a compiled graph has no convolution; Inductor compiles it as it is.")
         return compile_graph(gm, example_inputs)
-    if not found:
-        _once("nothing", "lcnn replaced nothing: a compiled graph has no convolution; Inductor compiles it as it is.")
-        return compile_graph(gm, example_inputs)
-    if len(dense) == len(found):
-        return Calibrating(gm, example_inputs, places, config, batches, compile_graph)
-    transform = None if config.precision == "float32" else partial(set_precision, precision=config.precision)
-    return Lowered(gm, example_inputs, places, compile_graph, transform)
+
+    return attempt(lower, lambda: compile_graph(gm, example_inputs), "leaves a graph to Inductor as it was")
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:
@@ -119,9 +129,3 @@ def _mode_options(mode: str | None) -> dict[str, Any]:
     if mode not in known:
         raise ConfigError(f"mode is {mode!r}; allowed are {sorted(known)}")
     return dict(known[mode])
-
-
-def _once(key: str, message: str) -> None:
-    if key not in _warned:
-        _warned.add(key)
-        warnings.warn(message, LcnnWarning, stacklevel=2)

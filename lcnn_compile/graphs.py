@@ -2,55 +2,65 @@
 
 from __future__ import annotations
 
+import keyword
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from lcnn_compile.passes.effects import written_inputs
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.targets import attribute
-from lcnn_compile.torch_private import children_of, is_users_tensor, owned_by, version
+from lcnn_compile.torch_private import children_of, is_boxed_float, is_users_tensor, owned_by, version
 
 _WEIGHT = "lcnn_"
+_KEYWORD = "_keyword"
 
 
-def weight_placeholders(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[int]:
-    """Positions of the inputs that are parameters or buffers of the user's modules, not data.
+def weight_placeholders(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
+    """The inputs that are parameters or buffers of the user's modules and that the graph only reads: position -> name.
 
-    Dynamo marks them by type (nn.Parameter) or by the source in the placeholder's name. Index tables are neither parameters nor
-    buffers; the operator that reads them tells.
+    Dynamo marks them by type (nn.Parameter) or by the source in the placeholder's name; index tables are neither, and the
+    operator that reads them tells. What the graph writes (counters,
+    states of a stream, running statistics), itself or through another input in the same memory, is data.
+
+    Raises:
+        ConversionError: where it cannot be told what the graph writes.
     """
+    written = written_inputs(gm, example_inputs)
     nodes = gm.graph.find_nodes(op="placeholder")
-    return [
+    places = [
         i
         for i, (node, value) in enumerate(zip(nodes, example_inputs, strict=True))
-        if isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or is_users_tensor(node) or _is_table(node))
+        if isinstance(value, Tensor)
+        and i not in written
+        and (isinstance(value, nn.Parameter) or is_users_tensor(node) or _is_table(node))
     ]
+    return dict(zip(places, _names([nodes[i] for i in places]), strict=True))
 
 
 def _is_table(node: fx.Node) -> bool:
     return any(is_lookup(user) and node in user.args[3:7] for user in node.users)
 
 
-def bind_weights(gm: fx.GraphModule, inputs: Sequence[Any], places: Sequence[int]) -> fx.GraphModule:
-    """A new GraphModule in which the inputs at ``places`` are attributes (the very tensors); the others stay inputs."""
+def bind_weights(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> fx.GraphModule:
+    """A new GraphModule in which the inputs at the positions ``names`` are attributes of these names (the very tensors)."""
     attributes = nn.Module()
-    chosen = set(places)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if i not in chosen:
+    places = gm.graph.find_nodes(op="placeholder")
+    for i, node in enumerate(places):
+        if i not in names:
             copied[node] = graph.node_copy(node)
     for name, module in gm.named_children():
         attributes.add_module(name, module)
-    weights = {i: node for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if i in chosen}
-    for (i, node), name in zip(weights.items(), _names(list(weights.values())), strict=True):
+    for i, name in names.items():
         _attach(attributes, name, inputs[i])
-        copied[node] = graph.get_attr(name)
-        copied[node].meta = dict(node.meta)
+        copied[places[i]] = graph.get_attr(name)
+        copied[places[i]].meta = dict(places[i].meta)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             continue
@@ -72,7 +82,8 @@ def _names(nodes: Sequence[fx.Node]) -> list[str]:
         if source is None:
             names.append(_identifier(str(node.target)))
         else:
-            names.append(".".join([*([_identifier(source[0])] if several else []), *source[1]]))
+            owner = [_identifier(source[0])] if several else []
+            names.append(".".join([*owner, *map(_speakable, source[1])]))
     # A container may not be a tensor too, so one clash sends all of them back to Dynamo's own names, which are unique.
     owners = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
     if len(set(names)) < len(names) or owners & set(names):
@@ -82,6 +93,17 @@ def _names(nodes: Sequence[fx.Node]) -> list[str]:
 
 def _identifier(text: str) -> str:
     return re.sub(r"\W", "_", text)
+
+
+def _speakable(name: str) -> str:
+    """A name that the code of a graph can hold: "in" would be a keyword there, and a quote would end a string."""
+    return f"{name}{_KEYWORD}" if keyword.iskeyword(name) else re.sub(r"[\"\\\n\r{}]", "_", name)
+
+
+def users_name(name: str) -> str:
+    """The user's name of a layer that is called ``name`` in a graph, where that had to be another one."""
+    parts = name.split(".")
+    return ".".join(part.removesuffix(_KEYWORD) if keyword.iskeyword(part.removesuffix(_KEYWORD)) else part for part in parts)
 
 
 def _attach(root: nn.Module, path: str, value: Any) -> None:
@@ -115,7 +137,7 @@ class Unbound:
     derived: list[str]
 
 
-def unbind_weights(bound: fx.GraphModule, inputs: Sequence[Any], places: Sequence[int]) -> Unbound:
+def unbind_weights(bound: fx.GraphModule, inputs: Sequence[Any], places: Collection[int]) -> Unbound:
     """A new GraphModule in which every tensor attribute is an input: an original input where it is one, else a derived one."""
     original = {id(inputs[i]): i for i in places}
     reads: dict[str, Tensor] = {}
@@ -123,19 +145,19 @@ def unbind_weights(bound: fx.GraphModule, inputs: Sequence[Any], places: Sequenc
         value = attribute(bound, node.target)
         if isinstance(value, Tensor):
             reads[str(node.target)] = value
-    kept = {i for i in range(len(inputs)) if i not in set(places)}
+    data = dict(zip(_others(inputs, places), bound.graph.find_nodes(op="placeholder"), strict=True))
+    # A float that has become a constant is nobody's input any more.
+    kept = {i for i, node in data.items() if node.users or not is_boxed_float(node)}
     kept |= {original[id(value)] for value in reads.values() if id(value) in original}
     derived = [name for name, value in reads.items() if id(value) not in original]
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     made: dict[Any, fx.Node] = {}
-    data = iter(bound.graph.find_nodes(op="placeholder"))
     for i in sorted(kept):
-        if i in set(places):
-            made[i] = graph.placeholder(f"{_WEIGHT}weight_{i}")
+        if i in data:
+            copied[data[i]] = graph.node_copy(data[i])
         else:
-            node = next(data)
-            copied[node] = graph.node_copy(node)
+            made[i] = graph.placeholder(f"{_WEIGHT}weight_{i}")
     for number, name in enumerate(derived):
         made[name] = graph.placeholder(f"{_WEIGHT}derived_{number}")
     for node in bound.graph.nodes:
@@ -147,6 +169,10 @@ def unbind_weights(bound: fx.GraphModule, inputs: Sequence[Any], places: Sequenc
         else:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     return Unbound(fx.GraphModule(bound, graph), sorted(kept), derived)
+
+
+def _others(inputs: Sequence[Any], places: Collection[int]) -> list[int]:
+    return [i for i in range(len(inputs)) if i not in places]
 
 
 def is_weight(node: fx.Node) -> bool:

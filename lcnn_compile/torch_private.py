@@ -27,6 +27,7 @@ __all__ = [
     "BatchNorm",
     "FakeTensor",
     "FakeTensorMode",
+    "autocast_depth",
     "called_eagerly",
     "children_of",
     "compile_package",
@@ -34,9 +35,11 @@ __all__ = [
     "dispatched_operators",
     "dynamo_signals",
     "example_of_size",
+    "fixed_number",
     "has_hooks",
     "has_implicit_kernel",
     "inductor_modes",
+    "is_boxed_float",
     "is_composite",
     "is_tracing",
     "is_users_tensor",
@@ -55,6 +58,7 @@ __all__ = [
     "profiled_kernels",
     "pytree",
     "sizes_apart",
+    "storage_of",
     "tensor_names",
     "tensors_of",
     "version",
@@ -89,8 +93,9 @@ def compile_with_inductor(graph: fx.GraphModule, inputs: list[Any], patches: dic
     from torch.compiler import config
 
     tag = f"{config.cache_key_tag} lcnn {_source_digest()}"
+    # Freezing takes constants for weights that may change later, and ours are inputs anyway.
     with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+        compiled: Any = compile_fx(graph, inputs, config_patches={**patches, "freezing": False})
     return compiled
 
 
@@ -367,6 +372,33 @@ def is_composite(name: str) -> bool:
 def example_of_size(value: Any) -> int:
     """The size that a symbolic dimension was traced with; a plain size itself."""
     return int(value.node.hint) if isinstance(value, torch.SymInt) and value.node.hint is not None else int(value)
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """What two tensors have in common that share memory, fake ones too; None for a layout without plain memory."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
+
+
+def autocast_depth() -> int:
+    """How many autocast contexts are open."""
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
+def is_boxed_float(node: fx.Node) -> bool:
+    """Whether a placeholder is a float of the user's that Dynamo hands over as a tensor, to be read by ``item()``."""
+    memo = getattr(node.meta.get("example_value"), "item_memo", None)
+    # A tensor of the user's whose item() was traced has a memo too, but no value yet.
+    known = isinstance(memo, torch.SymFloat) and memo.node.hint is not None
+    return known and all(user.op == "call_method" and user.target == "item" for user in node.users)
+
+
+def fixed_number(value: Any) -> Any:
+    """A symbolic number as the plain one it was traced with, which Dynamo from now on compiles for alone."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(value)
 
 
 def without_autocast(device: str) -> Any:

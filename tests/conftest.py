@@ -34,10 +34,10 @@ def _reproducible():
 @pytest.fixture
 def backend_reset():
     """A fresh Dynamo before and after, and the backend's one-time warnings as if never given."""
-    from lcnn_compile import backend
+    from lcnn_compile import guard
 
     torch.compiler.reset()
-    backend._warned.clear()
+    guard._warned.clear()
     yield
     torch.compiler.reset()
 

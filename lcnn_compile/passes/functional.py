@@ -50,7 +50,10 @@ def _lookup(graph: fx.Graph, name: str, module: nn.Module, x: fx.Node) -> fx.Nod
         if node.name.startswith("_assert_is_none"):
             continue  # of the output size, which nobody passes here
         if node.op == "placeholder":
-            copied[node] = copied.get(node, x)
+            if not copied:
+                copied[node] = x
+        elif any(source not in copied for source in node.all_input_nodes):
+            continue  # what the tracer asserts of arguments that are fixed
         elif node.op == "get_attr":
             # Not graph.get_attr, which warns of tables: they are neither parameters nor buffers.
             copied[node] = graph.create_node("get_attr", f"{name}.{node.target}" if name else str(node.target))
