@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lcnn_compile.geometry import kind_of
 from lcnn_compile.modules import FunctionalWeight
@@ -38,8 +38,9 @@ def _convolution(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
     if function is None:
         function = f"conv{'_transpose' if values['transposed'] else ''}{dimensions}d"
     shape = shape_of(found["input"])
-    # A traced graph is for batches.
-    return {**found, "function": function} if has_module(function) and (shape is None or len(shape) == dimensions + 2) else None
+    # A graph without shapes is for batches.
+    missing = 0 if shape is None else dimensions + 2 - len(shape)
+    return {**found, "function": function, "single": missing == 1} if has_module(function) and missing in (0, 1) else None
 
 
 def _flat(value: Any) -> list[Any]:
@@ -74,7 +75,10 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
             conv = make_conv(found["function"], *tensors, **{name: found[name] for name in _SETTINGS})
             gm.add_submodule(made[key], conv.train(gm.training))
         with gm.graph.inserting_before(node):
-            call = gm.graph.call_module(made[key], (found["input"],))
+            if found["single"]:
+                call = _call_on_one(gm, made[key], found["input"], node)
+            else:
+                call = gm.graph.call_module(made[key], (found["input"],))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         gm.graph.erase_node(node)
@@ -83,6 +87,19 @@ def lift_functional_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
         gm.graph.lint()
         gm.recompile()
     return gm
+
+
+def _call_on_one(gm: fx.GraphModule, name: str, x: fx.Node, node: fx.Node) -> fx.Node:
+    """Nodes that call a module on one image as on a batch of one, in place of ``node``."""
+    batch = gm.graph.call_method("unsqueeze", (x, 0))
+    result = gm.graph.call_module(name, (batch,))
+    for made, source in ((batch, x), (result, node)):
+        made.meta = {
+            key: value.unsqueeze(0) if isinstance(value, Tensor) else value
+            for key, value in source.meta.items()
+            if key in ("example_value", "val")
+        }
+    return gm.graph.call_method("squeeze", (result, 0))
 
 
 def _name(gm: fx.GraphModule, function: str, weight: str, bias: str | None) -> str:

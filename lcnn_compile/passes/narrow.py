@@ -11,7 +11,7 @@ from lcnn_compile.kernels.ops import has_lookup_kernel, lookup_conv2d
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.passes.fold import add_attribute
 from lcnn_compile.passes.functional import to_functional
-from lcnn_compile.passes.targets import CONV2D, attribute, bound, dtype_of, example, is_get_attr
+from lcnn_compile.passes.targets import CONV2D, attribute, bound, dtype_of, example, is_get_attr, shape_of
 
 FEW = 4
 """Input channels up to which a dense convolution is offered to the lookup kernels."""
@@ -43,7 +43,8 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, device: str | None) -> None:
     found = example(x)
     where = device or (found.device.type if found is not None else value.device.type)
     known = dtype_of(x) in (None, value.dtype)
-    if value.dim() != 4 or value.shape[1] > FEW or not known or not has_lookup_kernel(where, value.dtype):
+    shape = shape_of(x)
+    if value.dim() != 4 or (shape is not None and len(shape) != 4) or value.shape[1] > FEW or not known or not has_lookup_kernel(where, value.dtype):
         return
     lossless = LookupWeight.lossless(value.detach(), group_size=8)
     tensors = [add_attribute(gm, node, name, tensor) for name, tensor in lossless.tensors().items()]
