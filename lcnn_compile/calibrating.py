@@ -39,11 +39,11 @@ class Fit:
     def __init__(self, model: nn.Module, report: Report, weights: Sequence[Tensor]):
         self.layers = dict(lookup_modules(model))
         self.report = report
-        self._weights = _Snapshot(weights)
+        self.weights = _Snapshot(weights)
 
     def current(self, weights: Sequence[Tensor]) -> bool:
         """Whether it was made for these very tensors, unchanged since."""
-        return self._weights.same(weights)
+        return self.weights.same(weights)
 
     def apply(self, bound: fx.GraphModule) -> fx.GraphModule:
         """Put the lookup layers into a freshly bound graph."""
@@ -220,7 +220,7 @@ class Calibrating:
 
     def _switch(self, fit: Fit, lowered: Lowered) -> None:
         self._lowered, self._fit, self._fruitless = lowered, fit, 0
-        self._seen = None
+        self._seen = fit.weights  # a later change has to come to rest first
 
 
 def _varies(value: Any) -> bool:
