@@ -314,10 +314,14 @@ def test_modes_and_random_numbers_are_put_back_after_an_interruption():
     restore = random_state()
     expected = torch.rand(2)
     restore()
-    with pytest.raises(KeyboardInterrupt), same_modes():
+
+    def interrupted():
         torch.autocast("cpu", torch.float16).__enter__()
         torch.set_grad_enabled(False)
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), same_modes():
+        interrupted()
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
     assert torch.equal(torch.rand(2), expected)
