@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lcnn_compile.aot import load_aot, standard_layouts, write_package
-from lcnn_compile.batches import inputs_of
 from lcnn_compile.capture import PLAIN, Lowering, export_program, first_line, private_copy, unlift
 from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.files import replacing
 from lcnn_compile.modules import dense_layer, lookup_modules, replace_module
+from lcnn_compile.onnx_check import check_onnx, largest_difference, onnx_differences
+from lcnn_compile.onnx_form import portable_program
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.torch_private import pytree
@@ -33,6 +34,7 @@ __all__ = [
     "largest_difference",
     "load_aot",
     "load_pt2",
+    "onnx_differences",
     "to_dense",
 ]
 
@@ -134,20 +136,30 @@ def export_onnx(
     lowering: Literal["factored", "dense"] = "factored",
     dynamic_batch: bool = True,
     opset_version: int | None = None,
+    allowed: float | None = 3e-2,
 ) -> None:
-    """Write the model as ONNX with standard operators only; needs the extra ``onnx``.
+    """Write the model as ONNX with standard operators only, in a form that engines read alike; needs the extra ``onnx``.
 
     "factored" makes a lookup layer a 1x1 convolution followed by a convolution with the lookup tensor; "dense" one convolution.
-    Weights of more than 1 GiB go to a second file beside it. See :func:`check_onnx`.
+    Weights of more than 1 GiB go to a second file beside it. Poolings with ceil_mode, circular padding, antialiased
+    interpolation and a few more are written out in plain operators, since engines disagree on them.
+
+    Args:
+        model, example_inputs, lowering, dynamic_batch: as for :func:`export_program`.
+        opset_version: ONNX operator set; by default the exporter's.
+        allowed: the largest difference from the model that :func:`onnx_differences` may find on ``example_inputs``; None
+            asks no engine. Models whose outputs jump (a maximum's index, random numbers) may need None.
 
     Raises:
-        ExportError: as :func:`export_program`, or if the exporter is not installed or fails.
+        ExportError: as :func:`export_program`, if the exporter is not installed or fails, for an operator that engines
+            disagree on, a model that keeps a state, or if an engine that is installed gives other outputs. Nothing is written then.
     """
     _check_suffix(path, ".onnx")
     _require("onnx", "onnxscript")
     if lowering not in PLAIN:
         raise ExportError(f"lowering is {lowering!r}; ONNX has no lookups: 'factored' and 'dense' are allowed")
     program = export_program(model, example_inputs, lowering=lowering, dynamic_batch=dynamic_batch)
+    program = portable_program(program)
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     with replacing(path) as made, _quiet("torch.onnx"):
         try:
@@ -159,46 +171,13 @@ def export_onnx(
         except Exception as error:
             # The exporter translates any operator of the user's model and may raise anything.
             raise ExportError(f"torch.onnx cannot export the model: {first_line(error)}") from error
-
-
-def check_onnx(path: str | os.PathLike[str], model: nn.Module, example_inputs: Any) -> float:
-    """The largest difference between ONNX Runtime's outputs and the model's own, relative to the largest own value.
-
-    Raises:
-        ExportError: if onnxruntime is not installed, or the file's inputs or outputs are not those of the model.
-    """
-    _require("onnxruntime")
-    import onnxruntime
-
-    private = private_copy(model).eval()
-    args, kwargs = inputs_of(private, example_inputs)
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    names = [place.name for place in session.get_inputs()]
-    if len(names) != len(tensors):
-        raise ExportError(f"{path} has the inputs {names}; the example inputs hold {len(tensors)} tensors")
-    found = session.run(None, {name: t.detach().cpu().numpy() for name, t in zip(names, tensors, strict=True)})
-    with torch.no_grad():
-        wanted = pytree.tree_leaves(private(*args, **kwargs))
-    return largest_difference([torch.from_numpy(y) for y in found], wanted)
-
-
-def largest_difference(found: Any, wanted: Any) -> float:
-    """max |found - wanted| / max |wanted| over all tensors of two outputs.
-
-    Raises:
-        ExportError: if they have different numbers of tensors or shapes.
-    """
-    pairs = [[t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)] for outputs in (found, wanted)]
-    shapes = [[tuple(t.shape) for t in tensors] for tensors in pairs]
-    if shapes[0] != shapes[1]:
-        raise ExportError(f"the outputs have shapes {shapes[0]}; the model's own have {shapes[1]}")
-    worst = 0.0
-    for y, own in zip(*pairs, strict=True):
-        if own.numel():
-            scale = float(own.double().abs().max()) or 1.0
-            worst = max(worst, float((y.double() - own.double()).abs().max()) / scale)
-    return worst
+        if allowed is not None and importlib.util.find_spec("onnxruntime") is not None:
+            for engine, found in onnx_differences(made, model, example_inputs).items():
+                if not found <= allowed:
+                    raise ExportError(
+                        f"{engine} gives other outputs for the ONNX file than the model: they differ by {found:.2g} of the largest one; "
+                        f"allowed is {allowed}"
+                    )
 
 
 def _name_batch(exported: Any) -> None:
