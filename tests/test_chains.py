@@ -53,7 +53,7 @@ def chained(model, x):
         Noting(gm).run(x)
         gm = fuse_epilogues(fold_batch_norm(gm))
         Noting(gm).run(x)
-        return pool_first(chain_lookups(gm, "cpu"), "cpu")
+        return chain_lookups(gm, "cpu")
 
 
 def calls(gm):
@@ -94,9 +94,23 @@ def test_a_block_hands_on_the_next_dictionarys_product():
 
 def test_a_strided_shortcut_gives_its_bias_to_the_sum():
     gm = check(nn.Sequential(Block(32, 48, True)), image())
-    [conv] = [node for node in gm.graph.nodes if node.target is torch.conv2d or node.target is F.conv2d]
-    assert conv.args[2] is None
-    assert calls(gm) == [(False, True), (True, False), (False, True)]
+    assert calls(gm) == [(False, True), (True, False), (False, True), (False, True)]
+    [shortcut] = [node for node in gm.graph.nodes if node.target is chain and node.args[7:9] == ((1, 1), (2, 2))]
+    assert shortcut.args[2] is None
+
+
+def test_a_dense_layer_hands_on_too():
+    class Bottleneck(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reduce, self.middle, self.widen = nn.Conv2d(32, 16, 1), lookup(16, 16), nn.Conv2d(16, 32, 1)
+
+        def forward(self, x):
+            return F.relu(self.widen(F.relu(self.middle(F.relu(self.reduce(x))))) + x)
+
+    gm = check(Bottleneck(), image())
+    assert calls(gm) == [(True, False), (False, True), (False, True)]
+    assert not [node for node in gm.graph.nodes if node.target in (F.relu, torch.add)]
 
 
 @pytest.mark.parametrize("write", [True, False])

@@ -12,6 +12,7 @@ from __future__ import annotations
 from math import gcd
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -277,3 +278,20 @@ def launch_chain(
         num_warps=config.warps,
         launch_pdl=early,
     )
+
+
+@triton.jit(do_not_specialize=["count"])
+def four_kernel(p_x, p_y, count, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers of y, pixels of four channels, from x, pixels of C; zeros for the channels that x has not."""
+    o_y = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c = o_y % 4
+    x = tl.load(p_x + o_y // 4 * C + c, mask=(o_y < count) & (c < C), other=0.0)
+    tl.store(p_y + o_y, x, mask=o_y < count)
+
+
+def four_channels(x: Tensor) -> Tensor:
+    """[N, 4, H, W] from [N, C, H, W] of fewer channels, filled up with zeros; channels_last both."""
+    shape = (x.shape[0], 4, *x.shape[2:])
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    four_kernel[(-(-y.numel() // 2048),)](x, y, y.numel(), C=x.shape[1], BLOCK=2048, num_warps=8)
+    return y

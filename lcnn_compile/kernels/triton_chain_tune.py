@@ -15,7 +15,7 @@ from lcnn_compile.kernels.chain import unpack_weight
 from lcnn_compile.kernels.prepared import Prepared
 from lcnn_compile.kernels.reference import output_size
 from lcnn_compile.kernels.store import known, remember
-from lcnn_compile.kernels.triton_chain import ChainConfig, Tail, Window, launch_chain
+from lcnn_compile.kernels.triton_chain import ChainConfig, Tail, Window, four_channels, launch_chain
 from lcnn_compile.kernels.triton_forward import precision
 from lcnn_compile.kernels.triton_store import may_measure, milliseconds, store_of
 
@@ -71,7 +71,27 @@ def _rows(weight: Tensor, kernel_rows: int, numbers: int, block: int) -> Tensor:
     return F.pad(weight.view(kernel_rows, numbers, -1), (0, 0, 0, block - numbers)).flatten(0, 1).contiguous()
 
 
-_row_weight = Prepared(_rows)
+def _narrow_rows(weight: Tensor, channels: int, kernel: tuple[int, int], more: int, block: int) -> Tensor:
+    """The same for an input of four channels, of which the weight knows fewer, and ``more`` columns of zeros before the window."""
+    taps = weight.view(*kernel, -1, weight.shape[1])[:, :, :channels]
+    taps = F.pad(taps, (0, 0, 0, 4 - channels, more, 0)).flatten(1, 2)
+    return F.pad(taps, (0, 0, 0, block - taps.shape[1])).flatten(0, 1).contiguous()
+
+
+_row_weight, _narrow_weight = Prepared(_rows), Prepared(_narrow_rows)
+
+
+def _more_columns(call: Call) -> int:
+    """Columns of zeros before a window over four channels, so that it begins at a multiple of 16 bytes."""
+    return call.window.first[1] % 2 if call.window.stride[1] % 2 == 0 else 0
+
+
+def _narrow(call: Call) -> int:
+    """Numbers in a row of the window, a power of two, where the input has so few channels that a row is best one step; else 0."""
+    if call.x.shape[1] > 4 or call.window.kernel[1] == 1 or call.window.dilation[1] > 1 or call.x.element_size() == 4:
+        return 0
+    row = 1 << (4 * (call.window.kernel[1] + _more_columns(call)) - 1).bit_length()
+    return max(16, row) if row <= 128 else 0
 
 
 def configs(channels: int, filters: int, both: bool, row: int, item: int) -> Iterator[ChainConfig]:
@@ -93,19 +113,31 @@ def configs(channels: int, filters: int, both: bool, row: int, item: int) -> Ite
                 yield ChainConfig(pixels, columns, size, warps, deep, is_row)
 
 
+def narrow_configs(row: int, filters: int) -> Iterator[ChainConfig]:
+    """Block sizes where a row of a window over few channels, ``row`` numbers, is one step."""
+    columns = min(64, filters)
+    for pixels, warps, stages in ((64, 4, 4), (128, 4, 4), (128, 4, 3), (256, 8, 3)):
+        yield ChainConfig(pixels, columns, row, warps, stages, True)
+
+
 def plans(call: Call) -> list[Plan]:
     """Every way to run a call that may be fastest, the safest first, each once."""
     window, next = call.window, call.tail.next
     channels, filters = call.weight.shape[0] // (window.kernel[0] * window.kernel[1]), call.weight.shape[1]
     item = call.x.element_size()
     row = window.kernel[1] if window.dilation[1] == 1 and channels == call.x.shape[1] else 1
-    alone: list[ChainConfig | None] = list(configs(channels, filters, False, row, item))
+    narrow = _narrow(call)
+    alone: list[ChainConfig | None] = list(
+        narrow_configs(narrow, filters) if narrow else configs(channels, filters, False, row, item)
+    )
     if _cudnn_can(call):
         alone.append(None)
     if next is None:
         return list(dict.fromkeys(map(Plan, alone)))
     products: list[ChainConfig | None] = [*list(configs(filters, next.shape[1], False, 1, item))[:1], None]
-    found = [Plan(config) for config in configs(channels, filters, True, row, item)]
+    found = [
+        Plan(config) for config in (narrow_configs(narrow, filters) if narrow else configs(channels, filters, True, row, item))
+    ]
     found += [Plan(config, True, product) for config in alone for product in products]
     return list(dict.fromkeys(found))
 
@@ -138,11 +170,16 @@ def _by_cudnn(call: Call) -> Tensor:
 def _by_triton(call: Call, config: ChainConfig, keep: bool, product: bool) -> tuple[Tensor | None, Tensor | None]:
     y = call.empty(call.shape[1]) if keep else None
     s = call.empty(call.next_channels) if product else None
-    weight, (kh, kw) = call.weight, call.window.kernel
-    if config.row:
-        weight = _row_weight((weight,), kh, kw * call.x.shape[1], config.block_channels)
-    digits = precision(call.x.dtype)
-    launch_chain(call.x, weight, call.window, call.tail, y, s, call.shape[1], call.shape[2:], digits, config)
+    x, weight, window = call.x, call.weight, call.window
+    kh, kw = window.kernel
+    if config.row and _narrow(call):
+        more, (top, left) = _more_columns(call), window.first
+        weight = _narrow_weight((weight,), x.shape[1], window.kernel, more, config.block_channels)
+        x, window = four_channels(x), window._replace(kernel=(kh, kw + more), first=(top, left + more))
+    elif config.row:
+        weight = _row_weight((weight,), kh, kw * x.shape[1], config.block_channels)
+    digits = precision(x.dtype)
+    launch_chain(x, weight, window, call.tail, y, s, call.shape[1], call.shape[2:], digits, config)
     return y, s
 
 

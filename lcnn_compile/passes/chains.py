@@ -14,8 +14,11 @@ from lcnn_compile.passes.decompose import epilogue_of, has_constant_weight
 from lcnn_compile.passes.effects import Effects
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.fold import add_attribute
-from lcnn_compile.passes.targets import CONV2D, attribute, example, is_get_attr, shape_of
+from lcnn_compile.passes.functional import NO_EPILOGUE
+from lcnn_compile.passes.fuse import fuse_epilogue
+from lcnn_compile.passes.targets import CONV2D, attribute, bound, example, is_get_attr, shape_of
 
+EPILOGUE = ("activation", "residual", "residual_last")
 NAMES = (
     *("input", "weight", "bias", "residual", "next", "out_channels", "next_channels", "kernel_size", "stride", "padding"),
     *("dilation", "activation", "residual_last", "keep"),
@@ -27,8 +30,9 @@ def chain_lookups(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModu
     """Rewrite lookup convolutions as calls of ``lcnn::chain``, S of the next one formed where the output before it is formed.
 
     Each becomes S = D ∗ x and a convolution of S with P, its epilogue included. Where x is the output of such a convolution, and
-    nothing writes to it in between, that one forms S, and writes x only if somebody else reads it. A bias of the convolution
-    whose output is the residual moves into the bias of the sum. For inference, in half precision, on a GPU (or on ``device``, to
+    nothing writes to it in between, that one forms S, and writes x only if somebody else reads it. Dense convolutions of the same
+    graph become calls too, so that bias, activation and residual cost no pass of their own and S can come from them; a bias of
+    the convolution whose output is the residual moves into the bias of the sum. For inference, in half precision, on a GPU (or on ``device``, to
     try it), batches in channels_last and sizes that are known; whatever else there is stays as it is. Needs
     :func:`fuse_epilogues` before. The graph is changed in place and returned.
     """
@@ -36,6 +40,10 @@ def chain_lookups(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModu
     if not nodes:
         return gm
     products = [_rewrite(gm, node) for node in nodes]
+    effects = Effects(gm)
+    for node in reversed(list(gm.graph.nodes)):
+        if node.target in CONV2D and _is_plain(gm, node, device):
+            _rewrite_dense(gm, fuse_epilogue(gm, effects, node))
     effects = Effects(gm)
     for product in products:
         _join(gm, effects, product)
@@ -47,21 +55,26 @@ def chain_lookups(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModu
     return gm
 
 
-def _can(gm: fx.GraphModule, node: fx.Node, device: str | None) -> bool:
-    x = node.args[0]
-    lowering = node.args[13] if len(node.args) > 13 else node.kwargs.get("lowering", "lookup")
-    if lowering != "lookup" or not isinstance(x, fx.Node) or not has_constant_weight(node):
-        return False
-    found, shape = example(x), shape_of(x)
+def _reads(gm: fx.GraphModule, x: Any, device: str | None) -> torch.dtype | None:
+    """The dtype of a value that the operator may read; None for any other."""
+    found = example(x) if isinstance(x, fx.Node) else None
     if found is None or found.device.type != (device or "cuda") or found.dtype not in HALVES or not _last(gm, x):
-        return False
-    if shape is None or len(shape) != 4 or not all(type(size) is int for size in shape):
+        return None
+    shape = shape_of(x)
+    fixed = shape is not None and len(shape) == 4 and all(type(size) is int and size for size in shape)
+    return found.dtype if fixed else None
+
+
+def _can(gm: fx.GraphModule, node: fx.Node, device: str | None) -> bool:
+    lowering = node.args[13] if len(node.args) > 13 else node.kwargs.get("lowering", "lookup")
+    dtype = _reads(gm, node.args[0], device)
+    if lowering != "lookup" or dtype is None or not has_constant_weight(node):
         return False
     dictionary: Tensor = attribute(gm, cast(fx.Node, node.args[1]).target)
     kernel_size, stride, padding = cast("tuple[Any, Any, Any]", node.args[9:12])
     fixed = all(type(size) is int for size in (*kernel_size, *stride, *padding))
     few = dictionary.shape[0] == 1 and -(-dictionary.shape[1] // 16) * 16 <= WIDEST
-    return few and fixed and not reference.skips_pixels(kernel_size, stride, padding) and dictionary.dtype == found.dtype
+    return few and fixed and not reference.skips_pixels(kernel_size, stride, padding) and dictionary.dtype == dtype
 
 
 def _last(gm: fx.GraphModule, x: fx.Node) -> bool:
@@ -101,6 +114,42 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     return product
 
 
+def _dense_settings(node: fx.Node) -> list[Any]:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return bound(node, names, (None, None, None, 1, 0, 1, 1))
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values[0], values[-1]
+
+
+def _is_plain(gm: fx.GraphModule, node: fx.Node, device: str | None) -> bool:
+    """Whether a dense convolution may become a call: constant weights, one group, padding in numbers."""
+    x, weight, bias, *settings, groups = _dense_settings(node)
+    fixed = all(type(number) is int for value in settings for number in _pair(value))
+    known = is_get_attr(weight) and (bias is None or is_get_attr(bias))
+    dtype = _reads(gm, x, device)
+    return fixed and known and groups == 1 and dtype is not None and attribute(gm, weight.target).dtype == dtype
+
+
+def _rewrite_dense(gm: fx.GraphModule, node: fx.Node) -> None:
+    x, weight, bias, stride, padding, dilation, _ = _dense_settings(node)
+    filters: Tensor = attribute(gm, weight.target).detach()
+    top, left = _pair(padding)
+    window = (tuple(filters.shape[2:]), _pair(stride), (top, top, left, left), _pair(dilation))
+    with torch.no_grad():
+        w = add_attribute(gm, node, "filters", pack_weight(filters))
+        b = None if bias is None else add_attribute(gm, node, "bias", pack_bias(attribute(gm, bias.target).detach()))
+    activation, residual, last = (node.kwargs.get(key, default) for key, default in zip(EPILOGUE, NO_EPILOGUE, strict=True))
+    with gm.graph.inserting_before(node):
+        call = gm.graph.call_function(chain, (x, w, b, residual, None, filters.shape[0], 0, *window, activation, last, True))
+        y = gm.graph.call_function(operator.getitem, (call, 0))
+    y.meta = dict(node.meta)
+    node.replace_all_uses_with(y)
+    gm.graph.erase_node(node)
+
+
 def _given(node: fx.Node, name: str) -> Any:
     return node.args[NAMES.index(name)]
 
@@ -136,15 +185,23 @@ def _join(gm: fx.GraphModule, effects: Effects, product: fx.Node) -> None:
 
 
 def _take_bias(gm: fx.GraphModule, call: fx.Node) -> None:
-    """Add the bias of the dense convolution that makes the residual to the chain's own, where they are added at once."""
-    conv, bias = _given(call, "residual"), _given(call, "bias")
-    if not isinstance(conv, fx.Node) or conv.op != "call_function" or conv.target not in CONV2D or _given(call, "residual_last"):
+    """Add the bias of the convolution that makes the residual to the chain's own, where the two are added at once."""
+    item, bias = _given(call, "residual"), _given(call, "bias")
+    if (
+        not isinstance(item, fx.Node)
+        or item.target is not operator.getitem
+        or _given(call, "residual_last")
+        or len(item.users) > 1
+    ):
         return
-    theirs = conv.args[2] if len(conv.args) > 2 else None
-    if len(conv.users) > 1 or not is_get_attr(theirs) or "bias" in conv.kwargs or (bias is not None and not is_get_attr(bias)):
+    conv = cast(fx.Node, item.args[0])
+    if conv.target is not chain or item.args[1] != 0 or len(conv.users) > 1 or _given(conv, "bias") is None:
+        return
+    if _given(conv, "activation") != "none" or _given(conv, "residual") is not None:
         return
     with torch.no_grad():
-        more = pack_bias(attribute(gm, cast(fx.Node, theirs).target).detach())
-        total = more if bias is None else (attribute(gm, bias.target).double() + more.double()).to(more.dtype)
-    _set(call, bias=add_attribute(gm, call, "bias", total))
-    conv.args = (*conv.args[:2], None, *conv.args[3:])
+        total = attribute(gm, _given(conv, "bias").target).double()
+        total = total if bias is None else total + attribute(gm, bias.target).double()
+    like = attribute(gm, _given(conv, "bias").target)
+    _set(call, bias=add_attribute(gm, call, "bias", total.to(like.dtype)))
+    _set(conv, bias=None)

@@ -31,7 +31,7 @@ def fuse_epilogues(gm: fx.GraphModule) -> fx.GraphModule:
     # Last ones first: where two convolutions are added, the later one takes the other as its residual, and neither moves far.
     for node in reversed(list(gm.graph.nodes)):
         if is_lookup(node) and len(node.args) <= 14 and not set(node.kwargs) & {"activation", "residual"}:
-            _fuse(gm, effects, node)
+            fuse_epilogue(gm, effects, node)
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -52,7 +52,8 @@ def _hoist(gm: fx.GraphModule, effects: Effects, node: fx.Node) -> None:
         view = source
 
 
-def _fuse(gm: fx.GraphModule, effects: Effects, conv: fx.Node) -> None:
+def fuse_epilogue(gm: fx.GraphModule, effects: Effects, conv: fx.Node) -> fx.Node:
+    """Give a convolution what follows it as keyword arguments ``activation``, ``residual``, ``residual_last``; its new node."""
     activation, residual, residual_last = "none", None, False
     chain = [conv]
     while len(chain[-1].users) == 1:
@@ -70,7 +71,7 @@ def _fuse(gm: fx.GraphModule, effects: Effects, conv: fx.Node) -> None:
         chain.append(user)
     last = chain[-1]
     if last is conv:
-        return
+        return conv
     kwargs = {**conv.kwargs, "activation": activation}
     if residual is not None:
         kwargs |= {"residual": residual, "residual_last": residual_last}
@@ -80,6 +81,7 @@ def _fuse(gm: fx.GraphModule, effects: Effects, conv: fx.Node) -> None:
     last.replace_all_uses_with(fused)
     for node in reversed(chain):
         gm.graph.erase_node(node)
+    return fused
 
 
 def _added(user: fx.Node, value: fx.Node) -> fx.Node | None:

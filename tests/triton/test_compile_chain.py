@@ -13,7 +13,6 @@ from emulate import compiling, resources
 from test_values_chain import Case, build
 
 from lcnn_compile.kernels import triton_chain_tune
-from lcnn_compile.kernels.triton_chain import launch_chain
 
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 
@@ -24,6 +23,7 @@ LAYERS = {
     "512 filters": Case(channels=128, filters=512, next=128, residual=True, size=(7, 7), dtype=torch.float16),
     "the last": Case(channels=128, filters=512, residual=True, size=(7, 7), dtype=torch.float16),
     "product": Case(channels=256, filters=64, kernel=(1, 1), padding=(0,) * 4, activation="none", dtype=torch.float16),
+    "image": Case(channels=3, kernel=(7, 7), stride=(2, 2), padding=(3,) * 4, filters=64, size=(64, 64), dtype=torch.float16),
     "float32": Case(channels=32, filters=128, next=32, size=(28, 28)),
 }
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -36,13 +36,12 @@ def test_what_is_compiled(name, capability):
     """The safest configuration of every layer neither spills nor exceeds a multiprocessor, and moves 16 bytes at a time."""
     case = LAYERS[name]
     call, _, _ = build(case, "cpu")
-    first = triton_chain_tune.plans(call)[0].first
+    wanted = call._replace(next_channels=case.next if case.filters <= 256 else 0)
+    if case.filters > 256:
+        wanted = wanted._replace(tail=call.tail._replace(next=None))
     with compiling(capability) as kernels:
-        y = call.empty(case.filters)
-        s = call.empty(case.next) if case.next and case.filters <= 256 else None
-        digits = "ieee" if case.dtype == torch.float16 else "tf32x3"
-        launch_chain(call.x, call.weight, call.window, call.tail, y, s, case.filters, case.size, digits, first)
-    [kernel] = kernels
+        triton_chain_tune.run(wanted, triton_chain_tune.plans(wanted)[0])
+    kernel = kernels[-1]
     found = resources(kernel)
     assert found["STACK"] == 0, found
     assert found["spills"] == 0, found
