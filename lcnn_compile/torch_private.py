@@ -38,6 +38,7 @@ __all__ = [
     "fixed_number",
     "has_hooks",
     "has_implicit_kernel",
+    "inductor_freezing",
     "inductor_modes",
     "is_boxed_float",
     "is_composite",
@@ -405,3 +406,12 @@ def without_autocast(device: str) -> Any:
     """A context in which operators called by the autocast implementation of ``device`` do not come back to it."""
     key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device.upper()}"))
     return torch._C._ExcludeDispatchKeyGuard(key)
+
+
+@contextmanager
+def inductor_freezing() -> Iterator[None]:
+    """Within, Inductor compiles with parameters as constants."""
+    import torch._inductor.config as config
+
+    with config.patch(freezing=True):
+        yield

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lcnn_compile.kernels.chain import HALVES
 from lcnn_compile.kernels.ops import has_lookup_kernel, lookup_conv2d
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.passes.fold import add_attribute
@@ -43,6 +44,8 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, device: str | None) -> None:
     found = example(x)
     where = device or (found.device.type if found is not None else value.device.type)
     known = dtype_of(x) in (None, value.dtype)
+    if where == "cuda" and value.dtype in HALVES:
+        return  # chains read few channels better as they are
     shape = shape_of(x)
     if value.dim() != 4 or (shape is not None and len(shape) != 4) or value.shape[1] > FEW or not known or not has_lookup_kernel(where, value.dtype):
         return
