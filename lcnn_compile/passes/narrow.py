@@ -47,7 +47,13 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, device: str | None) -> None:
     if where == "cuda" and value.dtype in HALVES:
         return  # chains read few channels better as they are
     shape = shape_of(x)
-    if value.dim() != 4 or (shape is not None and len(shape) != 4) or value.shape[1] > FEW or not known or not has_lookup_kernel(where, value.dtype):
+    if (
+        value.dim() != 4
+        or (shape is not None and len(shape) != 4)
+        or value.shape[1] > FEW
+        or not known
+        or not has_lookup_kernel(where, value.dtype)
+    ):
         return
     lossless = LookupWeight.lossless(value.detach(), group_size=8)
     tensors = [add_attribute(gm, node, name, tensor) for name, tensor in lossless.tensors().items()]
