@@ -164,11 +164,15 @@ class CallWatch(TorchFunctionMode):
 
 
 def _in_autograd_function() -> bool:
-    """Whether this runs inside of ``apply`` of a torch.autograd.Function."""
-    wanted = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    """Whether this runs inside of ``forward`` of a torch.autograd.Function."""
+    classes, codes = [torch.autograd.Function], set()
+    while classes:
+        found = classes.pop()
+        classes += found.__subclasses__()
+        codes.add(getattr(found.forward, "__code__", None))
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is wanted:
+        if frame.f_code in codes:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

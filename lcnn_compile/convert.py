@@ -47,7 +47,8 @@ def convert(
         config: what to replace and with which sizes.
         calibration: batches that the model is run on (see :mod:`lcnn_compile.batches`): a few dozen unlabelled inputs
             like those of deployment. It is read once, front to back. Without any the fit sees the weights alone.
-        example_inputs: the arguments of one call, to count multiply-adds; the first calibration batch by default.
+        example_inputs: the arguments of one call, to count multiply-adds and to find convolutions that are called as functions;
+            the first calibration batch by default.
         progress: called with (what, done, total).
         resume: a folder that keeps every layer once it is fitted; after an interruption the same call goes on from there.
         distributed: every process of the default torch.distributed group (as torchrun makes it) calls this, each with

@@ -384,6 +384,21 @@ class OwnGradient(torch.autograd.Function):
         return F.conv2d(x, w)
 
 
+class OwnGradientInTwoSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(x, w):
+        return F.conv2d(x, w)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+
+class InTwoSteps(Base):
+    def forward(self, x):
+        return OwnGradientInTwoSteps.apply(self.conv(x), self.w)
+
+
 class InAFunction(Base):
     def forward(self, x):
         return OwnGradient.apply(self.conv(x), self.w)
@@ -408,6 +423,7 @@ LEFT = {
     AsksForATensor: ("w.conv2d", "returns something else"),
     OfALayer: ("conv.weight.conv2d", "that of a layer"),
     ManyDilations: ("w.conv2d", "11 different"),
+    InTwoSteps: ("w.conv2d", "autograd.Function"),
     InAFunction: ("w.conv2d", "autograd.Function"),
     Volumes: ("w.conv_transpose3d", "no lookup form"),
 }
