@@ -28,7 +28,7 @@ from lcnn_compile.kernels.ops import lookup_conv2d_inference
 from lcnn_compile.kernels.reference import ACTIVATIONS
 from lcnn_compile.modules import LookupModule
 from lcnn_compile.passes import to_functional
-from lcnn_compile.passes.decompose import decompose_lookups
+from lcnn_compile.passes.decompose import decompose_lookups, suit_engines
 from lcnn_compile.testing import assert_close, assert_equivalent, lookup_layers
 
 SIZES = LookupConfig(dictionary_size=0.5, sparsity=2, group_size=3)
@@ -324,3 +324,71 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"file": "new", "file.data": "more"}
     with pytest.raises(LcnnError, match="is a folder"), replacing(tmp_path):
         pass
+
+
+@given(st.integers(1, 3), st.integers(1, 21), st.integers(1, 5), st.booleans())
+def test_the_form_for_engines_is_exact(groups, size, channels, pad):
+    torch.manual_seed(size)
+    dictionary = torch.randn(groups, size, channels) * torch.logspace(-6, 6, size)[None, :, None]
+    dictionary[:, -1] = 0
+    lookups = torch.randn(4 * groups, size, 3, 2) * (torch.rand(4 * groups, size, 3, 2) < 0.3)
+    made, coefficients = suit_engines(dictionary, lookups, pad=pad)
+    k = made.shape[1]
+    assert k == (max(16, size + -size % 4) if pad else size)
+    assert coefficients.shape == (4 * groups, k, 3, 2)
+    assert not made[:, size:].any()
+    assert not coefficients[:, size:].any()
+    ranges = made[:, : size - 1].abs().amax(2)
+    assert bool(((ranges >= 0.5) & (ranges < 1)).all())
+    # Products are the same numbers, not only close ones: powers of two cancel.
+    for g in range(groups):
+        first, second = lookups[4 * g : 4 * g + 4], coefficients[4 * g : 4 * g + 4, :size]
+        for j in range(size):
+            assert torch.equal(first[:, j, ..., None] * dictionary[g, j], second[:, j, ..., None] * made[g, j])
+
+
+def in_eight_bits(tensor, dims=None):
+    """Rounded to 8 bits with one symmetric scale, or one for each index of the dimensions that are not in ``dims``."""
+    scale = (tensor.abs().max() if dims is None else tensor.abs().amax(dims, keepdim=True)) / 127
+    scale = scale.clamp(min=1e-30)
+    return (tensor / scale).round().clamp(-127, 127) * scale
+
+
+def error_in_eight_bits(dictionary, lookups, x):
+    """Relative error of the pair of convolutions, weights with a scale per channel, activations with one in all."""
+    s = in_eight_bits(F.conv2d(in_eight_bits(x), in_eight_bits(dictionary, 1)[:, :, None, None]))
+    y = F.conv2d(s, in_eight_bits(lookups, (1, 2, 3)), padding=1)
+    exact = F.conv2d(F.conv2d(x, dictionary[:, :, None, None]), lookups, padding=1)
+    return float(((y - exact) ** 2).sum() / ((exact - exact.mean()) ** 2).sum())
+
+
+def test_one_range_of_the_dictionary_costs_less_in_eight_bits():
+    torch.manual_seed(0)
+    # A few strong vectors and many weak ones that are used with large coefficients.
+    strength = torch.logspace(0, -2, 24)
+    dictionary, x = torch.randn(24, 32) * strength[:, None], torch.randn(2, 32, 12, 12)
+    lookups = torch.randn(16, 24, 3, 3) / strength[None, :, None, None]
+    made, coefficients = suit_engines(dictionary[None], lookups)
+    before, after = error_in_eight_bits(dictionary, lookups, x), error_in_eight_bits(made[0], coefficients, x)
+    assert after < before / 3
+    assert after < 1e-3
+
+
+def test_exported_dictionaries_have_the_sizes_that_engines_like(odd):
+    program = export_program(odd, odd_batch(2), lowering="factored")
+    values = {
+        node.name: node.meta["val"].shape
+        for node in program.graph.nodes
+        if "val" in node.meta and hasattr(node.meta["val"], "shape")
+    }
+    sizes = [shape[0] for name, shape in values.items() if name.endswith("_dictionary") and name.startswith(("b_", "c_"))]
+    pointwise = [
+        n for n in program.graph.nodes if n.target is torch.ops.aten.conv2d.default and n.args[1].name.endswith("_dictionary")
+    ]
+    assert pointwise
+    for node in pointwise:
+        groups = node.args[6] if len(node.args) > 6 else 1
+        size = node.args[1].meta["val"].shape[0] // groups
+        assert size % 4 == 0
+        assert size >= 16
+    assert sizes

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.kernels import reference
@@ -24,8 +24,8 @@ _DEFAULTS = ("none", None, False)
 def decompose_lookups(gm: fx.GraphModule, lowering: str = "factored") -> fx.GraphModule:
     """Rewrite every lookup convolution, its epilogue included, as ordinary operators.
 
-    "factored" is a 1x1 convolution with the dictionary, then a convolution with the sparse lookup tensor P [n, k, kh, kw];
-    "dense" is one convolution with W = P·D. The graph is changed in place and returned; it needs nothing of ours to run.
+    "factored" is a 1x1 convolution with the dictionary, then a convolution with the sparse lookup tensor P [n, k, kh, kw],
+    both in the form of :func:`suit_engines`; "dense" is one convolution with W = P·D. The graph is changed in place and returned; it needs nothing of ours to run.
 
     Raises:
         ConversionError: for another lowering, or a lookup convolution whose weight is computed in the graph.
@@ -40,11 +40,29 @@ def decompose_lookups(gm: fx.GraphModule, lowering: str = "factored") -> fx.Grap
             raise ConversionError(
                 f"{node.name}: its lookup weight is computed in the graph; only constant weights can be rewritten"
             )
-        rewrite(gm, node, lowering)
+        rewrite(gm, node, lowering, for_engines=True)
     eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def suit_engines(dictionary: Tensor, lookups: Tensor, *, pad: bool = True) -> tuple[Tensor, Tensor]:
+    """D [groups, k, m/groups] and P [n, k, kh, kw] of the same product as other engines and eight bits like them best.
+
+    Each vector is scaled by a power of two, so that its largest entry is at least 0.5 and less than 1, and P by the inverse: that is
+    exact, and one scale of eight bits then serves all channels between the two convolutions. With ``pad``, vectors of zeros make
+    the dictionary's size a multiple of 4 and at least 16: ONNX Runtime keeps its blocked layout for such numbers of channels.
+    """
+    groups, size, _ = dictionary.shape
+    _, exponents = torch.frexp(dictionary.abs().amax(2).float())
+    # Within what cannot leave the range of float32 in P.
+    exponents = exponents.clamp(-30, 30)[:, :, None]
+    dictionary = torch.ldexp(dictionary, -exponents).to(dictionary.dtype)
+    grouped = torch.ldexp(lookups.unflatten(0, (groups, -1)), exponents[:, None, :, :, None])
+    lookups = grouped.flatten(0, 1).to(lookups.dtype)
+    extra = max(16, -(-size // 4) * 4) - size if pad else 0
+    return F.pad(dictionary, (0, 0, 0, extra)), F.pad(lookups, (0, 0, 0, 0, 0, extra))
 
 
 def has_constant_weight(node: fx.Node) -> bool:
@@ -61,8 +79,8 @@ def epilogue_of(node: fx.Node) -> tuple[str, Any, bool]:
     return cast(tuple[str, Any, bool], tuple(values))
 
 
-def rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str) -> None:
-    """Replace one lookup convolution with constant weights by its "factored" or "dense" form."""
+def rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str, *, for_engines: bool = False) -> None:
+    """Replace one lookup convolution with constant weights by its "factored" or "dense" form; see :func:`suit_engines`."""
     x, *_, bias = node.args[:8]
     dictionary, coefficients, indices, positions, offsets, filters = (
         attribute(gm, a.target)  # type: ignore[union-attr]
@@ -81,6 +99,8 @@ def rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str) -> None:
             size,
             kernel_size,
         )
+        if lowering == "factored" and for_engines:
+            dictionary, lookups = suit_engines(dictionary, lookups, pad=not _is_pixel(x))
         weight = lookups if lowering == "factored" else reference.dense_weight(dictionary, lookups)
     graph = gm.graph
     filter_bank = add_attribute(gm, node, "weight", weight)
