@@ -19,6 +19,10 @@ class WeightError(LcnnError):
     """A lookup weight whose tensors contradict each other, or the input they are applied to."""
 
 
+class WriteError(WeightError):
+    """A write to the dense weight of a lookup layer, which would be lost."""
+
+
 class ConversionError(LcnnError):
     """A model that cannot be converted, calibrated or fitted."""
 

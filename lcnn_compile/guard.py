@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from lcnn_compile.errors import ConfigError, KernelError, LcnnWarning
+from lcnn_compile.errors import ConfigError, KernelError, LcnnWarning, WriteError
 from lcnn_compile.torch_private import dynamo_signals
 
 log = logging.getLogger("lcnn_compile")
@@ -18,9 +18,9 @@ _warned: set[str] = set()
 def attempt(work: Callable[[], T], otherwise: Callable[[], T], what: str) -> T:
     """The result of ``work``; where it fails, a warning that names ``what`` was not done and why, and that of ``otherwise``.
 
-    What the user asked for and cannot have (:class:`ConfigError`, :class:`KernelError`) and Dynamo's own signals pass.
+    What the user asked for and cannot have (:class:`ConfigError`, :class:`KernelError`), writes that would be lost (:class:`WriteError`) and Dynamo's own signals pass.
     """
-    passing: tuple[type[BaseException], ...] = (*dynamo_signals(), ConfigError, KernelError)
+    passing: tuple[type[BaseException], ...] = (*dynamo_signals(), ConfigError, KernelError, WriteError)
     try:
         return work()
     except passing:

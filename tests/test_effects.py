@@ -381,3 +381,55 @@ def test_a_weight_that_is_written_stays_dense():
     lift_functional_convolutions(gm)
     assert not any(node.op == "call_module" for node in gm.graph.nodes)
     assert not any(is_lookup(node) for node in gm.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.data.mul_(2),
+        lambda weight: weight.detach()[0].fill_(0),
+        lambda weight: weight.view(-1).clamp_(-1, 1),
+        lambda weight: torch.nn.init.zeros_(weight.data),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_write_to_a_dense_weight_is_refused_in_compiled_code_too(write):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = LookupConv2d(4, 8, 3, dictionary_size=2, lowering="lookup")
+
+        def forward(self, x):
+            write(self.conv.weight)
+            return self.conv(x)
+
+    torch.compiler.reset()
+    model, x = Writes().eval(), image()
+    with torch.no_grad():
+        with pytest.raises(LcnnError, match="write to its weight"):
+            model(x)
+        with pytest.raises(Exception, match="write to its weight"):
+            torch.compile(model, backend="lcnn")(x)
+
+
+def test_values_of_a_dense_weight_are_read_in_compiled_code():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = LookupConv2d(4, 8, 3, dictionary_size=2, lowering="lookup")
+
+        def forward(self, x):
+            scaled = self.conv.weight / self.conv.weight.norm()
+            scaled += 1
+            return F.conv2d(x, scaled) + self.conv(x)
+
+    torch.compiler.reset()
+    model, x = Reads().eval(), image()
+    fast = torch.compile(model, backend="lcnn", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
+    model(x).sum().backward()
+    wanted = model.conv.dictionary.grad.clone()
+    model.conv.dictionary.grad = None
+    fast(x).sum().backward()
+    torch.testing.assert_close(model.conv.dictionary.grad, wanted, atol=1e-4, rtol=1e-4)

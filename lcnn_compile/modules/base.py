@@ -13,6 +13,7 @@ from lcnn_compile.config import LOWERING_CHOICES, PRECISION_CHOICES, LayerConfig
 from lcnn_compile.errors import ConfigError, ConversionError, WeightError
 from lcnn_compile.geometry import Call, Geometry, geometry_of
 from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.kernels.read_only import read_only
 from lcnn_compile.lookup import LookupWeight, filter_table
 from lcnn_compile.modules.guards import Parameters, check_initialiser
 from lcnn_compile.modules.tabled import HasTables
@@ -196,7 +197,7 @@ class LookupModule(HasTables):
         """
         exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         if is_tracing() and not exporting:
-            return self.dense_weight()
+            return read_only(self.dense_weight(), self.label)
         plain = exporting or (
             type(self.dictionary) in (Tensor, nn.Parameter) and without_transforms(self.dictionary) is self.dictionary
         )

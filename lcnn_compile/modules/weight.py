@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcnn_compile.errors import WeightError
+from lcnn_compile.errors import WeightError, WriteError
 from lcnn_compile.torch_private import pytree
 
 _FORM = (
@@ -57,9 +57,9 @@ _HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook")
 _DATA, _GRAD, _REQUIRES_GRAD, _LEAF = (getattr(Tensor, name) for name in ("data", "grad", "requires_grad", "is_leaf"))
 
 
-def refuse_write(label: str, what: str) -> WeightError:
+def refuse_write(label: str, what: str) -> WriteError:
     """The error for a write to the dense weight of a layer."""
-    return WeightError(
+    return WriteError(
         f"{label}: {what} would write to its weight, which is formed from dictionary and coefficients and cannot be written to. Change "
         "the dense model and convert it again, write to layer.dictionary and layer.coefficients, or put layer.to_dense() in its place. "
         "To work on a copy, take layer.dense_weight().detach().clone()"

@@ -14,12 +14,18 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor, fx
 
+from lcnn_compile.kernels.read_only import read_only
+from lcnn_compile.modules.weight import refuse_write
 from lcnn_compile.passes.operations import Effect, effect_of, holds_tensors, storages_of
 from lcnn_compile.passes.targets import WRITTEN, attribute
 
 Root = Hashable
 INPUTS: Root = "inputs"
 """The memory of all inputs: a caller may pass views of one tensor."""
+_VIEWS = {
+    *("detach", "data", "view", "reshape", "flatten", "unflatten", "getitem", "select", "narrow", "slice", "chunk", "split"),
+    *("transpose", "permute", "t", "T", "mT", "squeeze", "unsqueeze", "unbind", "view_as", "diagonal", "real"),
+}
 RANDOM: Root = "the random number generator"
 
 
@@ -32,6 +38,7 @@ class Effects:
 
     Raises:
         ConversionError: where a node changes what a tensor is (its shape, its storage) in place.
+        WriteError: where a node writes to the dense weight of a lookup layer.
     """
 
     def __init__(self, gm: fx.GraphModule, root_of: Callable[[fx.Node], Root] | None = None):
@@ -53,6 +60,8 @@ class Effects:
 
     def _add(self, gm: fx.GraphModule, node: fx.Node) -> None:
         effect = self._effects[node] = effect_of(gm, node)
+        for target in effect.writes:
+            _refuse_lost(target, node)
         own = frozenset([RANDOM]) if effect.random else frozenset()
         self._touched[node] = self._of(node.all_input_nodes) | effect.reads | own
         self._written[node] = self._of(effect.writes) | effect.written | own
@@ -117,6 +126,19 @@ class Effects:
                 if node is not writer and self.conflict(writer, node):
                     edges.append((writer, node) if place < self._order[node] else (node, writer))
         return edges
+
+
+def _refuse_lost(target: fx.Node, node: fx.Node) -> None:
+    """Refuse a write to the dense weight of a lookup layer, itself or through a view: it is formed anew at every call."""
+    while target.op.startswith("call_") and _name(target) in _VIEWS and isinstance(target.args[0], fx.Node):
+        target = target.args[0]
+    if target.target is read_only:
+        raise refuse_write(str(target.args[1]), node.name)
+
+
+def _name(node: fx.Node) -> str:
+    named = str(node.args[1]) if node.target is getattr else str(getattr(node.target, "__name__", node.target))
+    return named.split(".")[0]
 
 
 def written_inputs(gm: fx.GraphModule, inputs: Iterable[object]) -> set[int]:
