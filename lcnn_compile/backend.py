@@ -16,7 +16,7 @@ from lcnn_compile.calibrating import Calibrating
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, LcnnError
 from lcnn_compile.geometry import kind_of
-from lcnn_compile.graphs import bind_weights, weight_placeholders
+from lcnn_compile.graphs import bind_weights, open_attributes, weight_placeholders
 from lcnn_compile.guard import attempt, once
 from lcnn_compile.passes import find_convolutions, lift_functional_convolutions, set_precision
 from lcnn_compile.runtime import Captured, Lowered
@@ -91,8 +91,14 @@ def lcnn(
             return graph
         return compiled
 
-    def lower() -> Callable[..., Any]:
-        graph = settle_numbers(gm)
+    def opened() -> Callable[..., Any]:
+        graph, tensors = open_attributes(settle_numbers(gm))
+        compiled = lower(graph, [*example_inputs, *tensors])
+        if compiled is None:
+            return compile_graph(gm, example_inputs)
+        return (lambda *inputs: compiled(*inputs, *tensors)) if tensors else compiled
+
+    def lower(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any] | None:
         names = weight_placeholders(graph, example_inputs)
         bound = bind_weights(graph, example_inputs, names)
         found = find_convolutions(bound)
@@ -103,7 +109,7 @@ def lcnn(
                     f"lcnn left {len(found)} dense convolutions dense: their weights need gradients. To train lookup convolutions, "
                     "convert the model first (lcnn_compile.convert); for inference call it under torch.no_grad()."
                 )
-            return compile_graph(gm, example_inputs)
+            return None
         captured = Captured.of(graph, example_inputs, names, compile_graph)
         if lookups:
             transform = None if config.precision == "float32" else partial(set_precision, precision=config.precision)
@@ -117,9 +123,9 @@ def lcnn(
             once(f"lcnn replaced nothing in a compiled graph: {reasons}")
         else:
             once("lcnn replaced nothing: a compiled graph has no convolution; Inductor compiles it as it is.")
-        return compile_graph(gm, example_inputs)
+        return None
 
-    return attempt(lower, lambda: compile_graph(gm, example_inputs), "leaves a graph to Inductor as it was")
+    return attempt(opened, lambda: compile_graph(gm, example_inputs), "leaves a graph to Inductor as it was")
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

@@ -46,6 +46,30 @@ def _is_table(node: fx.Node) -> bool:
     return any(is_lookup(user) and node in user.args[3:7] for user in node.users)
 
 
+def open_attributes(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The graph with further inputs, after its own, in place of the tensors that it has as attributes; and these tensors.
+
+    Where Inductor is told to freeze, Dynamo hands parameters over as attributes; they may change all the same.
+    """
+    reads = [node for node in gm.graph.find_nodes(op="get_attr") if isinstance(attribute(gm, node.target), Tensor)]
+    targets = list(dict.fromkeys(str(node.target) for node in reads))
+    if not targets:
+        return gm, []
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {node: graph.node_copy(node) for node in gm.graph.find_nodes(op="placeholder")}
+    made: dict[str, fx.Node] = {}
+    for node in reads:
+        target = str(node.target)
+        if target not in made:
+            made[target] = graph.placeholder(f"attribute_buffers_{_identifier(target)}")
+            made[target].meta = dict(node.meta)
+        copied[node] = made[target]
+    for node in gm.graph.nodes:
+        if node not in copied:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    return fx.GraphModule(gm, graph), [attribute(gm, target) for target in targets]
+
+
 def bind_weights(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> fx.GraphModule:
     """A new GraphModule in which the inputs at the positions ``names`` are attributes of these names (the very tensors)."""
     attributes = nn.Module()
