@@ -24,8 +24,8 @@ from lcnn_compile.torch_private import compile_package, load_package, package_me
 _KEY = "lcnn_inputs"
 """Under which name a package's metadata holds the form of its inputs."""
 
-Size = int | tuple[int, int | None]
-"""A fixed size, or the smallest and the largest one allowed (None: any)."""
+Size = int | tuple[int, int | None, str]
+"""A fixed size, or the smallest and the largest one allowed (None: any) and a name; sizes of one name are equal."""
 
 
 def write_package(program: torch.export.ExportedProgram, path: str) -> None:
@@ -66,7 +66,7 @@ class AotModel:
     """A loaded package, called as the model was for the export (by position or by name), without gradients.
 
     Attributes:
-        forms: of each input, its dtype, sizes (a pair where it varies), strides and device; or its constant value.
+        forms: of each input, its dtype, sizes (limits and a name where it varies), strides and device; or its constant value.
     """
 
     def __init__(self, model: Any, forms: list[dict[str, Any]]):
@@ -85,7 +85,8 @@ class AotModel:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self._spec or len(leaves) != len(self.forms):
             raise ExportError(f"the package takes {self._spec}; it got {spec}")
-        fitted = [_fitted(leaf, form, place) for place, (leaf, form) in enumerate(zip(leaves, self.forms, strict=True))]
+        named: dict[str, int] = {}
+        fitted = [_fitted(leaf, form, place, named) for place, (leaf, form) in enumerate(zip(leaves, self.forms, strict=True))]
         args, kwargs = pytree.tree_unflatten(fitted, spec)
         with torch.no_grad():
             found = self._model(*args, **kwargs)
@@ -137,13 +138,13 @@ def _range(program: torch.export.ExportedProgram, size: Any) -> Size:
         return size
     bounds = program.range_constraints.get(size.node.expr)
     if bounds is None:
-        return 1, None
+        return 1, None, str(size)
     low, high = (int(bound) if abs(bound) < sys.maxsize else None for bound in (bounds.lower, bounds.upper))
     # A varying size is stated to be at least 2 where it is not known to be 0 or 1; the programs are right for 1.
-    return 1 if low is None or low <= 2 else low, high
+    return 1 if low is None or low <= 2 else low, high, str(size)
 
 
-def _fitted(leaf: Any, form: dict[str, Any], place: int) -> Any:
+def _fitted(leaf: Any, form: dict[str, Any], place: int, named: dict[str, int]) -> Any:
     """An input in the memory layout that the code reads."""
     if "value" in form:
         if isinstance(leaf, Tensor) or type(leaf) is not type(form["value"]) or leaf != form["value"]:
@@ -154,11 +155,10 @@ def _fitted(leaf: Any, form: dict[str, Any], place: int) -> Any:
     if not isinstance(leaf, Tensor):
         raise ExportError(f"input {place} is a tensor of {form['dtype']}; it got {type(leaf).__name__}")
     sizes = [size if isinstance(size, int) else tuple(size) for size in form["sizes"]]
-    fits = len(sizes) == leaf.dim() and all(_allows(size, own) for size, own in zip(sizes, leaf.shape, strict=True))
-    if not fits or str(leaf.dtype) != form["dtype"] or leaf.device.type != form["device"]:
-        shown = [size if isinstance(size, int) else f"{size[0]} to {size[1] or 'any'}" for size in sizes]
+    known = dict(named)
+    if not has_sizes(leaf, sizes, named) or str(leaf.dtype) != form["dtype"] or leaf.device.type != form["device"]:
         raise ExportError(
-            f"input {place} is {form['dtype']} of shape [{', '.join(map(str, shown))}] on {form['device']}; "
+            f"input {place} is {form['dtype']} of shape {shown(sizes, known)} on {form['device']}; "
             f"it got {leaf.dtype} of shape {list(leaf.shape)} on {leaf.device}"
         )
     strides = tuple(form["strides"])
@@ -167,5 +167,22 @@ def _fitted(leaf: Any, form: dict[str, Any], place: int) -> Any:
     return leaf.new_empty_strided(leaf.shape, strides).copy_(leaf.detach())
 
 
-def _allows(size: Size, own: int) -> bool:
-    return size == own if isinstance(size, int) else size[0] <= own and (size[1] is None or own <= size[1])
+def has_sizes(tensor: Tensor, sizes: list[Size], named: dict[str, int]) -> bool:
+    """Whether a tensor has the sizes stated; varying ones that were not seen before are added to ``named``."""
+    if tensor.dim() != len(sizes):
+        return False
+    for size, own in zip(sizes, tensor.shape, strict=True):
+        if isinstance(size, int):
+            if size != own:
+                return False
+            continue
+        low, high, name = size
+        if own < low or (high is not None and own > high) or named.setdefault(name, own) != own:
+            return False
+    return True
+
+
+def shown(sizes: list[Size], named: dict[str, int]) -> str:
+    """Stated sizes for a message."""
+    parts = [size if isinstance(size, int) else named.get(size[2], f"{size[0]} to {size[1] or 'any'}") for size in sizes]
+    return f"[{', '.join(map(str, parts))}]"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from lcnn_compile.aot import load_aot, standard_layouts, write_package
+from lcnn_compile.aot import has_sizes, input_forms, load_aot, shown, standard_layouts, write_package
 from lcnn_compile.capture import PLAIN, Lowering, export_program, first_line, private_copy, unlift
 from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.files import replacing
@@ -83,7 +83,9 @@ def export_pt2(
 
 
 def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
-    """The program of a ``torch.export`` file as a module in evaluation mode that ``convert`` and ``load`` take; shapes are not guarded.
+    """The program of a ``torch.export`` file as a module in evaluation mode that ``convert`` and ``load`` take.
+
+    It refuses inputs of other sizes than the program is for: tracing made what depends on them constant.
 
     Raises:
         ExportError: if the file is none.
@@ -92,10 +94,29 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
         raise ExportError(f"{os.fspath(path)} is not a file")
     try:
         with _quiet("torch.export"):
-            return lift_functional_convolutions(unlift(torch.export.load(path)))
+            program = torch.export.load(path)
+            module = lift_functional_convolutions(unlift(program))
+        module.register_forward_pre_hook(_Sizes(input_forms(program)), with_kwargs=True)
     except Exception as error:
         # A damaged file fails in many ways inside zip files and JSON.
         raise ExportError(f"{os.fspath(path)} is not a torch.export program: {first_line(error)}") from error
+    return module
+
+
+class _Sizes:
+    """A hook that refuses inputs of sizes that a program is not for."""
+
+    def __init__(self, forms: list[dict[str, Any]]):
+        self._forms = forms
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named: dict[str, int] = {}
+        for place, (leaf, form) in enumerate(zip(pytree.tree_leaves((args, kwargs)), self._forms, strict=False)):
+            known = dict(named)
+            if "sizes" in form and isinstance(leaf, Tensor) and not has_sizes(leaf, form["sizes"], named):
+                raise ExportError(
+                    f"input {place} of the program has shape {shown(form['sizes'], known)}; it got {list(leaf.shape)}"
+                )
 
 
 def export_aot(

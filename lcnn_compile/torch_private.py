@@ -138,16 +138,13 @@ def _checked_inputs() -> Iterator[list[bool]]:
         found = [i for i, line in enumerate(lines) if isinstance(line, str) and asked in line]
         for i in found:
             lines[i] = lines[i].replace(asked, "if (false)")
-        for name, value in V.graph.graph_inputs.items():
+        seen: dict[str, tuple[int, int]] = {}
+        for number, (name, value) in enumerate(V.graph.graph_inputs.items()):
             line = f"auto {name}_size = {name}.sizes();"
             at = [i for i, text in enumerate(lines) if isinstance(text, str) and text.strip() == line]
-            dimensions = len(value.get_size()) if hasattr(value, "get_size") else 0
+            sizes = value.get_size() if hasattr(value, "get_size") else []
             for i in at:
-                lines[i] = (
-                    f"{{ int64_t lcnn_dim; AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim({name}, &lcnn_dim)); "
-                    f'if (lcnn_dim != {dimensions}) throw std::runtime_error("an input has " + std::to_string(lcnn_dim) + '
-                    f'" dimensions; it was compiled for {dimensions}"); }} {lines[i]}'
-                )
+                lines[i] = f"{_dimension_check(name, len(sizes))} {lines[i]} {_equal_sizes(name, number, sizes, seen)}"
         added.append(bool(found))
 
     CppWrapperCpu.generate_input_output_runtime_checks = always  # type: ignore[method-assign]
@@ -155,6 +152,31 @@ def _checked_inputs() -> Iterator[list[bool]]:
         yield added
     finally:
         CppWrapperCpu.generate_input_output_runtime_checks = plain  # type: ignore[method-assign]
+
+
+def _dimension_check(name: str, dimensions: int) -> str:
+    """C++ that refuses an input of another number of dimensions."""
+    return (
+        f"{{ int64_t lcnn_dim; AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim({name}, &lcnn_dim)); "
+        f'if (lcnn_dim != {dimensions}) throw std::runtime_error("an input has " + std::to_string(lcnn_dim) + '
+        f'" dimensions; it was compiled for {dimensions}"); }}'
+    )
+
+
+def _equal_sizes(name: str, number: int, sizes: Any, seen: dict[str, tuple[int, int]]) -> str:
+    """C++ that refuses an input whose varying sizes are not those that earlier inputs share with it."""
+    checks = []
+    for dim, size in enumerate(sizes):
+        if isinstance(size, int) or size.is_number:
+            continue
+        first = seen.setdefault(str(size), (number, dim))
+        if first != (number, dim):
+            checks.append(
+                f"{{ int64_t* lcnn_sizes; AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(input_handles[{first[0]}], &lcnn_sizes)); "
+                f"if (lcnn_sizes[{first[1]}] != {name}_size[{dim}]) "
+                f'throw std::runtime_error("sizes of inputs {first[0]} and {number} are unmatched"); }}'
+            )
+    return " ".join(checks)
 
 
 def load_package(path: str) -> Callable[..., Any]:

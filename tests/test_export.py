@@ -21,6 +21,7 @@ from lcnn_compile.export import (
     export_program,
     export_pt2,
     largest_difference,
+    load_pt2,
     to_dense,
 )
 from lcnn_compile.files import replacing
@@ -376,12 +377,6 @@ def test_one_range_of_the_dictionary_costs_less_in_eight_bits():
 
 def test_exported_dictionaries_have_the_sizes_that_engines_like(odd):
     program = export_program(odd, odd_batch(2), lowering="factored")
-    values = {
-        node.name: node.meta["val"].shape
-        for node in program.graph.nodes
-        if "val" in node.meta and hasattr(node.meta["val"], "shape")
-    }
-    sizes = [shape[0] for name, shape in values.items() if name.endswith("_dictionary") and name.startswith(("b_", "c_"))]
     pointwise = [
         n for n in program.graph.nodes if n.target is torch.ops.aten.conv2d.default and n.args[1].name.endswith("_dictionary")
     ]
@@ -391,4 +386,31 @@ def test_exported_dictionaries_have_the_sizes_that_engines_like(odd):
         size = node.args[1].meta["val"].shape[0] // groups
         assert size % 4 == 0
         assert size >= 16
-    assert sizes
+
+
+class Sized(nn.Module):
+    """Its mean is divided by a number of pixels that tracing makes constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, x, weight):
+        y = self.conv(x).relu_()
+        return y.sum((2, 3)) / (y.shape[2] * y.shape[3]) * weight
+
+
+def test_a_loaded_program_refuses_sizes_that_it_is_not_for(tmp_path):
+    model, batch = Sized().eval(), torch.export.Dim("batch", min=1)
+    x, weight = pictures(2, 7, 4), torch.ones(2, 6)
+    torch.export.save(torch.export.export(model, (x, weight), dynamic_shapes=({0: batch}, {0: batch})), tmp_path / "p.pt2")
+    loaded = load_pt2(tmp_path / "p.pt2")
+    lookup = convert(loaded, SIZES, calibration=[(x, weight)]).eval()
+    wide = pictures(5, 7, 4).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(wide, torch.ones(5, 6)), model(wide, torch.ones(5, 6)))
+    for run in (loaded, lookup, copy.deepcopy(loaded)):
+        with pytest.raises(LcnnError, match=r"input 0 of the program has shape \[1 to any, 4, 7, 7\]; it got \[2, 4, 9, 9\]"):
+            run(pictures(2, 9, 4), weight)
+        with pytest.raises(LcnnError, match=r"input 1 of the program has shape \[2, 6\]; it got \[1, 6\]"):
+            run(x, weight[:1])
