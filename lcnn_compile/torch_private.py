@@ -1,6 +1,6 @@
 """All that the package uses of PyTorch without PyTorch promising it: a new version is checked against this one file.
 
-Everything else imports it from here under a name that says what it is for. Tested with torch 2.11.0 and 2.13.0.
+Everything else imports it from here under a name that says what it is for. Tested with torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations
@@ -93,11 +93,34 @@ def compile_with_inductor(graph: fx.GraphModule, inputs: list[Any], patches: dic
     from torch._inductor.compile_fx import compile_fx
     from torch.compiler import config
 
+    _fix_sizes(inputs)
     tag = f"{config.cache_key_tag} lcnn {_source_digest()}"
     # Freezing takes constants for weights that may change later, and ours are inputs anyway.
     with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(graph, inputs, config_patches={**patches, "freezing": False})
     return compiled
+
+
+def _fix_sizes(inputs: list[Any]) -> None:
+    """Tell the compilation in progress that tensors which Dynamo has not seen, being derived from weights, have fixed sizes.
+
+    Their sizes become symbols otherwise, without a source: a guard on one of them cannot be written, which ends Dynamo's work.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._guards import TracingContext
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    for number, value in enumerate(inputs):
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value not in context.tensor_to_context:
+            context.tensor_to_context[value] = StatefulSymbolicContext(
+                dynamic_sizes=[DimDynamic.STATIC] * value.dim(),
+                constraint_sizes=[None] * value.dim(),
+                tensor_source=ConstantSource(f"lcnn_derived_{number}"),
+                shape_env_to_source_to_symbol_cache={},
+            )
 
 
 @functools.cache

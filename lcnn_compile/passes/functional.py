@@ -59,7 +59,7 @@ def _lookup(graph: fx.Graph, name: str, module: nn.Module, x: fx.Node) -> fx.Nod
             copied[node] = graph.create_node("get_attr", f"{name}.{node.target}" if name else str(node.target))
         elif node.op == "output":
             last = copied[node.args[0]]
-        else:
+        elif node.users:  # the tracer asserts, unused, that an argument fixed above is given so; here nobody can give another
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     return last
 
