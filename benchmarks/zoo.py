@@ -59,7 +59,9 @@ def note(name: str, way: str, found: dict[str, Any], commit: str) -> None:
     row = read(name)
     row["ways"][way] = found | {"commit": commit}
     write(row)
-    text = " ".join(str(found[key]) for key in ("state", "ratio", "seconds", "replaced", "dense_layers", "alone", "message") if key in found)
+    text = " ".join(
+        str(found[key]) for key in ("state", "ratio", "seconds", "replaced", "dense_layers", "alone", "message") if key in found
+    )
     print(f"{name} {way}: {text}", flush=True)
 
 
@@ -118,7 +120,7 @@ def collect() -> None:
 
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
     document = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "make zoo",
         "versions": versions | {"python": platform.python_version()},
         "factor": zoo_ways.FACTOR,

@@ -32,7 +32,7 @@ WAYS = ("convert", "compile", "dense", "freeze", "pt2", "onnx")
 Row = dict[str, Any]
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A result that is not the dense network's."""
 
 
@@ -76,25 +76,25 @@ class Zoo:
         """Error over float32 PyTorch's own, of the output farthest off.
 
         Raises:
-            Wrong: if it is more than :data:`FACTOR`, or the outputs have another form.
+            WrongError: if it is more than :data:`FACTOR`, or the outputs have another form.
         """
         own, reference = self.own[number], self.reference[number]
         (results, form), (own, own_form) = pytree.tree_flatten(found), pytree.tree_flatten(own)
         if form != own_form:
-            raise Wrong(f"outputs of form {form}; the dense network's are {own_form}")
+            raise WrongError(f"outputs of form {form}; the dense network's are {own_form}")
         worst = 0.0
         for result, mine, wide in zip(results, own, pytree.tree_leaves(reference), strict=True):
             if not isinstance(mine, Tensor):
                 continue
             if (result.shape, result.dtype) != (mine.shape, mine.dtype):
-                raise Wrong(f"{result.dtype} {tuple(result.shape)}; the dense network's is {mine.dtype} {tuple(mine.shape)}")
+                raise WrongError(f"{result.dtype} {tuple(result.shape)}; the dense network's is {mine.dtype} {tuple(mine.shape)}")
             if mine.shape != wide.shape or not mine.is_floating_point():
                 if not torch.equal(result, mine):
-                    raise Wrong(f"{mine.dtype} values differ")
+                    raise WrongError(f"{mine.dtype} values differ")
             elif mine.numel():
                 worst = max(worst, error(result, wide) / (tolerance(mine, wide, 1.0) or 1.0))
         if not worst <= FACTOR:
-            raise Wrong(f"{worst:.3g} times as far from float64 as float32 PyTorch")
+            raise WrongError(f"{worst:.3g} times as far from float64 as float32 PyTorch")
         return worst
 
     def all_of(self, call: Callable[..., Any], numbers: tuple[int, ...]) -> float:
@@ -201,7 +201,7 @@ class Zoo:
                 warnings.simplefilter("ignore")
                 row = {"state": "right", **getattr(self, way)()}
         except Exception as failure:
-            row = {"state": "wrong" if isinstance(failure, Wrong) else "failed", "message": first_line(failure)}
+            row = {"state": "wrong" if isinstance(failure, WrongError) else "failed", "message": first_line(failure)}
             theirs = self.upstream(way)
             if theirs:
                 row = {"state": "upstream", "message": theirs, "ours": row["message"]}
