@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test lint docs readme fuzz sanitize mutate bench-cpu bench-gpu clean
+.PHONY: demo test lint docs readme fuzz sanitize mutate bench-cpu bench-gpu bench-gpu-chains clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,9 @@ bench-cpu: $(VENV)/bench-ready
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+bench-gpu-chains:
+	$(PYTHON) benchmarks/gpu_chains.py
 
 clean:
 	rm -rf $(VENV) build dist docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

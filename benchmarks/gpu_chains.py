@@ -27,7 +27,7 @@ import torch
 from lcnn_compile.bench.gpu_budget import Budget
 from lcnn_compile.bench.gpu_chains import compile_share
 from lcnn_compile.bench.gpu_machine import Gpu, Machine, Rehearsal
-from lcnn_compile.bench.gpu_whole import whole
+from lcnn_compile.bench.gpu_whole import check, whole
 
 DENSE = ("frozen", "inductor")
 JOBS: dict[str, tuple[str, int, tuple[str, ...]]] = {
@@ -57,7 +57,10 @@ def ahead(names: list[str], workers: int) -> tuple[ProcessPoolExecutor, dict[str
     """Start to compile the kernels of these jobs, the first ones first."""
     major, minor = torch.cuda.get_device_capability()
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    tasks = {}
+    tasks: dict[str, list[Future[int]]] = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        shares = ("checks", 5, dtype, 10 * major + minor)
+        tasks.setdefault("checks", []).extend(pool.submit(compile_share, *shares, part, workers) for part in range(workers))
     for name in names:
         network, batch, _ = JOBS[name]
         shares = (network, batch, torch.float16, 10 * major + minor)
@@ -78,8 +81,15 @@ def main() -> None:
     machine: Machine = Rehearsal() if arguments.rehearse else Gpu()
     record = Record(arguments.out / "gpu-chains.json", machine.describe())
     print(record.found["device"], flush=True)
-    torch.backends.cudnn.benchmark = True
     pool, tasks = (None, {}) if arguments.rehearse else ahead(arguments.only, max(1, (os.cpu_count() or 2) - 2))
+    torch.backends.cudnn.benchmark = False
+    modes = ("bfloat16",) if arguments.rehearse else ("float16", "bfloat16")
+    for task in tasks.get("checks", []):
+        task.result(timeout=max(1, budget.left()))
+    record.found["checks"] = checks = [row for mode in modes for row in check(machine, mode)]
+    record.save()
+    torch.backends.cudnn.benchmark = True
+    print(f"[{budget.left():.0f} s left] {len(checks)} checks, {sum(not row['agrees'] for row in checks)} wrong", flush=True)
     for name in arguments.only:
         network, batch, ways = JOBS[name]
         if budget.left() < 15:
@@ -110,7 +120,7 @@ def main() -> None:
             f"{row['network'] + ' b' + str(row['batch']):24}{dense:10.4f}{row['ms']['lookup']:10.4f}  {row['speedup'] or 0:.2f}x"
         )
     print("\n".join(budget.skipped), flush=True)
-    sys.exit(not record.found["rows"])
+    sys.exit(not record.found["rows"] or not all(row["agrees"] for row in checks))
 
 
 if __name__ == "__main__":

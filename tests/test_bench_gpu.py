@@ -12,10 +12,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from lcnn_compile.bench import gpu_cases, gpu_floors, gpu_layers, gpu_machine, gpu_session, gpu_summary, gpu_worker
+from lcnn_compile.bench import (
+    gpu_cases,
+    gpu_chains,
+    gpu_floors,
+    gpu_layers,
+    gpu_machine,
+    gpu_session,
+    gpu_summary,
+    gpu_whole,
+    gpu_worker,
+)
 from lcnn_compile.bench.gpu_budget import Budget, at_most
 from lcnn_compile.bench.gpu_cases import NARROW, NARROW_SIZES, SIZES, Job, Layer, Sizes, layer_job
-from lcnn_compile.bench.gpu_machine import Gpu, Rehearsal, set_mode
+from lcnn_compile.bench.gpu_machine import Gpu, Rehearsal, allowed, set_mode
 
 
 @pytest.fixture(autouse=True)
@@ -342,10 +352,10 @@ def test_time_limit():
 
 
 def test_modes_allow_tf32_alone():
-    for mode, allowed in (("tf32", True), ("float32", False), ("float16", False)):
+    for mode, may in (("tf32", True), ("float32", False), ("float16", False)):
         assert set_mode(mode) == gpu_cases.MODES[mode]
-        assert torch.backends.cudnn.allow_tf32 is allowed
-        assert torch.backends.cuda.matmul.allow_tf32 is allowed
+        assert torch.backends.cudnn.allow_tf32 is may
+        assert torch.backends.cuda.matmul.allow_tf32 is may
 
 
 @pytest.mark.triton
@@ -375,3 +385,39 @@ def test_wide_layers_of_a_network():
     found = gpu_compile.wide_layers("resnet18")
     assert Layer(256, 512, 14, 2) in found
     assert len(found) == 7
+
+
+def test_a_pair_as_chains(tmp_path):
+    """The whole way on a CPU; what is wrong gets no time."""
+    budget = Budget(time.time() + 300)
+    [row] = gpu_whole.whole(Rehearsal(), budget, "pair 64@6", "float32", 2, ("eager", "frozen"))
+    assert row["layers"] == 2
+    assert set(row["dense_ms"]) == {"eager", "frozen"}
+    assert row["speedup"] > 0
+    assert row["error"] <= allowed("float32", row["dense_error"])
+    assert not budget.skipped
+
+
+def test_chains_are_checked_on_odd_shapes():
+    rows = gpu_whole.check(Rehearsal(), "float32")
+    assert len(rows) >= 5
+    assert all(row["agrees"] for row in rows), rows
+
+
+def test_wrong_chains_get_no_time(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda x: model(x) + 1)
+    with pytest.raises(ArithmeticError, match="no times"):
+        gpu_whole.whole(Rehearsal(), Budget(time.time() + 300), "pair 64@6", "float32", 2, ("eager",))
+
+
+def test_kernels_of_a_network_are_found_without_a_gpu():
+    """Every kind of call once; the first reads S of a layer before it, its output is not written."""
+    found = gpu_chains.calls("pair 64@12", 2, torch.float16)
+    assert [(tuple(call.x.shape), call.shape[1], call.keep, call.next_channels) for call in found] == [
+        ((2, 64, 12, 12), 16, True, 0),
+        ((2, 16, 12, 12), 64, False, 16),
+        ((2, 16, 12, 12), 64, True, 0),
+    ]
+    assert all(call.x.is_meta for call in found)
+    launched = pytest.importorskip("lcnn_compile.kernels.triton_chain_tune").launches(found[1])
+    assert len(launched) >= 4

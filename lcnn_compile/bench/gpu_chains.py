@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from lcnn_compile.bench.gpu_cases import Sizes
 from lcnn_compile.bench.networks import NETWORKS, RESOLUTION, build
 from lcnn_compile.bench.settings import random_lookup
-from lcnn_compile.kernels.chain import chain
+from lcnn_compile.kernels.chain import chain, pack_bias, pack_next, pack_weight
 from lcnn_compile.modules import LookupModule
 from lcnn_compile.passes import (
     chain_lookups,
@@ -23,6 +23,18 @@ from lcnn_compile.passes import (
 
 SIZES = Sizes(0.25, 192, 64)
 """Of every 3x3 layer: the time of a chain does not depend on taps."""
+
+
+CHECKED: tuple[tuple[int, int, int, tuple[int, int], int, int, bool], ...] = (
+    (16, 64, 16, (15, 13), 3, 1, True),
+    (32, 128, 32, (14, 9), 3, 2, True),
+    (64, 256, 64, (7, 7), 3, 1, False),
+    (128, 512, 128, (7, 5), 3, 1, True),
+    (3, 64, 0, (30, 22), 7, 2, False),
+    (3, 24, 16, (9, 14), 3, 1, False),
+    (33, 40, 7, (11, 6), 1, 1, True),
+)
+"""Channels, filters, channels of the product, size, kernel, stride and whether there is a residual, of calls with odd sizes."""
 
 
 def wide(module: nn.Module) -> bool:
@@ -94,10 +106,12 @@ def graph_of(model: nn.Module, x: Tensor, device: str) -> fx.GraphModule:
 
 @lru_cache(maxsize=8)
 def calls(network: str, batch: int, dtype: torch.dtype) -> list[Any]:
-    """Every call, on meta tensors, each kind once."""
+    """Every call of a network, or of "checks", on meta tensors, each kind once."""
     from lcnn_compile.kernels.triton_chain import Tail, Window
     from lcnn_compile.kernels.triton_chain_tune import Call
 
+    if network == "checks":
+        return _checks(batch, dtype)
     model, (channels, side) = subject(network)
     model = with_lookups(model).to("meta", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.empty(batch, channels, side, side, dtype=dtype, device="meta", memory_format=torch.channels_last)
@@ -116,6 +130,28 @@ def calls(network: str, batch: int, dtype: torch.dtype) -> list[Any]:
         kind = (tuple(input.shape), window, n, k, keep, bias is None, residual is None, activation)
         found.setdefault(kind, call)
     return list(found.values())
+
+
+def _checks(batch: int, dtype: torch.dtype) -> list[Any]:
+    from lcnn_compile.kernels.triton_chain import Tail, Window
+    from lcnn_compile.kernels.triton_chain_tune import Call
+
+    found = []
+    for channels, filters, k, size, kernel, stride, added in CHECKED:
+        high, columns = ((length - 1) // stride + 1 for length in size)
+        shape = (batch, filters, high, columns)
+        x, residual = (
+            torch.empty(form, dtype=dtype, device="meta", memory_format=torch.channels_last)
+            for form in ((batch, channels, *size), shape)
+        )
+        weight, bias, matrix = (
+            torch.empty(form, dtype=dtype, device="meta")
+            for form in ((filters, channels, kernel, kernel), (filters,), (max(k, 1), filters))
+        )
+        window = Window((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1))
+        tail = Tail(pack_bias(bias), residual if added else None, "relu", False, pack_next(matrix) if k else None)
+        found.append(Call(x, pack_weight(weight), window, tail, shape, True, k))
+    return found
 
 
 def compile_share(network: str, batch: int, dtype: torch.dtype, capability: int, part: int, parts: int) -> int:

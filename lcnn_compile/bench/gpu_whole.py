@@ -8,14 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcnn_compile.backend import lcnn
 from lcnn_compile.bench.gpu_budget import Budget, at_most
-from lcnn_compile.bench.gpu_chains import SIZES, lookups_in, subject, with_lookups
+from lcnn_compile.bench.gpu_chains import CHECKED, SIZES, lookups_in, subject, with_lookups
 from lcnn_compile.bench.gpu_layers import distance, plain_cudnn
 from lcnn_compile.bench.gpu_machine import Machine, allowed, set_mode
 from lcnn_compile.bench.settings import dense_twin
+from lcnn_compile.kernels.chain import pack_bias, pack_next, pack_weight
 from lcnn_compile.torch_private import inductor_freezing
 
 CHECKED_IMAGES = 4
@@ -51,6 +53,15 @@ DENSE: dict[str, tuple[Callable[[nn.Module], Callable[[Tensor], Any]], float]] =
 """Ways to run the dense network, and the seconds that each may take."""
 
 
+def _plans(machine: Machine) -> dict[str, str]:
+    """How each kind of call that was measured so far runs."""
+    if machine.device != "cuda":
+        return {}
+    from lcnn_compile.kernels.triton_chain_tune import chosen
+
+    return chosen()
+
+
 def trace(machine: Machine, call: Callable[[Tensor], Any], x: Tensor) -> list[tuple[str, float]]:
     """Kernels of one call in order, and their microseconds; empty where there is no GPU."""
     if machine.device != "cuda":
@@ -64,6 +75,55 @@ def trace(machine: Machine, call: Callable[[Tensor], Any], x: Tensor) -> list[tu
     events = [event for event in profile.events() or [] if event.device_type.name == "CUDA"]
     events.sort(key=lambda event: event.time_range.start)
     return [(event.name[:100], round(event.time_range.elapsed_us(), 2)) for event in events]
+
+
+@torch.no_grad()
+def check(machine: Machine, mode: str, batch: int = 5) -> list[dict[str, Any]]:
+    """Every plan of odd calls against float64: each as near as a dense convolution may be. On a CPU the operator's reference."""
+    torch.manual_seed(0)
+    dtype, rows = set_mode(mode), []
+    for channels, filters, k, size, kernel, stride, added in CHECKED:
+        x = torch.randn(batch, channels, *size, device=machine.device).to(dtype, memory_format=torch.channels_last)
+        weight = (torch.randn(filters, channels, kernel, kernel, device=machine.device) / (3 * channels**0.5)).to(dtype)
+        bias = torch.randn(filters, device=machine.device).to(dtype)
+        dense = F.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2)
+        residual = torch.randn_like(dense).to(dtype, memory_format=torch.channels_last) if added else None
+        matrix = (torch.randn(k, filters, device=machine.device) / filters**0.5).to(dtype)
+        truth = dense.relu() if residual is None else (dense + residual.double()).relu()
+        product = F.conv2d(truth, matrix.double()[:, :, None, None]) if k else None
+        own = distance(F.conv2d(x, weight, bias, stride, kernel // 2), dense)
+        next = pack_next(matrix) if k else None
+        packed = (x, pack_weight(weight), pack_bias(bias), residual, next)
+        geometry = ((kernel, kernel), (stride, stride), (kernel // 2,) * 4, (1, 1))
+        for name, (y, s) in _answers(machine, packed, tuple(truth.shape), k, geometry).items():
+            error = max(distance(y, truth), 0.0 if product is None else distance(s, product))
+            case = f"{channels}->{filters}+{k}@{size} {kernel}x{kernel}/{stride} {mode} {name}"
+            rows.append({"case": case, "error": error, "dense_error": own, "agrees": error <= 2 * allowed(mode, own)})
+            if not rows[-1]["agrees"]:
+                print(f"WRONG {case}: error {error:.2g}, dense {own:.2g}", flush=True)
+    return rows
+
+
+def _answers(machine: Machine, packed: Any, shape: Any, k: int, geometry: Any) -> dict[str, tuple[Any, Any]]:
+    """y and the product by every plan that compiles here."""
+    x, weight, bias, residual, next = packed
+    if machine.device != "cuda":
+        return {"reference": torch.ops.lcnn.chain(*packed, shape[1], k, *geometry, "relu", False, True)}
+    from triton.errors import TritonError
+
+    from lcnn_compile.kernels import triton_chain_tune as tune
+    from lcnn_compile.kernels.triton_chain import Tail, Window
+
+    kernel, stride, padding, dilation = geometry
+    window, tail = Window(kernel, stride, (padding[0], padding[2]), dilation), Tail(bias, residual, "relu", False, next)
+    call = tune.Call(x, weight, window, tail, shape, True, k)
+    found: dict[str, tuple[Any, Any]] = {}
+    for plan in tune.plans(call):
+        try:
+            found[repr(plan)] = tune.run(call, plan)
+        except (TritonError, RuntimeError):
+            continue  # too large for this device: it loses where plans are measured, too
+    return found
 
 
 @torch.no_grad()
@@ -103,6 +163,7 @@ def whole(
     row["ms"] = {"lookup": machine.milliseconds(compiled, images)}
     if traced:
         row["trace"] = trace(machine, compiled, images[0])
+    row["plans"] = _plans(machine)
     print(f"{label}: lookups {row['ms']['lookup']:.4f} ms, {len(row.get('trace', []))} kernels", flush=True)
     dense = row["dense_ms"] = {}
     model = model.to(dtype, memory_format=last)  # type: ignore[call-overload]

@@ -252,6 +252,11 @@ def plan_for(call: Call) -> Plan:
     return found
 
 
+def chosen() -> dict[str, str]:
+    """The plans chosen so far in this process, by what tells their calls apart."""
+    return {" ".join(str(part) for part in key[1:]): str(plan) for key, plan in _chosen.items()}
+
+
 def launches(call: Call) -> list[Callable[[], object]]:
     """Calls that together launch every kernel of the plans, to have them compiled before."""
     chosen = [plan for plan in plans(call) if plan.first is not None and not (plan.apart and plan.second is None)]
