@@ -23,7 +23,7 @@ from lcnn_compile.onnx_check import check_onnx, largest_difference, onnx_differe
 from lcnn_compile.onnx_form import portable_program
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.lift import lift_functional_convolutions
-from lcnn_compile.torch_private import pytree
+from lcnn_compile.torch_private import check_calls, pytree
 
 __all__ = [
     "check_onnx",
@@ -96,7 +96,7 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
         with _quiet("torch.export"):
             program = torch.export.load(path)
             module = lift_functional_convolutions(unlift(program))
-        module.register_forward_pre_hook(_Sizes(input_forms(program)), with_kwargs=True)
+        check_calls(module, _Sizes(input_forms(program)))
     except Exception as error:
         # A damaged file fails in many ways inside zip files and JSON.
         raise ExportError(f"{os.fspath(path)} is not a torch.export program: {first_line(error)}") from error

@@ -29,6 +29,7 @@ __all__ = [
     "FakeTensorMode",
     "autocast_depth",
     "called_eagerly",
+    "check_calls",
     "children_of",
     "compile_package",
     "compile_with_inductor",
@@ -275,6 +276,16 @@ def has_implicit_kernel(operator: Any) -> bool:
 def pre_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """The functions that run before the module's ``forward``."""
     return list(module._forward_pre_hooks.values())
+
+
+def check_calls(graph: fx.GraphModule, check: Callable[..., None]) -> None:
+    """Let ``check(module, args, kwargs)`` run before each call of a graph and of its copies, which lose other hooks."""
+
+    def add(module: fx.GraphModule) -> None:
+        module.register_forward_pre_hook(check, with_kwargs=True)
+
+    add(graph)
+    graph._register_deepcopy_hook(add)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
