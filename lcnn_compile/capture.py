@@ -18,7 +18,7 @@ from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.torch_private import FakeTensorMode, plain_dtypes, pytree, without_compilers
-from lcnn_compile.writes import writes_values
+from lcnn_compile.writes import writes_to, writes_values
 
 __all__ = ["PLAIN", "Lowering", "export_program", "first_line", "prepared", "private_copy", "program_of", "unlift"]
 
@@ -43,11 +43,16 @@ def export_program(
             allows it; of images without a batch dimension none varies.
 
     Raises:
-        ExportError: if the model has no lookup layers, or ``torch.export`` cannot capture it.
+        ExportError: if the model has no lookup layers, ``torch.export`` cannot capture it, or it writes to its inputs and two of
+            the example inputs share memory: a program takes every input for a tensor of its own.
     """
     private = prepared(model, lowering)
     args, kwargs = inputs_of(private, example_inputs)
-    return program_of(private, args, kwargs, lowering, dynamic_batch)
+    program = program_of(private, args, kwargs, lowering, dynamic_batch)
+    places = [t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.numel()]
+    if len(set(places)) < len(places) and writes_to(unlift(program), "placeholder"):
+        raise ExportError("the model writes to its inputs, and two of the example inputs share memory; pass copies")
+    return program
 
 
 def prepared(model: nn.Module, lowering: Lowering) -> nn.Module:

@@ -11,11 +11,17 @@
 
 The rule everywhere: the result may not be farther from a float64 reference than PyTorch's own result, times a small factor.
 Whatever a strategy draws is described by a few plain values, so a failure prints a program that makes it again.
+Networks that write in place, keep state and take inputs of every kind come from :func:`source_networks`, as source text;
+:func:`assert_same_calls` compares all that several calls leave behind.
+
 Needs the ``testing`` extra (hypothesis).
 """
 
+from lcnn_compile.testing.calls import assert_same_calls
 from lcnn_compile.testing.cases import ConvCase, NetworkCase, RandomNetwork, random_lookup_weight
 from lcnn_compile.testing.compare import FACTOR, assert_close, assert_equivalent, error, tolerance
+from lcnn_compile.testing.drawing import source_networks
+from lcnn_compile.testing.source import Call, SourceCase, minimise
 from lcnn_compile.testing.strategies import (
     PADDING_MODES,
     conv_layers,
@@ -30,19 +36,24 @@ from lcnn_compile.testing.strategies import (
 __all__ = [
     "FACTOR",
     "PADDING_MODES",
+    "Call",
     "ConvCase",
     "NetworkCase",
     "RandomNetwork",
+    "SourceCase",
     "assert_close",
     "assert_equivalent",
+    "assert_same_calls",
     "conv_layers",
     "error",
     "geometries",
     "images",
     "lookup_layers",
     "lookup_weights",
+    "minimise",
     "networks",
     "random_lookup_weight",
     "random_tensor",
+    "source_networks",
     "tolerance",
 ]

@@ -1,0 +1,59 @@
+"""Random networks in source text, every way of using them: several calls leave behind what the dense network's calls do."""
+
+import os
+
+import pytest
+from hypothesis import event, given, reject, settings
+from hypothesis import strategies as st
+from ways import LOWERINGS, WAYS, Refused, wrong
+
+from lcnn_compile.testing import SourceCase, source_networks
+
+SLOW = {"compiled dynamic": 4, "dense dynamic": 4, "frozen": 4, "exported": 3, "compiled by Inductor": 1, "dense by Inductor": 1}
+
+
+def examples(way):
+    """Few where the suite runs, all of the profile where it fuzzes."""
+    number = settings.default.max_examples
+    if os.environ.get("HYPOTHESIS_PROFILE", "fast") == "fast":
+        return SLOW.get(way, 8)
+    return number if way not in SLOW else max(1, number // 10)
+
+
+def check_of(way):
+    @settings(max_examples=examples(way))
+    @given(source_networks(), st.sampled_from(LOWERINGS))
+    def check(case, lowering):
+        try:
+            assert not (found := wrong(case, way, lowering)), f"{way}, lowering {lowering!r}: {found}"
+        except Refused as refusal:
+            event(f"refused: {str(refusal)[:60]}")
+            reject()
+
+    return check
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_calls_leave_behind_what_the_dense_network_does(way):
+    check_of(way)()
+
+
+CONV = "self.conv = nn.Conv2d(4, 4, 3, padding=1)"
+FOUND = {
+    # A write to the weight of a lookup layer vanished in a captured graph.
+    "weight written": SourceCase((CONV,), "x", ("v = self.conv(x)", "with torch.no_grad():\n    self.conv.weight.mul_(0.5)"), "v", "(t(n, 4, 6, 6),), {}"),
+    # A program takes two inputs in one memory for two tensors.
+    "two names of an input": SourceCase((CONV,), "x, y", ("x += 1", "v = self.conv(y)"), "v", "((x := t(n, 4, 6, 6)), x), {}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["converted", "passes", "compiled", "compiled dense", "frozen", "exported"])
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_right_or_refused(name, way):
+    try:
+        found = wrong(FOUND[name], way)
+    except Refused as refusal:
+        said = str(refusal)
+        expected = ("written to", "share memory", "traces something else")
+        found = "" if any(text in said for text in expected) else said
+    assert not found
