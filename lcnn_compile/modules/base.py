@@ -196,7 +196,7 @@ class LookupModule(HasTables):
             WeightError: where something writes to it.
         """
         exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        if is_tracing() and not exporting:
+        if (is_tracing() and not exporting) or isinstance(self.dictionary, fx.Proxy):
             return read_only(self.dense_weight(), self.label)
         plain = exporting or (
             type(self.dictionary) in (Tensor, nn.Parameter) and without_transforms(self.dictionary) is self.dictionary
