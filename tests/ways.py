@@ -16,12 +16,14 @@ from lcnn_compile.batches import Inputs
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.export import export_pt2
 from lcnn_compile.passes import (
+    chain_lookups,
     choose_lowerings,
     fold_batch_norm,
     fold_factors,
     fuse_epilogues,
     gather_programs,
     narrow_convolutions,
+    pool_first,
 )
 from lcnn_compile.testing.calls import differences, record, spread
 
@@ -77,7 +79,8 @@ def converted(model, case, lowering):
 def all_passes(model):
     """The model traced by torch.fx, after all passes."""
     gm = fx.symbolic_trace(model)
-    return gather_programs(fuse_epilogues(choose_lowerings(narrow_convolutions(fold_factors(fold_batch_norm(gm))))))
+    gm = fuse_epilogues(choose_lowerings(narrow_convolutions(fold_factors(fold_batch_norm(gm)))))
+    return gather_programs(pool_first(chain_lookups(gm)))
 
 
 class Way:
