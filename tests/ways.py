@@ -143,10 +143,10 @@ class Frozen(Way):
         same = converted(model, case, lowering)
         return freeze(same, given(case.call(0)), dynamic_batch=len(set(case.batches)) > 1)
 
-    def reference(self, model, case):
+    def reference(self, model, case, decomposed=False):
         call = case.call(0)
-        program = torch.export.export(model.eval(), call.args, call.kwargs, strict=False).module()
-        record(program, case.calls())
+        program = torch.export.export(model.eval(), call.args, call.kwargs, strict=False)
+        return record(program.run_decompositions({}).module() if decomposed else program.module(), case.calls())
 
 
 class Exported(Frozen):
@@ -215,4 +215,13 @@ def wrong(case, name, lowering="lookup"):
                 raise Refused(f"PyTorch alone fails as well: {type(also).__name__}: {str(also)[:200]}") from None
             text = next((line for line in str(error).splitlines() if line.strip()), "")
             return f"{type(error).__name__}: {text[:300]}"
-    return "; ".join(differences(found, own, allowed, random=way.random, memory=way.memory))
+    texts = differences(found, own, allowed, random=way.random, memory=way.memory)
+    if texts and way.evaluation:
+        try:
+            with torch.no_grad():
+                alone = differences(way.reference(case.build(), case, True), own, allowed, memory=False)
+        except Exception:
+            alone = []
+        if {text.split(" is ")[0] for text in texts} <= {text.split(" is ")[0] for text in alone}:
+            raise Refused(f"torch.export alone is as wrong: {alone[0]}")
+    return "; ".join(texts)

@@ -128,7 +128,7 @@ def smaller(case: SourceCase) -> Iterator[SourceCase]:
         lines = statement.split("\n")
         if len(lines) == 2 and lines[1].startswith("    "):
             yield replace(case, statements=(*case.statements[:i], lines[1].strip(), *case.statements[i + 1 :]))
-    if case.returned.startswith(("(", "[")) and case.returned.endswith((",)", "]")):
+    if case.returned.startswith(("(", "[")) and case.returned.endswith((")", "]")):
         for part in case.returned[1:-1].rstrip(",").split(", "):
             yield replace(case, returned=part)
     if len(case.batches) > 1:
