@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_model.py [NETWORK …] [--batch 64] [--copy 4.3e12] [--matrix 7.8e14]
 
-Ceilings default to what an H200 reached: bytes per second of a copy, operations per second of a matrix product.
+Ceilings default to about what an H200 reaches: bytes per second of a copy, operations per second of a matrix product.
 """
 
 from __future__ import annotations

@@ -20,6 +20,33 @@ FORMATS = {"contiguous": "contiguous", "channels_last": "channels last"}
 MODES = ("float32", "float16")
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18"}
 
+TRACE = FILE.with_name("gpu-trace.json")
+KINDS = {
+    "convolutions": ("fprop", "implicit_gemm", "Memset", "nhwcAddPadding"),
+    "lookups": ("dictionary_kernel", "grouped_kernel"),
+    "passes of the compiler": ("triton_", "batch_norm", "max_pool", "vectorized_elementwise"),
+    "copies": ("elementwise_kernel",),
+}
+"""What kernels do, by parts of their names; the first that fits counts."""
+CHAINS = {
+    "s1 16->64@56 +S": "16 → 64 @56² → 16",
+    "s1 16->64@56 +res +S": "16 → 64 @56² + residual → 16",
+    "s1 16->64@56": "16 → 64 @56²",
+    "s2 16->128@56/2 +S": "16 → 128 @56²/2 → 32",
+    "s2 32->128@28 +S": "32 → 128 @28² → 32",
+    "s2 32->128@28 +res+S": "32 → 128 @28² + residual → 32",
+    "s2 32->128@28": "32 → 128 @28²",
+    "s3 32->256@28/2 +S": "32 → 256 @28²/2 → 64",
+    "s3 64->256@14 +S": "64 → 256 @14² → 64",
+    "s3 64->256@14": "64 → 256 @14²",
+    "s4 64->512@14/2": "64 → 512 @14²/2",
+    "s4 128->512@7 +S": "128 → 512 @7² → 128",
+    "s4 128->512@7": "128 → 512 @7²",
+    "v 16->64@224": "16 → 64 @224²",
+    "v 64->256@56": "64 → 256 @56²",
+    "v 128->512@28": "128 → 512 @28²",
+}
+
 Row = dict[str, Any]
 
 
@@ -96,10 +123,40 @@ def machine() -> str:
     return f"{found['gpu']}, CUDA {found['cuda']}, {versions}; a copy ran at {copy:.1f} TB/s, a product in half precision at {products:.0f} TFLOP/s.\n"
 
 
+def _trace() -> Row:
+    found: Row = json.loads(TRACE.read_text()) if TRACE.exists() else {}
+    return found
+
+
+def traces() -> str:
+    """Whole ResNet-18s: time of a graph, kernels, and what they spend their time on."""
+    lines = []
+    for name, found in _trace().get("traces", {}).items():
+        spent = dict.fromkeys((*KINDS, "other"), 0.0)
+        for kernel in found["by_kernel"]:
+            kind = next((kind for kind, parts in KINDS.items() if any(part in kernel["kernel"] for part in parts)), "other")
+            spent[kind] += kernel["us"]
+        lines.append([name, f"{1e3 * found['ms']:.0f} µs", str(found["kernels"]), *(f"{us:.0f} µs" for us in spent.values())])
+    return table(["ResNet-18", "graph", "kernels", *KINDS, "other"], lines) if lines else ""
+
+
+def chains() -> str:
+    """Single kernels of chains beside cuDNN on the same shapes."""
+    lines = [
+        [CHAINS[row["name"]], "y and S" if row["keep"] and "+S" in row["name"] else "y" if row["keep"] else "S",
+         f"{row['us']:.1f} µs", f"{row['cudnn_us']:.1f} µs", f"{row['cudnn_relu_us']:.1f} µs"]
+        for row in _trace().get("chains", []) if row["name"] in CHAINS
+    ]  # fmt: skip
+    headings = ["3×3 over S, bias, ReLU", "written", "chain", "cuDNN, convolution alone", "cuDNN with bias and ReLU"]
+    return table(headings, lines) if lines else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gpu": short,
     "gpu-layers": lambda: layers(lambda row: row["batch"] != 1 or "224" in row["layer"]),
     "gpu-batch-1": lambda: layers(lambda row: row["batch"] == 1 and "224" not in row["layer"]),
     "gpu-networks": networks,
     "gpu-machine": machine,
+    "gpu-traces": traces,
+    "gpu-chains": chains,
 }
