@@ -401,3 +401,13 @@ def test_replace():
     assert_equivalent(model, gm, x)
     with pytest.raises(LcnnError, match="'nothing'"):
         passes.replace_convolutions(gm, {"nothing": weights["first"]})
+
+
+@pytest.mark.parametrize("lowering", ["factored", "dense"])
+def test_weights_are_not_rounded_where_a_graph_is_rewritten_under_autocast(lowering):
+    model, x = nn.Sequential(LookupConv2d(6, 8, 3, dictionary_size=4)).eval(), torch.randn(2, 6, 9, 9)
+    gm = traced(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        passes.decompose_lookups(gm, lowering)
+    assert all(value.dtype == torch.float32 for value in gm.state_dict().values() if value.is_floating_point())
+    assert_equivalent(model, gm, x, factor=32)

@@ -16,6 +16,7 @@ from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.fold import add_attribute
 from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.targets import attribute, is_get_attr, shape_of
+from lcnn_compile.torch_private import plain_dtypes
 
 _EPILOGUE = ("activation", "residual", "residual_last")
 _DEFAULTS = ("none", None, False)
@@ -88,7 +89,7 @@ def rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str, *, for_engines: bo
     )
     out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
     groups, size, _ = dictionary.shape
-    with torch.no_grad():
+    with torch.no_grad(), plain_dtypes():
         lookups = reference.lookup_tensor(
             coefficients,
             indices,
