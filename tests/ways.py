@@ -95,7 +95,7 @@ class Way:
         self.real, self.dynamic = real, dynamic
 
     def reference(self, model, case):
-        """Raises where PyTorch itself cannot do the like with the dense model."""
+        """What PyTorch alone does with the dense model in the like way; raises where it cannot."""
 
 
 class Converted(Way):
@@ -126,7 +126,7 @@ class CompiledConverted(Way):
 
     def reference(self, model, case):
         torch.compiler.reset()
-        record(torch.compile(model, backend="inductor", dynamic=self.dynamic), case.calls())
+        return record(torch.compile(model, backend="inductor", dynamic=self.dynamic), case.calls())
 
 
 class CompiledDense(CompiledConverted):
@@ -143,10 +143,10 @@ class Frozen(Way):
         same = converted(model, case, lowering)
         return freeze(same, given(case.call(0)), dynamic_batch=len(set(case.batches)) > 1)
 
-    def reference(self, model, case, decomposed=False):
+    def reference(self, model, case):
         call = case.call(0)
         program = torch.export.export(model.eval(), call.args, call.kwargs, strict=False)
-        return record(program.run_decompositions({}).module() if decomposed else program.module(), case.calls())
+        return record(program.run_decompositions({}).module(), case.calls())
 
 
 class Exported(Frozen):
@@ -216,12 +216,12 @@ def wrong(case, name, lowering="lookup"):
             text = next((line for line in str(error).splitlines() if line.strip()), "")
             return f"{type(error).__name__}: {text[:300]}"
     texts = differences(found, own, allowed, random=way.random, memory=way.memory)
-    if texts and way.evaluation:
+    if texts and (way.evaluation or way.real):
         try:
-            with torch.no_grad():
-                alone = differences(way.reference(case.build(), case, True), own, allowed, memory=False)
+            with torch.no_grad(), quiet(), inductor(way.real):
+                alone = differences(way.reference(case.build(), case), own, allowed, memory=False)
         except Exception:
             alone = []
         if {text.split(" is ")[0] for text in texts} <= {text.split(" is ")[0] for text in alone}:
-            raise Refused(f"torch.export alone is as wrong: {alone[0]}")
+            raise Refused(f"PyTorch alone is as wrong: {alone[0]}")
     return "; ".join(texts)
