@@ -219,11 +219,14 @@ _chosen: dict[tuple[Any, ...], Plan] = {}
 
 
 def plan_for(call: Call) -> Plan:
-    """The fastest plan for calls of this kind: measured at the first of them, where that is possible, and kept on disk."""
+    """The fastest plan for calls of this kind: measured at the first of them, where that is possible, and kept on disk.
+
+    Batches whose sizes have as many bits are of one kind.
+    """
     x, tail = call.x, call.tail
     epilogue = (tail.bias is None, tail.residual is None, tail.activation, tail.residual_last)
-    what = (call.shape, call.keep, call.next_channels if tail.next is not None else 0)
-    key = (x.device, x.dtype, precision(x.dtype), tuple(x.shape), call.window, epilogue, what)
+    what = (call.shape[1:], call.keep, call.next_channels if tail.next is not None else 0)
+    key = (x.device, x.dtype, precision(x.dtype), x.shape[0].bit_length(), tuple(x.shape[1:]), call.window, epilogue, what)
     found = _chosen.get(key)
     if found is not None:
         return found

@@ -32,10 +32,12 @@ def chain_lookups(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModu
     Each becomes S = D ∗ x and a convolution of S with P, its epilogue included. Where x is the output of such a convolution, and
     nothing writes to it in between, that one forms S, and writes x only if somebody else reads it. Dense convolutions of the same
     graph become calls too, so that bias, activation and residual cost no pass of their own and S can come from them; a bias of
-    the convolution whose output is the residual moves into the bias of the sum. For inference, in half precision, on a GPU (or on ``device``, to
-    try it), batches in channels_last and sizes that are known; whatever else there is stays as it is. Needs
+    the convolution whose output is the residual moves into the bias of the sum. For inference, in half precision but not under autocast, on a GPU (or on
+    ``device``, to try it), batches in channels_last and sizes that are known; whatever else there is stays as it is. Needs
     :func:`fuse_epilogues` before. The graph is changed in place and returned.
     """
+    if torch.is_autocast_enabled(device or "cuda") or any("autocast" in str(node.target) for node in gm.graph.nodes):
+        return gm
     nodes = [node for node in gm.graph.nodes if is_lookup(node) and _can(gm, node, device)]
     if not nodes:
         return gm

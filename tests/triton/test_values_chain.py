@@ -129,3 +129,47 @@ def test_rows_are_a_step_where_they_fit():
     assert {plan.first.row for plan in triton_chain_tune.plans(call) if plan.first is not None} == {True, False}
     call, _, _ = build(CASES["dilated columns"])
     assert not any(plan.first.row for plan in triton_chain_tune.plans(call) if plan.first is not None)
+
+
+def test_a_plan_is_chosen_once_for_batches_of_a_kind(monkeypatch):
+    """Measured at the first call, kept for the process and on disk."""
+    measured = []
+    monkeypatch.setattr(triton_chain_tune, "_chosen", {})
+    monkeypatch.setattr(triton_chain_tune, "may_measure", lambda device: True)
+    monkeypatch.setattr(triton_chain_tune, "store_of", lambda device: Path("file"))
+    stored = {}
+    monkeypatch.setattr(triton_chain_tune, "known", lambda path: stored)
+    monkeypatch.setattr(triton_chain_tune, "remember", lambda path, name, value: stored.update({name: value}))
+
+    def time_of(call, plan):
+        measured.append(plan)
+        return float(plan.apart) + len(measured) / 1e3
+
+    monkeypatch.setattr(triton_chain_tune, "_milliseconds", time_of)
+    call, _, _ = build(CASES["half"], "cpu")
+
+    class OnGpu:
+        """As much of a tensor as choosing asks for."""
+
+        is_cuda, device, dtype = True, torch.device("cuda", 0), torch.float16
+
+        def __init__(self, batch):
+            self.shape = torch.Size((batch, *call.x.shape[1:]))
+
+        def element_size(self):
+            return 2
+
+    def chosen(batch):
+        return triton_chain_tune.plan_for(call._replace(x=OnGpu(batch)))
+
+    first = chosen(5)
+    assert first == measured[0]
+    count = len(measured)
+    assert chosen(7) == first
+    assert len(measured) == count
+    chosen(9)
+    assert len(measured) == 2 * count
+    triton_chain_tune._chosen.clear()
+    assert chosen(6) == first
+    assert len(measured) == 2 * count
+    assert len(triton_chain_tune.chosen()) == 1
