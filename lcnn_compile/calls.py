@@ -63,9 +63,9 @@ class CallWatch(TorchFunctionMode):
         super().__init__()
         self._model, self._layers = model, layers
         self._own = {id(layer): {id(p) for p in layer.parameters(recurse=False)} for layer in layers.values()}
-        self._parameters = {id(p): (name, p) for name, p in model.named_parameters()}
-        self._buffers = {id(b): name for name, b in model.named_buffers()}
-        self._modules: list[str] = [""]
+        self._parameter_names = {id(p): (name, p) for name, p in model.named_parameters()}
+        self._buffer_names = {id(b): name for name, b in model.named_buffers()}
+        self._module_names: list[str] = [""]
         self._inside: list[nn.Module] = []
         self._calls: dict[Any, Called] = {}
         self._reads: dict[int, set[str]] = {}
@@ -85,7 +85,7 @@ class CallWatch(TorchFunctionMode):
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            self._modules.append(name)
+            self._module_names.append(name)
             if id(module) in self._own or isinstance(module, LookupModule):
                 self._inside.append(module)
                 self._ran |= self._own.get(id(module), set())
@@ -93,7 +93,7 @@ class CallWatch(TorchFunctionMode):
         return hook
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._modules.pop()
+        self._module_names.pop()
         if self._inside and self._inside[-1] is module:
             self._inside.pop()
 
@@ -109,12 +109,12 @@ class CallWatch(TorchFunctionMode):
             if isinstance(weight, FunctionalWeight):
                 return result
             # What a layer does with its own weight, or with one that it computes, is that layer's affair.
-            if layer is None or (id(weight) in self._parameters and id(weight) not in self._own[id(layer)]):
+            if layer is None or (id(weight) in self._parameter_names and id(weight) not in self._own[id(layer)]):
                 self._record(FUNCTIONS[func], found, result)
             args, kwargs = (found["input"],), {}
         own = set() if layer is None else self._own[id(layer)]
         for value in _flat((args, kwargs)):
-            if id(value) in self._parameters and id(value) not in own:
+            if id(value) in self._parameter_names and id(value) not in own:
                 name = name_of(func)
                 short = name.rpartition(".")[2]
                 if short not in PLAIN_READS and not (short in CASTS and result is value):
@@ -123,10 +123,10 @@ class CallWatch(TorchFunctionMode):
 
     def _record(self, function: str, found: Mapping[str, Any], output: Any) -> None:
         weight = found["weight"]
-        module = self._modules[-1]
-        name, parameter = self._parameters.get(id(weight), (self._buffers.get(id(weight), module), None))
+        module = self._module_names[-1]
+        name, parameter = self._parameter_names.get(id(weight), (self._buffer_names.get(id(weight), module), None))
         settings = settings_of(function, found)
-        reason = _reason(settings, weight, parameter, id(weight) in self._buffers)
+        reason = _reason(settings, weight, parameter, id(weight) in self._buffer_names)
         if parameter is not None and not reason and _in_autograd_function():
             reason = f"{function} is called by a torch.autograd.Function, which may save its weight for the backward pass"
         if reason and parameter is not None:
@@ -157,10 +157,10 @@ class CallWatch(TorchFunctionMode):
     def only_bias(self, call: Called) -> nn.Parameter | None:
         """The parameter that the calls pass as their bias, where nothing else reads it."""
         [bias, *others] = call.biases
-        if others or id(bias) not in self._parameters or id(bias) in self._ran or id(bias) in self._reads:
+        if others or id(bias) not in self._parameter_names or id(bias) in self._ran or id(bias) in self._reads:
             return None
         elsewhere = any(other is not call and any(b is bias for b in other.biases) for other in self._calls.values())
-        return None if elsewhere else self._parameters[id(bias)][1]
+        return None if elsewhere else self._parameter_names[id(bias)][1]
 
 
 def _in_autograd_function() -> bool:

@@ -115,7 +115,7 @@ def flatten(value: Any, place: str = "", known: Callable[[Any], bool] | None = N
             return [], Structure("constant", type(value), value)
         raise ExportError(
             f"{place or 'the value'} is a {type(value).__name__}; tensors, numbers, strings, None, lists, tuples, dictionaries, "
-            "dataclasses and what is registered with torch.utils._pytree are allowed"
+            "dataclasses and what is registered as a pytree are allowed"
         )
     kind, detail, parts = found
     leaves, structures = [], []

@@ -24,10 +24,18 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from lcnn_compile.files import digest
 
 __all__ = [
+    "DISPATCHED",
     "BatchNorm",
+    "ConvolutionBase",
+    "DropoutBase",
     "FakeTensor",
     "FakeTensorMode",
+    "InstanceNormBase",
+    "NormBase",
+    "OpOverload",
+    "OpOverloadPacket",
     "autocast_depth",
+    "buffers_of",
     "called_eagerly",
     "check_calls",
     "children_of",
@@ -55,6 +63,7 @@ __all__ = [
     "package_metadata",
     "package_spec",
     "pads_of",
+    "parameters_of",
     "plain_dtypes",
     "pre_hooks_of",
     "profiled_kernels",
@@ -68,6 +77,7 @@ __all__ = [
     "without_compilers",
     "without_modes",
     "without_sources",
+    "without_torch_function",
     "without_transforms",
 ]
 
@@ -78,6 +88,15 @@ _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """What all batch norms derive from."""
+NormBase = nn.modules.batchnorm._NormBase
+InstanceNormBase = nn.modules.instancenorm._InstanceNorm
+ConvolutionBase = nn.modules.conv._ConvNd
+DropoutBase = nn.modules.dropout._DropoutNd
+OpOverload, OpOverloadPacket = torch._ops.OpOverload, torch._ops.OpOverloadPacket
+DISPATCHED = "torch._jit_internal"
+"""Where functions of torch.nn.functional live that choose between two by a flag, such as max_pool2d."""
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+"""A context in which subclasses of tensors are plain tensors."""
 
 version: Callable[[Tensor], int] = operator.attrgetter("_version")
 """How often a tensor was written to in place; inference tensors have none and raise RuntimeError."""
@@ -240,6 +259,16 @@ def dynamo_signals() -> tuple[type[BaseException], ...]:
     from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
     return RestartAnalysis, SkipFrame
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dictionary of a module's own parameters, as it is kept."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary of a module's own buffers, as it is kept."""
+    return module._buffers
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -19,7 +19,7 @@ from lcnn_compile.modules.guards import Parameters, check_initialiser
 from lcnn_compile.modules.tabled import HasTables
 from lcnn_compile.modules.tables import TABLES
 from lcnn_compile.modules.weight import DenseWeight, refuse_write
-from lcnn_compile.torch_private import is_tracing, without_transforms
+from lcnn_compile.torch_private import is_tracing, parameters_of, without_transforms
 
 FACTORS = ("dictionary", "coefficients", *TABLES)
 
@@ -213,7 +213,7 @@ class LookupModule(HasTables):
         if geometry is not None:
             self.geometry, self.call = geometry, geometry.call()
         if name == "path":
-            self._parameters.label = self.label  # type: ignore[attr-defined]
+            parameters_of(self).label = self.label  # type: ignore[attr-defined]
 
     def _geometry_with(self, name: str, value: Any) -> Geometry:
         """The geometry once a setting of the dense layer is another, as code changes strides and dilations of trained networks."""
@@ -248,7 +248,7 @@ class LookupModule(HasTables):
             self.weight_shape = tuple(self.dense_weight().shape)
 
     def _guard_parameters(self) -> None:
-        self.__dict__["_parameters"] = Parameters(self._parameters)
+        self.__dict__["_parameters"] = Parameters(parameters_of(self))
         self.__dict__["_parameters"].label = self.label
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

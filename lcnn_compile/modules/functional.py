@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from lcnn_compile.errors import WeightError
-from lcnn_compile.torch_private import children_of
+from lcnn_compile.torch_private import ConvolutionBase, children_of
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
     getattr(F, name): name for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -165,7 +165,7 @@ class FunctionalWeight(nn.Module):
         """The dense weight: the parameter where a call was left dense, else that of the first layer; differentiable."""
         layers = list(children_of(self).values())
         for layer in layers:
-            if isinstance(layer, nn.modules.conv._ConvNd):
+            if isinstance(layer, ConvolutionBase):
                 return layer.weight
         weight: Tensor = layers[0].weight  # type: ignore[union-attr,assignment]
         return weight

@@ -12,7 +12,7 @@ from lcnn_compile.errors import WeightError
 from lcnn_compile.geometry import Call
 from lcnn_compile.kernels.checks import check_weight
 from lcnn_compile.modules.tables import CHECKSUM, TABLES, check_tables, encode, has_values, loaded_tables, table_digest
-from lcnn_compile.torch_private import is_tracing
+from lcnn_compile.torch_private import buffers_of, is_tracing
 
 
 class HasTables(nn.Module):
@@ -45,14 +45,14 @@ class HasTables(nn.Module):
         """Replace the tables, and seal them with their checksum."""
         self.__dict__.update(tables)
         sealed = encode(table_digest(self._tables()))
-        old = self._buffers.get(CHECKSUM)
+        old = buffers_of(self).get(CHECKSUM)
         if old is None:
             self.register_buffer(CHECKSUM, sealed.to(self.indices.device))
         elif has_values(old) and not old.is_inference():
             with torch.no_grad():
                 old.copy_(sealed)
         else:
-            self._buffers[CHECKSUM] = sealed.to(old.device, old.dtype)
+            buffers_of(self)[CHECKSUM] = sealed.to(old.device, old.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in TABLES:
@@ -66,7 +66,7 @@ class HasTables(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # Pickles of version 0.1 have the tables among the buffers.
-        old: Any = {name: self._buffers.pop(name) for name in TABLES if name in self._buffers}
+        old: Any = {name: buffers_of(self).pop(name) for name in TABLES if name in buffers_of(self)}
         if old:
             self._set_tables(old)
 
@@ -116,7 +116,7 @@ class HasTables(nn.Module):
         assign = local_metadata.get("assign_to_params_buffers", False)
         if assign:
             # The checksum may be the state dict's own now, which is not ours to write to.
-            self._buffers[CHECKSUM] = self.table_checksum.clone()
+            buffers_of(self)[CHECKSUM] = self.table_checksum.clone()
         for name, table in (new or {}).items():
             own[name] = table if assign else _filled(own[name], table)
         self._set_tables(own)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import WeightError, WriteError
-from lcnn_compile.torch_private import pytree
+from lcnn_compile.torch_private import pytree, without_torch_function
 
 _FORM = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "names"),
@@ -97,7 +97,7 @@ class DenseWeight(Tensor):
 
     def _like(self) -> Tensor:
         """A plain tensor of the same form, of one element."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return self._layer.dictionary.new_empty(()).expand(self.shape)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -113,10 +113,10 @@ class DenseWeight(Tensor):
         first = args[0] if args else None
         weights = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, DenseWeight)]
         if all(weight._layer is None for weight in weights):
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         if func in _QUESTIONS or (getattr(func, "__name__", "") == "type" and len(args) == 1 and not kwargs):
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         name = func.__name__
         if isinstance(first, DenseWeight):

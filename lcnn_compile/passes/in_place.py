@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lcnn_compile.passes.operations import Effect, effect_of, holds_tensors, in_place_operator, inplace_parameter
 from lcnn_compile.passes.targets import bound, dtype_of, same_shape, shape_of
-from lcnn_compile.torch_private import has_hooks
+from lcnn_compile.torch_private import DropoutBase, OpOverload, has_hooks
 
 _UNARY = {
     *("relu", "relu6", "silu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "selu", "celu", "mish", "threshold"),
@@ -79,7 +79,7 @@ class _Rewriter:
             return None
         if node.op == "call_module":
             module = self._gm.get_submodule(str(node.target))
-            idle = isinstance(module, nn.Identity) or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training)
+            idle = isinstance(module, nn.Identity) or (isinstance(module, DropoutBase) and not module.training)
             return first if idle and not has_hooks(module) else None
         if node.target in _DROPOUT:
             return first if bound(node, ("input", "p", "training"), (None, 0.5, True))[2] is False else None
@@ -130,7 +130,7 @@ def _out_of_place(gm: fx.GraphModule, node: fx.Node) -> tuple[Callable[..., Any]
         name = str(target)
         plain = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
         return (plain, args, kwargs) if name.endswith("_") and not name.endswith("__") and plain is not None else None
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         packet = getattr(torch.ops.aten, _name(target)[:-1], None) if target.namespace == "aten" else None
         same = packet is not None and _name(target).endswith("_") and target._overloadname in packet.overloads()
         return (getattr(packet, target._overloadname), args, kwargs) if same else None

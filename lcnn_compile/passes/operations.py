@@ -20,7 +20,18 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lcnn_compile.errors import ConversionError
-from lcnn_compile.torch_private import BatchNorm, dispatched_operators, has_hooks, is_composite
+from lcnn_compile.torch_private import (
+    DISPATCHED,
+    BatchNorm,
+    ConvolutionBase,
+    DropoutBase,
+    InstanceNormBase,
+    OpOverload,
+    OpOverloadPacket,
+    dispatched_operators,
+    has_hooks,
+    is_composite,
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ _FRESH_MODULES = (
     nn.PReLU,
 )
 _RANDOM_MODULES = (
-    nn.modules.dropout._DropoutNd,
+    DropoutBase,
     nn.RReLU,
     nn.RNNBase,
     nn.MultiheadAttention,
@@ -227,9 +238,9 @@ def _of_method(node: fx.Node) -> Effect:
 
 def _of_function(node: fx.Node) -> Effect:
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _of_schemas(node, [target])
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return _of_schemas(node, _overloads(target))
     if target in _IN_PLACE_OPERATORS or target in (operator.setitem, operator.delitem):
         return Effect(writes=_nodes(node.args[:1]), aliases=_nodes(node.args[:1]), only_views=True)
@@ -242,7 +253,7 @@ def _of_function(node: fx.Node) -> Effect:
         return _views(node)
     if module in _PLAIN_MODULES and name not in ("print", "setattr", "delattr"):
         return _PURE
-    if module in ("torch.nn.functional", "torch._jit_internal"):
+    if module in ("torch.nn.functional", DISPATCHED):
         return _of_functional(node, target, name)
     builtin = inspect.isbuiltin(target) or type(target).__name__ in ("method_descriptor", "wrapper_descriptor")
     overloads = _overloads(getattr(torch.ops.aten, name, None)) if builtin or getattr(torch, name, None) is target else ()
@@ -336,11 +347,11 @@ def _of_module(module: nn.Module, node: fx.Node) -> Effect:
     inputs = tuple(node.all_input_nodes)
     writes = inputs[:1] if getattr(module, "inplace", False) else ()
     written: frozenset[Any] = frozenset()
-    statistics = isinstance(module, BatchNorm | nn.modules.instancenorm._InstanceNorm)
+    statistics = isinstance(module, BatchNorm | InstanceNormBase)
     if (module.training and statistics) or getattr(module, "max_norm", None) is not None:
         written = own
     random = module.training and isinstance(module, _RANDOM_MODULES)
-    fresh = isinstance(module, (*_FRESH_MODULES, nn.modules.conv._ConvNd, BatchNorm)) or "lcnn_compile" in type(module).__module__
+    fresh = isinstance(module, (*_FRESH_MODULES, ConvolutionBase, BatchNorm)) or "lcnn_compile" in type(module).__module__
     return Effect(writes, () if fresh and not writes else inputs, False, random, False, False, own, written)
 
 

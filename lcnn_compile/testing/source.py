@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcnn_compile.torch_private import NormBase
+
 _FILES = count()
 _HEAD = """import torch
 import torch.nn.functional as F
@@ -110,10 +112,10 @@ def argument_names(seed: int, batch: int, number: int) -> dict[str, Any]:
 def settle(module: nn.Module) -> None:
     """Let batch statistics and affine parameters be other than the trivial ones, from PyTorch's random state."""
     for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._NormBase) and part.running_mean is not None:
+        if isinstance(part, NormBase) and part.running_mean is not None:
             nn.init.normal_(part.running_mean, std=0.3)
             nn.init.uniform_(part.running_var, 0.5, 2.0)  # type: ignore[arg-type]
-        if isinstance(part, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm) and part.weight is not None:
+        if isinstance(part, NormBase | nn.GroupNorm | nn.LayerNorm) and part.weight is not None:
             nn.init.uniform_(part.weight, 0.5, 1.5)
             nn.init.normal_(part.bias, std=0.2)
 

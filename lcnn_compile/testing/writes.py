@@ -12,12 +12,12 @@ METHODS = (
     "{a}.add_(1)", "{a}.mul_(0.5)", "{a}.relu_()", "{a}.clamp_(-0.5, 0.5)", "{a}.zero_()", "{a}.sub_(0.25)", "{a}.neg_()", "{a}.sigmoid_()", "{a}.tanh_()", "{a}.abs_()", "{a}.fill_(0.5)", "{a}.div_(2)",
     "torch.relu_({a})", "F.relu({a}, inplace=True)", "F.relu_({a})", "F.leaky_relu_({a}, 0.1)", "F.hardtanh({a}, 0, 6, inplace=True)", "torch.add({a}, 1, out={a})", "torch.clamp({a}, 0, 1, out={a})", "halve({a})",
     "{a}.copy_({a} * 0.5)", "{a}.masked_fill_({a} < 0, 0.0)", "{a}.clamp_min_(0)", "torch.mul({a}, 0.5, out={a})", "torch.sigmoid({a}, out={a})", "F.dropout({a}, 0.5, False, inplace=True)", "F.silu({a}, inplace=True)", "torch.clamp_({a}, max=0.5)",
-    "{a}.set_({a})", "{a}.data.mul_(0.5)", "{a}.detach().mul_(0.5)", "{a}.detach_()", "torch._foreach_mul_([{a}], 0.5)", "{a}.__iadd__(1)", "{a}.square_().clamp_(max=4)", "F.threshold({a}, 0.0, 0.0, inplace=True)", "{a}.lerp_({a} * 0, 0.25)",
+    "{a}.set_({a})", "{a}.data.mul_(0.5)", "{a}.detach().mul_(0.5)", "{a}.detach_()", "torch." "_foreach_mul_([{a}], 0.5)", "{a}.__iadd__(1)", "{a}.square_().clamp_(max=4)", "F.threshold({a}, 0.0, 0.0, inplace=True)", "{a}.lerp_({a} * 0, 0.25)",
     "torch.neg_({a})", "{a}.add_(1).mul_(0.5)", "{a}.requires_grad_(False).mul_(0.5)", "nn.init.constant_({a}, 0.5)", "{a}.exp_().clamp_(max=2)", "{a}.index_fill_(0, torch.tensor([0]), 0.5)", "{a}.unsqueeze_(0).squeeze_(0)",
 )  # fmt: skip
 WITH = (
     "{a}.add_({b})", "{a} += {b}", "{a}.mul_({b}.sigmoid())", "{a}.copy_({b})", "{a} -= {b}", "{a}.sub_({b}, alpha=0.5)", "torch.add({a}, {b}, out={a})", "torch.maximum({a}, {b}, out={a})", "{a}.lerp_({b}, 0.25)",
-    "{a} *= {b}.sigmoid()", "{a}.addcmul_({b}, {b}.tanh(), value=0.1)", "{a}.masked_fill_({b} < 0, 0.0)", "{a}.masked_scatter_({b} < 0, {b}.clone())", "torch.sub({a}, {b}, out={a})", "torch._foreach_add_([{a}], [{b}])", "torch.where({b} > 0, {a}, {b}, out={a})",
+    "{a} *= {b}.sigmoid()", "{a}.addcmul_({b}, {b}.tanh(), value=0.1)", "{a}.masked_fill_({b} < 0, 0.0)", "{a}.masked_scatter_({b} < 0, {b}.clone())", "torch.sub({a}, {b}, out={a})", "torch." "_foreach_add_([{a}], [{b}])", "torch.where({b} > 0, {a}, {b}, out={a})",
 )  # fmt: skip
 SLICES = (
     "[:, :2]", "[:, 1:]", "[..., ::2]", "[..., 1:-1]", "[:1]", "[0]", "[:, 0]", "[..., -1]", "[:, ::2, 1:]", "[:, :, 0]", ".narrow(1, 0, 1)", ".select(1, 0)", ".chunk(2, 1)[1]", ".split(1, 1)[0]", ".view(-1)", ".flatten(1)", ".transpose(1, -1)",
