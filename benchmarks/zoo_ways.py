@@ -123,7 +123,8 @@ class Zoo:
     def freeze(self) -> Row:
         """A frozen network on its shape and, where the architecture takes any, another batch."""
         frozen, dynamic = self._exported(lambda dynamic: freeze(self.converted, self.inputs[0], dynamic_batch=dynamic))
-        return {"ratio": max(self.all_of(frozen, (1,)), self._batch(frozen, dynamic)), "alone": frozen.alone, "batch": dynamic}
+        more = self._batch(frozen, dynamic and frozen.alone)  # else another batch is another compilation
+        return {"ratio": max(self.all_of(frozen, (1,)), more), "alone": frozen.alone, "batch": dynamic}
 
     def pt2(self) -> Row:
         """``torch.export`` program, written and read."""
