@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test lint docs readme fuzz sanitize mutate bench-cpu bench-gpu bench-gpu-chains clean
+.PHONY: demo test lint docs readme fuzz sanitize mutate zoo bench-cpu bench-gpu bench-gpu-chains clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,11 @@ sanitize: $(VENV)/ready
 # Break the code in known ways, one at a time in a copy, and see that the tests notice; an hour or two. See tests/mutate.py.
 mutate: $(VENV)/ready
 	$(BIN)/python tests/mutate.py
+
+# Architectures of timm and torchvision against the dense networks, an hour or two; an interrupted run goes on. ZOO='--only …' chooses.
+zoo: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torchvision timm
+	OMP_NUM_THREADS=1 LCNN_TUNE=0 $(BIN)/python benchmarks/zoo.py $(ZOO)
 
 bench-cpu: $(VENV)/bench-ready
 	$(BIN)/lcnn-compile bench all

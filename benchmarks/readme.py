@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md, docs/benchmarks.md and docs/gpu.md, and the README's picture, from results/*.json.
+"""Write the measured tables of README.md and of the pages in docs/, and the README's picture, from results/*.json.
 
     python benchmarks/readme.py            # rewrite what stands between the markers, draw the picture
     python benchmarks/readme.py --check    # exit code 1 if a table is not what the results say
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import readme_gpu
+import readme_zoo
 
 from lcnn_compile.bench.accuracy_report import ROUNDED
 from lcnn_compile.bench.probe import Peak
@@ -25,7 +26,7 @@ from lcnn_compile.bench.scaling_report import plot_scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gpu.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "zoo.md")))
 PICTURE, CURVES = ROOT / "docs" / "images" / "measured.png", ROOT / "docs" / "images" / "scaling.png"
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[\w-]+) -->\n).*?(<!-- measured: end -->)", re.DOTALL)
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet", "mobilenet": "MobileNet"}
@@ -297,6 +298,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy-avx2": lambda: accuracy(accuracy_rows("avx2/accuracy*.json")),
     "training-avx2": lambda: training("avx2/training*.json"),
     **readme_gpu.TABLES,
+    **readme_zoo.TABLES,
 }
 
 

@@ -151,7 +151,7 @@ def main() -> int:
         if left:
             run(case, left, options, commit)
         states = {found["state"] for way, found in read(case.name)["ways"].items() if way in ways}
-        bad += bool(states & {"wrong", "failed", "stopped"})
+        bad += bool(states & {"wrong", "failed", "stopped", "warned"})
     collect()
     print(f"{bad} architectures are not right")
     return 1 if bad else 0

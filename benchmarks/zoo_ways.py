@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo_models import Case
 
-from lcnn_compile import LookupConfig, convert
+from lcnn_compile import LcnnWarning, LookupConfig, backend, convert
 from lcnn_compile.export import export_onnx, export_pt2
 from lcnn_compile.frozen import freeze
 from lcnn_compile.report import Report
@@ -197,10 +197,15 @@ class Zoo:
     def row(self, way: str) -> Row:
         """Do one thing and say how it went."""
         start = time.perf_counter()
+        backend._warned.clear()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
                 row = {"state": "right", **getattr(self, way)()}
+            said = sorted({str(one.message)[:300] for one in caught if isinstance(one.message, LcnnWarning)})
+            if said:
+                # Right because something was left to PyTorch: nothing to be content with.
+                row |= {"state": "warned", "message": "; ".join(said)}
         except Exception as failure:
             row = {"state": "wrong" if isinstance(failure, WrongError) else "failed", "message": first_line(failure)}
             theirs = self.upstream(way)
