@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo_models import Case
 
-from lcnn_compile import LcnnWarning, LookupConfig, backend, convert
+from lcnn_compile import LcnnWarning, LookupConfig, convert
 from lcnn_compile.export import export_onnx, export_pt2
 from lcnn_compile.frozen import freeze
 from lcnn_compile.report import Report
@@ -197,7 +197,6 @@ class Zoo:
     def row(self, way: str) -> Row:
         """Do one thing and say how it went."""
         start = time.perf_counter()
-        backend._warned.clear()
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
