@@ -129,10 +129,15 @@ def collect() -> None:
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def rank(name: str, rules: list[str]) -> int:
+    """Place of the first rule that a name matches: what is asked for first is run first."""
+    return next((i for i, rule in enumerate(rules) if fnmatch.fnmatch(name, rule)), len(rules))
+
+
 def main() -> int:
     """Run what is asked for; exit code 1 where a result is wrong or a failure is ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="a glob of names; may be repeated")
+    parser.add_argument("--only", action="append", default=[], help="a glob of names; may be repeated, in the order to run")
     parser.add_argument("--ways", default=",".join(zoo_ways.WAYS[:-1]), help=f"of {','.join(zoo_ways.WAYS)}")
     parser.add_argument("--compiler", choices=("inductor", "eager"), default="inductor", help="what compiles the rest of a graph")
     parser.add_argument("--again", action="store_true", help="run what has a result too")
@@ -144,7 +149,7 @@ def main() -> int:
     ways = options.ways.split(",")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     bad = 0
-    for case in zoo_models.CASES:
+    for case in sorted(zoo_models.CASES, key=lambda case: rank(case.name, options.only)):
         if options.only and not any(fnmatch.fnmatch(case.name, rule) for rule in options.only):
             continue
         left = [way for way in ways if options.again or way not in read(case.name)["ways"]]
