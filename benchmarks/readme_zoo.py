@@ -29,7 +29,8 @@ def ways_of(rows: list[Row]) -> list[str]:
 
 def short(reason: str) -> str:
     """A reason in a word or two, where it has one."""
-    return next((word for start, word in REASONS.items() if reason.startswith(start)), reason)
+    kind, own, _ = reason.partition(" has a forward of its own")
+    return f"{kind} of its own" if own else next((word for start, word in REASONS.items() if reason.startswith(start)), reason)
 
 
 def cell(found: Row | None) -> str:
@@ -38,7 +39,7 @@ def cell(found: Row | None) -> str:
         return "–"
     if found["state"] == "right":
         return f"{found['seconds']:.0f} s"
-    return {"upstream": "upstream", "stopped": "too slow"}.get(found["state"], f"**{found['state']}**")
+    return {"upstream": "upstream", "stopped": "too slow", "dense": "dense"}.get(found["state"], f"**{found['state']}**")
 
 
 def table() -> str:
@@ -95,7 +96,7 @@ def messages() -> str:
         f"| {row['name']} | {WAYS[way]} | {found['state']} | {found.get('message', '').replace('|', '/')[:200]} |"
         for row in record().get("rows", [])
         for way, found in row["ways"].items()
-        if found["state"] != "right"
+        if found["state"] not in ("right", "dense")
     ]
     return (
         "\n".join(["| architecture | way | state | what PyTorch or lcnn_compile says |", "| --- | --- | --- | --- |", *lines])

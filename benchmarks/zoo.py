@@ -75,7 +75,12 @@ def work(case: zoo_models.Case, ways: list[str], compiler: str, commit: str, gib
     except Exception as error:
         traceback.print_exc()
         for way in ways:
-            note(case.name, way, {"state": "upstream", "message": f"the dense network: {zoo_ways.first_line(error)}"}, commit)
+            note(
+                case.name,
+                way,
+                {"state": "failed", "message": f"the dense network cannot be made: {zoo_ways.first_line(error)}"},
+                commit,
+            )
         return
     for way in ways:
         path_of(case.name).with_suffix(".doing").write_text(way)
@@ -111,6 +116,7 @@ def collect() -> None:
     """Write all results into one file."""
     names = [case.name for case in zoo_models.CASES]
     rows = [read(case.name) | {"family": case.family} for case in zoo_models.CASES if path_of(case.name).exists()]
+    rows = [row for row in rows if row["ways"]]
     before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     known = {row["name"] for row in rows}
     rows += [row for row in before if row["name"] not in known and row["name"] in names]

@@ -309,7 +309,7 @@ CASES: tuple[Case, ...] = (
     _timm("vovnet39a", "vovnet"),
     _timm("cspresnet50", "cspnet"),
     _timm("wide_resnet50_2", "wide resnet", layers=(1, 1, 1, 1)),
-    _timm("resnetv2_50x1_bit", "preact resnet", layers=(1, 1, 1, 1)),
+    _timm("resnetv2_50x1_bit", "preact resnet"),
     _timm("res2net50_14w_8s", "res2net", layers=(1, 1, 1, 1)),
     _timm("hrnet_w18_small", "hrnet"),
     _timm("xception41", "xception", 96),
