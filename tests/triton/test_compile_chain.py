@@ -24,7 +24,6 @@ LAYERS = {
     "the last": Case(channels=128, filters=512, residual=True, size=(7, 7), dtype=torch.float16),
     "product": Case(channels=256, filters=64, kernel=(1, 1), padding=(0,) * 4, activation="none", dtype=torch.float16),
     "image": Case(channels=3, kernel=(7, 7), stride=(2, 2), padding=(3,) * 4, filters=64, size=(64, 64), dtype=torch.float16),
-    "float32": Case(channels=32, filters=128, next=32, size=(28, 28)),
 }
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may have."""
