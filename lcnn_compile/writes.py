@@ -11,6 +11,8 @@ import operator
 import torch
 from torch import fx
 
+from lcnn_compile.passes.in_place import ATEN_DROPOUT
+from lcnn_compile.passes.targets import bound
 from lcnn_compile.torch_private import has_implicit_kernel
 
 aten = torch.ops.aten
@@ -26,9 +28,21 @@ def writes_values(program: torch.export.ExportedProgram) -> torch.export.Exporte
     """The program with writes as values, where there are others than of a new tensor that nothing else reads, as ``relu_(conv(x))``."""
     if not any(_matters(node) for module in _graphs(program.graph_module) for node in module.graph.nodes):
         return program
+    for module in _graphs(program.graph_module):
+        _without_idle_dropout(module.graph)
     program = program.run_decompositions({})
     _restore_batch_norm(program.graph)
     return program
+
+
+def _without_idle_dropout(graph: fx.Graph) -> None:
+    """Dropout in evaluation mode returns its input itself, but its schema says nothing of it: decomposing loses writes to the result."""
+    for target in ATEN_DROPOUT:
+        for node in graph.find_nodes(op="call_function", target=target):
+            x, train = node.args[0], bound(node, ("input", "p", "train"), (None, 0.5, True))[2]
+            if train is False:
+                node.replace_all_uses_with(x)
+                graph.erase_node(node)
 
 
 def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:

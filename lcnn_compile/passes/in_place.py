@@ -22,7 +22,7 @@ _UNARY = {
 _BINARY = {"add", "sub", "mul", "div", "subtract", "multiply", "divide", "truediv"}
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
-_ATEN_DROPOUT = tuple(
+ATEN_DROPOUT = tuple(
     getattr(torch.ops.aten, f"{kind}dropout{mark}").default
     for kind in ("", "feature_", "alpha_", "feature_alpha_")
     for mark in ("", "_")
@@ -83,7 +83,7 @@ class _Rewriter:
             return first if idle and not has_hooks(module) else None
         if node.target in _DROPOUT:
             return first if bound(node, ("input", "p", "training"), (None, 0.5, True))[2] is False else None
-        if node.target in _ATEN_DROPOUT:
+        if node.target in ATEN_DROPOUT:
             return first if bound(node, ("input", "p", "train"), (None, 0.5, True))[2] is False else None
         return None
 
