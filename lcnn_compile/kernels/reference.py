@@ -38,8 +38,10 @@ def output_format(input: Tensor) -> torch.memory_format:
 
 def tap_filter_groups(offsets: Tensor, taps: int) -> Tensor:
     """The filter group of each tap: int64 [T], without a data-dependent shape."""
-    numbers = torch.arange(taps, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets[1:].contiguous(), numbers, right=True)
+    # The number of groups that end at or before each tap; ONNX has no searchsorted.
+    ends = offsets[1:].long()
+    marks = ends.new_zeros(taps + 1).index_put((ends,), torch.ones_like(ends), accumulate=True)
+    return marks.cumsum(0)[:taps]
 
 
 def lookup_tensor(
