@@ -137,9 +137,14 @@ def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _split_views(gm: fx.GraphModule) -> None:
-    """A view of its own for each reader, so that a region can do without one."""
+    """A view of its own for each reader, so that a region can do without one.
+
+    Not where the memory is written: ``contiguous`` and ``reshape`` may copy, and a copy made anew has other values.
+    """
+    effects = Effects(gm)
+    written = frozenset().union(*map(effects.written, effects.writers()))
     for node in reversed(list(gm.graph.nodes)):
-        if len(node.users) > 1 and _is_view(gm, node):
+        if len(node.users) > 1 and _is_view(gm, node) and not effects.memory(node) & written:
             for user in list(node.users)[1:]:
                 with gm.graph.inserting_before(user):
                     twin = gm.graph.node_copy(node)
