@@ -26,7 +26,7 @@ from lcnn_compile.report import Report
 from lcnn_compile.runtime import Captured, Lowered, is_real
 from lcnn_compile.sandbox import Recorded, plain_tensors, record, replaying, without_effects
 from lcnn_compile.selection import matches
-from lcnn_compile.torch_private import is_users_tensor
+from lcnn_compile.torch_private import alone_with_dynamo, is_users_tensor
 
 log = logging.getLogger("lcnn_compile")
 PATIENCE = 4
@@ -216,7 +216,8 @@ class Calibrating:
         def stay() -> None:
             self._failed, self._dense = True, self._compile_dense
 
-        attempt(work, stay, "leaves the convolutions of a compiled graph dense, which it could not fit")
+        with alone_with_dynamo():
+            attempt(work, stay, "leaves the convolutions of a compiled graph dense, which it could not fit")
 
     def _switch(self, fit: Fit, lowered: Lowered) -> None:
         self._lowered, self._fit, self._fruitless = lowered, fit, 0

@@ -29,7 +29,15 @@ from lcnn_compile.passes.programs import programs, single_program
 from lcnn_compile.passes.targets import attribute
 from lcnn_compile.sandbox import plain_tensors
 from lcnn_compile.symbols import unbox_floats
-from lcnn_compile.torch_private import FakeTensor, is_boxed_float, mark_static, storage_of, version, without_sources
+from lcnn_compile.torch_private import (
+    FakeTensor,
+    alone_with_dynamo,
+    is_boxed_float,
+    mark_static,
+    storage_of,
+    version,
+    without_sources,
+)
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Transform = Callable[[fx.GraphModule], fx.GraphModule]
@@ -123,7 +131,8 @@ class Lowered:
             compiled = self._compile(self._captured.gm, inputs)
             return _State([], (), [], compiled, compiled)
 
-        return attempt(lambda: self._passes(inputs, before), unchanged, "leaves a graph to Inductor as it was")
+        with alone_with_dynamo():
+            return attempt(lambda: self._passes(inputs, before), unchanged, "leaves a graph to Inductor as it was")
 
     def _passes(self, inputs: Sequence[Any], before: _State | None) -> _State:
         marks = self._marks(inputs) if is_real(inputs) else None  # before the values are read: a later change is then noticed

@@ -34,6 +34,7 @@ __all__ = [
     "NormBase",
     "OpOverload",
     "OpOverloadPacket",
+    "alone_with_dynamo",
     "autocast_depth",
     "buffers_of",
     "called_eagerly",
@@ -269,6 +270,15 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The dictionary of a module's own buffers, as it is kept."""
     return module._buffers
+
+
+@contextmanager
+def alone_with_dynamo() -> Iterator[None]:
+    """No other thread traces or compiles meanwhile: what torch.fx and Dynamo keep of a trace is global."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        yield
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -11,6 +11,7 @@ import operator
 import torch
 from torch import fx
 
+from lcnn_compile.errors import ExportError
 from lcnn_compile.passes.in_place import ATEN_DROPOUT
 from lcnn_compile.passes.targets import bound
 from lcnn_compile.torch_private import has_implicit_kernel
@@ -30,7 +31,11 @@ def writes_values(program: torch.export.ExportedProgram) -> torch.export.Exporte
         return program
     for module in _graphs(program.graph_module):
         _without_idle_dropout(module.graph)
-    program = program.run_decompositions({})
+    try:
+        program = program.run_decompositions({})
+    except Exception as error:
+        # PyTorch's own tracing may raise anything.
+        raise ExportError(f"writes in place cannot be captured: {type(error).__name__}: {error}") from error
     _restore_batch_norm(program.graph)
     return program
 

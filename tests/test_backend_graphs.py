@@ -1,5 +1,6 @@
 """torch.compile(backend="lcnn") on every kind of graph: computed weights, symbolic numbers, odd names, failing passes."""
 
+import threading
 import warnings
 
 import pytest
@@ -229,3 +230,30 @@ def test_a_convolution_without_input_channels():
 
     model = Pruned().eval()
     same(torch.compile(model, backend="lcnn", options=LOSSLESS), model, *[(pictures(2, 9, 4),)] * 3, tolerance=1e-3)
+
+
+def test_threads_may_call_a_model_while_it_calibrates(backend_reset):
+    """Tracing is global to a process: two at once, or one while another thread calls, left every later call failing."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    lossless = {"dictionary_size": 1.0, "sparsity": None, "lowering": "lookup"}
+    fast = torch.compile(dense, backend="lcnn", options=lossless)
+    failures = []
+
+    def serve(seed):
+        x = torch.randn(2, 6, 9, 9, generator=torch.Generator().manual_seed(seed))
+        try:
+            with torch.no_grad():
+                for _ in range(4):
+                    torch.testing.assert_close(fast(x), dense(x), atol=1e-4, rtol=1e-4)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    serve(9)
+    assert not failures
