@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lcnn_compile.batches import inputs_of, unwrapped
-from lcnn_compile.dimensions import capture, captured, first_line, trial
+from lcnn_compile.dimensions import capture, captured, first_line, module_of_program, trial
 from lcnn_compile.errors import ExportError
 from lcnn_compile.modules import LookupLinear, lookup_modules
 from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fold_factors, fuse_epilogues, narrow_convolutions
@@ -128,7 +128,7 @@ def _unbatched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a plain GraphModule whose tensors are attributes, in evaluation mode."""
-    module: Any = program.module(check_guards=False)
+    module = module_of_program(program)
     return fx.GraphModule(module, module.graph).eval()
 
 

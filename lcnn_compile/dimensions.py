@@ -39,6 +39,21 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
+def module_of_program(program: torch.export.ExportedProgram) -> Any:
+    """What the program computes, as a module.
+
+    Raises:
+        ExportError: a part of the model has a name that no code can hold.
+    """
+    try:
+        return program.module(check_guards=False)
+    except SyntaxError as error:
+        text = (error.text or "").strip()
+        raise ExportError(
+            f"a module or tensor of the model is named by a word of Python's own, which exported code cannot hold: {text[:120]!r}; rename it"
+        ) from error
+
+
 def captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool
 ) -> tuple[torch.export.ExportedProgram, Dimensions]:
@@ -170,7 +185,7 @@ def _one_is_alike(
         leaves[places[number]] = leaves[places[number]][:1]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     outputs = []
-    captured: Any = program.module(check_guards=False)
+    captured = module_of_program(program)
     try:
         for run in (model, captured):
             outputs.append([y for y in pytree.tree_leaves(trial(run, args, kwargs)) if isinstance(y, Tensor)])

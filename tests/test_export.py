@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nets import Functional, SmallResNet, Untraceable, pictures, randomise
 from torch import fx, nn
 
-from lcnn_compile import LcnnError, LookupConfig, LookupConv2d, convert
+from lcnn_compile import LcnnError, LookupConfig, LookupConv2d, convert, freeze
 from lcnn_compile.export import (
     check_onnx,
     export_aot,
@@ -414,3 +414,21 @@ def test_a_loaded_program_refuses_sizes_that_it_is_not_for(tmp_path):
             run(pictures(2, 9, 4), weight)
         with pytest.raises(LcnnError, match=r"input 1 of the program has shape \[2, 6\]; it got \[1, 6\]"):
             run(x, weight[:1])
+
+
+def test_names_that_exported_code_cannot_hold_are_named():
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scales = nn.ParameterDict(
+                {"class": nn.Parameter(torch.ones(8, 1, 1)), "lambda": nn.Parameter(torch.ones(8, 1, 1))}
+            )
+            self.conv = nn.Conv2d(4, 8, 3)
+
+        def forward(self, x):
+            return self.conv(x) * self.scales["class"] + self.scales["lambda"]
+
+    x = torch.randn(2, 4, 6, 6)
+    model = convert(Keyed().eval(), LookupConfig(dictionary_size=2), calibration=[x])
+    with pytest.raises(LcnnError, match="Python's own"):
+        freeze(model, x)
