@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from zoo_models import Case
 
@@ -38,6 +39,21 @@ class WrongError(Exception):
     """A result that is not the dense network's."""
 
 
+class Wide(TorchFunctionMode):
+    """Runs a network's own casts to float32 and new tensors in float64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (Tensor.double if function is Tensor.float else function)(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(torch.float32)
+        super().__exit__(*error)
+
+
 class Zoo:
     """One architecture, its inputs, and what the dense network makes of them in float32 and float64."""
 
@@ -46,11 +62,19 @@ class Zoo:
         self.model = case.make()
         self.inputs = [case.inputs(which, seed) for seed, which in enumerate((0, 0, 1))]
         self._compile_with(compiler)
-        wide = copy.deepcopy(self.model).double()
-        with torch.no_grad():
-            self.own = [self.model(*x) for x in self.inputs]
-            self.reference = [wide(*[v.double() for v in x]) for x in self.inputs]
+        self.own: list[Any] = []
+        self.reference: list[Any] = []
+        for inputs in self.inputs:
+            self._compute(inputs)
         self._converted: nn.Module | None = None
+
+    def _compute(self, inputs: tuple[Tensor, ...]) -> int:
+        """Run the dense network on inputs in float32 and float64; their number among the results."""
+        with torch.no_grad():
+            self.own.append(self.model(*inputs))
+            with Wide():
+                self.reference.append(copy.deepcopy(self.model).double()(*[v.double() for v in inputs]))
+        return len(self.own) - 1
 
     @staticmethod
     def _compile_with(compiler: str) -> None:
@@ -167,11 +191,9 @@ class Zoo:
         if not dynamic:
             return 0.0
         more = tuple(torch.cat([x, x[:1]]) for x in self.inputs[1])
-        wide = copy.deepcopy(self.model).double()
+        number = self._compute(more)
         with torch.no_grad():
-            self.own.append(self.model(*more))
-            self.reference.append(wide(*[v.double() for v in more]))
-            return self.distance(call(*more), len(self.own) - 1)
+            return self.distance(call(*more), number)
 
     def _captures(self, dynamic: bool) -> str | None:
         """Why ``torch.export`` cannot capture the dense network; None where it can."""
