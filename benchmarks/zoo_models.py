@@ -253,7 +253,7 @@ CASES: tuple[Case, ...] = (
     _timm("mobilevit_xxs", "mobilevit"),
     _timm("mobilevitv2_050", "mobilevit"),
     _timm("efficientvit_b0", "efficientvit"),
-    _timm("poolformer_s12", "poolformer", depths=(1, 1, 1, 1)),
+    _timm("poolformer_s12", "poolformer"),
     _timm("poolformerv2_s12", "poolformer"),
     _timm("swiftformer_xs", "swiftformer"),
     _timm("pvt_v2_b0", "pvt"),
