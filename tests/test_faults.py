@@ -103,7 +103,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, spoil):
 
 
 def test_inductor_failing_on_the_graph(backend_reset, monkeypatch):
-    from lcnn_compile import backend
+    from lcnn_compile import backend, guard
 
     def fail(*args, **kwargs):
         raise RuntimeError("no code for this graph")
@@ -111,7 +111,7 @@ def test_inductor_failing_on_the_graph(backend_reset, monkeypatch):
     monkeypatch.setattr(backend, "compile_with_inductor", fail)
     for model in (convert(randomise(SmallResNet(8)), SMALL, calibration=[pictures(4)]), randomise(SmallResNet(8))):
         torch.compiler.reset()
-        backend._warned.clear()
+        guard._warned.clear()
         compiled, x = torch.compile(model, backend="lcnn", options={"dictionary_size": 1.0, "sparsity": None}), pictures(2)
         with warnings.catch_warnings(record=True) as seen, torch.no_grad():
             warnings.simplefilter("always")

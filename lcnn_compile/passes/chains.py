@@ -36,7 +36,9 @@ def chain_lookups(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModu
     ``device``, to try it), batches in channels_last and sizes that are known; whatever else there is stays as it is. Needs
     :func:`fuse_epilogues` before. The graph is changed in place and returned.
     """
-    if torch.is_autocast_enabled(device or "cuda") or any("autocast" in str(node.target) for node in gm.graph.nodes):
+    where = device or "cuda"
+    rounds = torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where)
+    if rounds or any("autocast" in str(node.target) for node in gm.graph.nodes):
         return gm
     nodes = [node for node in gm.graph.nodes if is_lookup(node) and _can(gm, node, device)]
     if not nodes:
