@@ -308,3 +308,15 @@ def test_few_pixels_in_several_bands(instruction_set):
     weight = random_weight(random.Random(3), 5, 19, 200, (30, 30), 60, 8)
     x = torch.randn(2, 5, 31, 31)
     check(call(weight, x), truth_of(weight, x))
+
+
+@pytest.mark.parametrize("size", [(3, 3), (9, 20), (16, 16)])
+def test_a_large_residual_does_not_cost_the_sums_their_low_bits(instruction_set, size):
+    """Coordinates plus a small step, of which the sum is taken apart again: optical flow does so."""
+    rng = random.Random(0)
+    weight = random_weight(rng, 24, 16, 24, (3, 3), 200, 8)
+    x, residual = torch.randn(1, 24, *size), 1e4 * torch.rand(1, 16, *size)
+    rest = {"padding": (1, 1, 1, 1), "activation": "relu"}
+    unit = torch.finfo(torch.float32).eps * 1e4
+    y, truth = call(weight, x, residual=residual, **rest), truth_of(weight, x, residual=residual, **rest)
+    assert float((y.double() - truth).abs().max()) < 1.5 * unit

@@ -147,6 +147,11 @@ static inline __attribute__((always_inline)) void look_up(const Lookup& to, cons
     const Vec start = splat(to.bias ? to.bias[filters[f]] : 0.0f);
     UNROLL for (int v = 0; v < V; ++v) acc[f][v] = start;
   }
+  if (to.fetch && !to.stream)
+    for (int f = 0; f < F; ++f)
+      for (int v = 0; v < V; ++v) __builtin_prefetch(to.y + filters[f] * to.plane + pixels[v].target, 1);
+  accumulate<F, V>(acc, base, offsets, coefficients, width, taps, Nothing{});
+  // Last, as PyTorch does: among the sums a large residual would cost every one of them its low bits.
   if (to.residual && !to.epilogue.residual_last)
     UNROLL for (int v = 0; v < V; ++v) {
       const float* from = to.residual + pixels[v].target;
@@ -157,10 +162,6 @@ static inline __attribute__((always_inline)) void look_up(const Lookup& to, cons
           acc[f][v] += expand(load_first(from + filters[f] * to.plane, pixels[v].spills ? LANES : pixels[v].count), pixels[v].mask);
       }
     }
-  if (to.fetch && !to.stream)
-    for (int f = 0; f < F; ++f)
-      for (int v = 0; v < V; ++v) __builtin_prefetch(to.y + filters[f] * to.plane + pixels[v].target, 1);
-  accumulate<F, V>(acc, base, offsets, coefficients, width, taps, Nothing{});
   if (to.epilogue.is_clamp() && !(to.residual && to.epilogue.residual_last)) {
     if (to.epilogue.activation != NONE)
       UNROLL for (int f = 0; f < F; ++f) {
