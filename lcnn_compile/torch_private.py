@@ -54,6 +54,7 @@ __all__ = [
     "is_composite",
     "is_tracing",
     "is_users_tensor",
+    "known_size",
     "least_size",
     "load_package",
     "mark_static",
@@ -463,6 +464,13 @@ def dispatched_operators() -> frozenset[str]:
 def is_composite(name: str) -> bool:
     """Whether an operator is written in terms of others, so that its schema may keep silent about what those alias."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
+
+
+def known_size(value: Any) -> int | None:
+    """The number that a symbolic one was traced with, a plain one itself; None where it depends on data."""
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    return None if value.node.hint is None else int(value.node.hint)
 
 
 def example_of_size(value: Any) -> int:

@@ -39,11 +39,16 @@ def test_calls_leave_behind_what_the_dense_network_does(way):
 
 
 CONV = "self.conv = nn.Conv2d(4, 4, 3, padding=1)"
+LAST = "(t(n, 4, 6, 6).to(memory_format=torch.channels_last),), {}"
 FOUND = {
     # A write to the weight of a lookup layer vanished in a captured graph.
     "weight written": SourceCase((CONV,), "x", ("v = self.conv(x)", "with torch.no_grad():\n    self.conv.weight.mul_(0.5)"), "v", "(t(n, 4, 6, 6),), {}"),
     # A program takes two inputs in one memory for two tensors.
     "two names of an input": SourceCase((CONV,), "x, y", ("x += 1", "v = self.conv(y)"), "v", "((x := t(n, 4, 6, 6)), x), {}"),
+    # Programs returned contiguous memory where the network has channels last: other elements at the same strides.
+    "strides read": SourceCase((CONV,), "x", ("v = self.conv(x)", "w = v.as_strided((2, 5), (6, 1))"), "w", LAST),
+    "strides read in the next graph": SourceCase((CONV,), "x", ("v = self.conv(x)", "torch._dynamo.graph_break()", "w = v.as_strided((2, 5), (6, 1))"), "w", LAST),
+    "view written": SourceCase((CONV,), "x", ("v = self.conv(x)", "v.permute(0, 2, 3, 1).view(-1)[::2] *= 0.5"), "v", LAST),
 }  # fmt: skip
 
 

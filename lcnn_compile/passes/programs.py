@@ -20,7 +20,7 @@ from lcnn_compile.passes.effects import Effects, eliminate_dead_code, sort
 from lcnn_compile.passes.find import is_lookup, precision_of
 from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.steps import Steps, linear_weight, residual_of, steps_of
-from lcnn_compile.passes.targets import attribute
+from lcnn_compile.passes.targets import attribute, dimension_order
 
 NAME = "lcnn_program"
 
@@ -83,6 +83,7 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
             break
     for number, region in enumerate(regions):
         _rewrite(gm, region, f"{NAME}_{number}")
+    _restore_strides(gm)
     eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
@@ -204,6 +205,26 @@ def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
         node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in nodes)
     for node in reversed(nodes):
         gm.graph.erase_node(node)
+
+
+def _restore_strides(gm: fx.GraphModule) -> None:
+    """Give what programs return the order of dimensions in memory that it had: strides, views and the caller depend on it."""
+    for call in gm.graph.find_nodes(op="call_function", target=run_program):
+        for item in list(call.users):
+            order = dimension_order(item)
+            if order is None or order == sorted(order) or all(user.target is run_program for user in item.users):
+                continue
+            back = [order.index(i) for i in range(len(order))]
+            users = list(item.users)
+            with gm.graph.inserting_after(item):
+                turned = gm.graph.call_method("permute", (item, order))
+            with gm.graph.inserting_after(turned):
+                copied = gm.graph.call_method("contiguous", (turned,))
+            with gm.graph.inserting_after(copied):
+                restored = gm.graph.call_method("permute", (copied, back))
+            restored.meta = dict(item.meta)
+            for user in users:
+                user.replace_input_with(item, restored)
 
 
 def _weight(gm: fx.GraphModule, node: fx.Node) -> tuple[cpu.PackedWeight, Tensor | None]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from lcnn_compile.torch_private import known_size
 
 aten = torch.ops.aten
 
@@ -107,6 +109,22 @@ def example(node: fx.Node) -> torch.Tensor | None:
             value: torch.Tensor = node.meta[key]
             return value
     return None
+
+
+def dimension_order(node: fx.Node) -> list[int] | None:
+    """The dimensions of a node's value from the widest stride in memory to the narrowest; None where it is not known.
+
+    Where strides do not tell, the order is that of the dimensions.
+    """
+    value = example(node)
+    if value is None or value.layout != torch.strided:
+        return None
+    sizes, strides = ([known_size(v) for v in values] for values in (value.shape, value.stride()))
+    if None in sizes or None in strides:
+        return None
+    telling = [i for i, size in enumerate(sizes) if size != 1]
+    ordered = iter(sorted(telling, key=lambda i: -cast(int, strides[i])))
+    return [next(ordered) if i in telling else i for i in range(len(sizes))]
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...] | None:

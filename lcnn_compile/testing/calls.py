@@ -85,6 +85,8 @@ def record(run: Callable[..., Any], calls: Sequence[Call], state: Any = None, se
                 found.tensors[name if name in held else f"{name} after call {number}"] = tensor.detach().clone()
             for name, tensor in held.items():
                 if name.startswith("output"):
+                    strides = [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+                    found.layouts[f"memory of {name}, strides"] = strides if tensor.numel() else []
                     shared = sorted(other for other, t in {**held, **state_now}.items() if other != name and _shares(t, tensor))
                     found.layouts[f"memory of {name}"] = shared
         found.random = torch.get_rng_state()
@@ -132,7 +134,7 @@ def differences(found: Record, own: Record, allowed: dict[str, float], *, random
         own: the record of the original.
         allowed: the spread of each tensor.
         random: whether the random state must be equal.
-        memory: whether outputs must share memory with what those of the original do.
+        memory: whether outputs must have the strides of the original's and share memory with what those do.
     """
     texts = []
     for name, tensor in own.tensors.items():
@@ -153,7 +155,7 @@ def differences(found: Record, own: Record, allowed: dict[str, float], *, random
         if name.startswith("memory of") and not memory:
             continue
         other: Any = found.layouts.get(name)
-        if name.startswith("memory of"):
+        if name.startswith("memory of") and not name.endswith(", strides"):
             known = {o.split(" after ")[0] for o in found.tensors}
             value = [v for v in value if v in known or v.startswith(("output", "input"))]
             other = [
@@ -187,7 +189,7 @@ def assert_same_calls(
         state: the module whose parameters and buffers count; by default the one in ``compiled``.
         seed: of PyTorch's random numbers.
         random: whether the state of PyTorch's random numbers must be the same in the end.
-        memory: whether outputs must share memory with the inputs, outputs and buffers that those of the original do.
+        memory: whether outputs must have the original's strides and share memory with the inputs, outputs and buffers that its do.
 
     Raises:
         AssertionError: it lists what is different.
