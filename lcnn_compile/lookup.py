@@ -112,7 +112,7 @@ class LookupWeight:
 
     def dense_weight(self, out_channels: int | None = None) -> Tensor:
         """W = P·D, [n, m/groups, kh, kw], contiguous; differentiable in dictionary and coefficients. With n given, it can be traced."""
-        return reference.dense_weight(self.dictionary, self.lookup_tensor(out_channels)).contiguous()
+        return reference.dense_weight(self.dictionary, self.lookup_tensor(out_channels))
 
     def macs(self, out_pixels: int = 1, in_pixels: int | None = None) -> int:
         """Multiply-adds for ``out_pixels`` output pixels, S being formed at ``in_pixels`` (the same number by default)."""

@@ -62,3 +62,18 @@ def test_what_was_found_is_right_or_refused(name, way):
         expected = ("written to", "share memory", "traces something else")
         found = "" if any(text in said for text in expected) else said
     assert not found
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_layer_of_few_filters_keeps_the_memory_layout(lowering, kernel):
+    # The filter bank that a layer was folded to had the layout of a sum of products, and gave it to the layer's output.
+    case = SourceCase((f"self.conv = nn.Conv2d(4, 5, {kernel})",), "x", ("v = self.conv(x)",), "v", "(t(n, 4, 6, 6),), {}")
+    assert not wrong(case, "compiled", lowering)
+
+
+@pytest.mark.parametrize("way", ["converted", "compiled", "compiled dense"])
+@pytest.mark.parametrize("layer", ["Conv1d(8, 8, 1, 2)", "Conv1d(8, 8, 3, padding=1)", "ConvTranspose1d(8, 8, 3, 2)"])
+def test_rows_keep_the_memory_layout_whatever_that_of_the_input(layer, way):
+    transposed = "(t(3, 8, 8).transpose(-1, -2).contiguous().transpose(-1, -2),), {}"
+    assert not wrong(SourceCase((f"self.m0 = nn.{layer}",), "x", ("v = self.m0(x)",), "v", transposed), way)

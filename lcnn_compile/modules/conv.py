@@ -144,6 +144,8 @@ class LookupConv1d(LookupConv):
     def forward(self, input: Tensor) -> Tensor:
         """[N, m, L] or [m, L] of the module's dtype to [N, n, L'] or [n, L']."""
         batched = self._batched(input)
+        # As PyTorch does: a transposed input would pass for an image in channels_last, and so would the output.
+        input = input.contiguous()
         y = self._convolve((input if batched else input.unsqueeze(0)).unsqueeze(2)).squeeze(2)
         return y if batched else y.squeeze(0)
 

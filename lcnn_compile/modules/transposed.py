@@ -39,6 +39,8 @@ class LookupConvTranspose(LookupConv):
         """
         geometry = self.geometry
         batched = self._batched(input)
+        if geometry.dimensions == 1:
+            input = input.contiguous()  # as PyTorch does: transposed, it would pass for an image in channels_last
         x = geometry.as_images(input if batched else input.unsqueeze(0))
         size = x.shape[2], x.shape[3]
         extra = geometry.extra(None if output_size is None else list(output_size)[-geometry.dimensions :], size)
