@@ -68,10 +68,10 @@ def dense_weight(dictionary: Tensor, lookups: Tensor) -> Tensor:
     """W = P·D, [n, m/groups, kh, kw], contiguous, from D [groups, k, m/groups] and P [n, k, kh, kw] (LCNN, section 3.1)."""
     groups = dictionary.shape[0]
     grouped = lookups.unflatten(0, (groups, -1))
-    weight = torch.einsum("gokrc,gkm->gomrc", grouped, dictionary)
+    weight = torch.einsum("gokrc,gkm->gomrc", grouped, dictionary).flatten(0, 1)
     # The layout of a sum of products follows no rule, and that of a filter bank decides the layout of what is convolved with it:
     # even its strides along a dimension of one, which only flattening puts right.
-    return weight.flatten().view(lookups.shape[0], *weight.shape[2:])
+    return weight.flatten().view_as(weight)
 
 
 def pointwise_weight(dictionary: Tensor) -> Tensor:
