@@ -12,10 +12,10 @@ import torch
 import typer
 from rich.console import Console
 
-from lcnn_compile.bench import accuracy_report
-from lcnn_compile.bench.accuracy import Study
-from lcnn_compile.bench.accuracy_cases import chosen
-from lcnn_compile.bench.report import document, wide_console, write
+from lcnn_compile.bench.accuracy import report as accuracy_report
+from lcnn_compile.bench.accuracy.cases import chosen
+from lcnn_compile.bench.accuracy.study import Study
+from lcnn_compile.bench.cpu.report import document, wide_console, write
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 Data = Annotated[Path, typer.Option(help="Folder with cifar10_jpeg.npz, cifar10_net.py and cifar10_dense.safetensors.")]

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from rich.console import Console
 
-from lcnn_compile.bench import gpu_summary
-from lcnn_compile.bench.gpu_compile import compile_ahead
-from lcnn_compile.bench.gpu_session import Session, read
+from lcnn_compile.bench.gpu import summary as gpu_summary
+from lcnn_compile.bench.gpu.compile import compile_ahead
+from lcnn_compile.bench.gpu.session import Session, read
 
 
 def main() -> None:

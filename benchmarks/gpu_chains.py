@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from lcnn_compile.bench.gpu_budget import Budget
-from lcnn_compile.bench.gpu_chains import compile_share
-from lcnn_compile.bench.gpu_machine import Gpu, Machine, Rehearsal
-from lcnn_compile.bench.gpu_whole import check, whole
+from lcnn_compile.bench.gpu.budget import Budget
+from lcnn_compile.bench.gpu.chains import compile_share
+from lcnn_compile.bench.gpu.machine import Gpu, Machine, Rehearsal
+from lcnn_compile.bench.gpu.whole import check, whole
 
 DENSE = ("frozen", "inductor")
 JOBS: dict[str, tuple[str, int, tuple[str, ...]]] = {

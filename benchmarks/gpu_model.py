@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lcnn_compile.bench.gpu_model import Ceilings, Step, cannot_win, chain_steps, dense_steps, middle_of_block
+from lcnn_compile.bench.gpu.model import Ceilings, Step, cannot_win, chain_steps, dense_steps, middle_of_block
 
 
 def show(title: str, steps: list[Step], ceilings: Ceilings) -> float:

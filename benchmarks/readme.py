@@ -20,9 +20,9 @@ from typing import Any
 import readme_gpu
 import readme_zoo
 
-from lcnn_compile.bench.accuracy_report import ROUNDED
-from lcnn_compile.bench.probe import Peak
-from lcnn_compile.bench.scaling_report import plot_scaling
+from lcnn_compile.bench.accuracy.report import ROUNDED
+from lcnn_compile.bench.cpu.probe import Peak
+from lcnn_compile.bench.cpu.scaling_report import plot_scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from zoo_models import Case
 
 from lcnn_compile import LcnnWarning, LookupConfig, convert
-from lcnn_compile.export import export_onnx, export_pt2
-from lcnn_compile.frozen import freeze
+from lcnn_compile.export.formats import export_onnx, export_pt2
+from lcnn_compile.export.frozen import freeze
 from lcnn_compile.report import Report
 from lcnn_compile.testing.compare import error, tolerance
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcnn_compile.bench.accuracy_data import Images, standardise
+from lcnn_compile.bench.accuracy.data import Images, standardise
 from lcnn_compile.demo import digits
 
 

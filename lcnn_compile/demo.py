@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lcnn_compile.bench.timing import alternate
-from lcnn_compile.checkpoint import load, save
+from lcnn_compile.checkpoint.archive import load, save
 from lcnn_compile.config import LookupConfig
-from lcnn_compile.convert import convert
+from lcnn_compile.conversion.convert import convert
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.learning import distill
 from lcnn_compile.progress import Tell, progress_bars
 from lcnn_compile.report import Report
+from lcnn_compile.timing import alternate
 
 TEST_IMAGES = 1000
 

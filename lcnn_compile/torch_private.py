@@ -148,7 +148,7 @@ def _fix_sizes(inputs: list[Any]) -> None:
 @functools.cache
 def _source_digest() -> str:
     """Of the operators' Python code: what tracing sees of them, forwards and backwards."""
-    return digest((), sorted((Path(__file__).parent / "kernels").glob("*.py")))
+    return digest((), sorted((Path(__file__).parent / "kernels").rglob("*.py")))
 
 
 def compile_package(program: Any, path: str, metadata: dict[str, str]) -> bool:

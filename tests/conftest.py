@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from lcnn_compile.kernels import cpu, cpu_build
+from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels.cpu import build as cpu_build
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 # Which lowering is fastest must not depend on what else the machine does during a test.
@@ -34,7 +35,7 @@ def _reproducible():
 @pytest.fixture
 def backend_reset():
     """A fresh Dynamo before and after, and the backend's one-time warnings as if never given."""
-    from lcnn_compile import guard
+    from lcnn_compile.backend import guard
 
     torch.compiler.reset()
     guard._warned.clear()

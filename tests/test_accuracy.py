@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lcnn_compile.bench import accuracy_report
-from lcnn_compile.bench.accuracy import Study
-from lcnn_compile.bench.accuracy_cases import CASES
-from lcnn_compile.bench.accuracy_data import VIEWS, Images, RememberedTeacher, TrainingBatches, Ways
+from lcnn_compile.bench.accuracy import report as accuracy_report
+from lcnn_compile.bench.accuracy.cases import CASES
+from lcnn_compile.bench.accuracy.data import VIEWS, Images, RememberedTeacher, TrainingBatches, Ways
+from lcnn_compile.bench.accuracy.study import Study
 
 NETWORK = """
 from torch import nn

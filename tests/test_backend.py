@@ -12,7 +12,7 @@ from nets import Functional, SmallResNet, Untraceable, pictures, randomise
 from torch import nn
 
 from lcnn_compile import LcnnError, LcnnWarning, LookupConfig, LookupConv2d, convert
-from lcnn_compile.graphs import bind_weights, weight_placeholders
+from lcnn_compile.backend.graphs import bind_weights, weight_placeholders
 from lcnn_compile.testing import assert_equivalent
 
 pytestmark = pytest.mark.usefixtures("backend_reset")

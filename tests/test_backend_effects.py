@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from nets import pictures
 from torch import nn
 
-from lcnn_compile import runtime
-from lcnn_compile.sandbox import copies, random_state, record, same_modes
+from lcnn_compile.backend import runtime
+from lcnn_compile.backend.sandbox import copies, random_state, record, same_modes
 
 pytestmark = pytest.mark.usefixtures("backend_reset")
 LOSSLESS = {"dictionary_size": 1.0, "sparsity": None, "lowering": "lookup"}

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from nets import pictures
 from torch import nn
 
-from lcnn_compile import LcnnWarning, LookupConfig, calibrating, convert, runtime
+from lcnn_compile import LcnnWarning, LookupConfig, convert
+from lcnn_compile.backend import calibrating, runtime
 
 pytestmark = pytest.mark.usefixtures("backend_reset")
 LOSSLESS = {"dictionary_size": 1.0, "sparsity": None, "lowering": "lookup"}

@@ -12,20 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from lcnn_compile.bench import (
-    gpu_cases,
-    gpu_chains,
-    gpu_floors,
-    gpu_layers,
-    gpu_machine,
-    gpu_session,
-    gpu_summary,
-    gpu_whole,
-    gpu_worker,
-)
-from lcnn_compile.bench.gpu_budget import Budget, at_most
-from lcnn_compile.bench.gpu_cases import NARROW, NARROW_SIZES, SIZES, Job, Layer, Sizes, layer_job
-from lcnn_compile.bench.gpu_machine import Gpu, Rehearsal, allowed, set_mode
+from lcnn_compile.bench.gpu import cases as gpu_cases
+from lcnn_compile.bench.gpu import chains as gpu_chains
+from lcnn_compile.bench.gpu import floors as gpu_floors
+from lcnn_compile.bench.gpu import layers as gpu_layers
+from lcnn_compile.bench.gpu import machine as gpu_machine
+from lcnn_compile.bench.gpu import session as gpu_session
+from lcnn_compile.bench.gpu import summary as gpu_summary
+from lcnn_compile.bench.gpu import whole as gpu_whole
+from lcnn_compile.bench.gpu import worker as gpu_worker
+from lcnn_compile.bench.gpu.budget import Budget, at_most
+from lcnn_compile.bench.gpu.cases import NARROW, NARROW_SIZES, SIZES, Job, Layer, Sizes, layer_job
+from lcnn_compile.bench.gpu.machine import Gpu, Rehearsal, allowed, set_mode
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +248,8 @@ def test_time_is_the_median_replay_over_the_inputs(gpu):
 
 def test_choices_are_timed_without_launches_and_caches(gpu, monkeypatch):
     pytest.importorskip("triton")
-    from lcnn_compile.kernels import triton_store, triton_tune
+    from lcnn_compile.kernels.triton import store as triton_store
+    from lcnn_compile.kernels.triton import tune as triton_tune
 
     order = []
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"), raising=False)
@@ -361,7 +360,7 @@ def test_modes_allow_tf32_alone():
 @pytest.mark.triton
 def test_kernels_are_compiled_once_and_before(monkeypatch, tmp_path, capsys):
     pytest.importorskip("triton")
-    from lcnn_compile.bench import gpu_compile
+    from lcnn_compile.bench.gpu import compile as gpu_compile
 
     jobs = [layer_job(Layer(32, 64, 8), (Sizes(8, 20, 16),), "float16", format, 2, False) for format in gpu_cases.FORMATS]
     assert len(list(gpu_compile.calls(jobs))) == 2
@@ -380,7 +379,7 @@ def test_kernels_are_compiled_once_and_before(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.triton
 def test_wide_layers_of_a_network():
-    from lcnn_compile.bench import gpu_compile
+    from lcnn_compile.bench.gpu import compile as gpu_compile
 
     found = gpu_compile.wide_layers("resnet18")
     assert Layer(256, 512, 14, 2) in found
@@ -419,5 +418,5 @@ def test_kernels_of_a_network_are_found_without_a_gpu():
         ((2, 16, 12, 12), 64, True, 0),
     ]
     assert all(call.x.is_meta for call in found)
-    launched = pytest.importorskip("lcnn_compile.kernels.triton_chain_tune").launches(found[1])
+    launched = pytest.importorskip("lcnn_compile.kernels.triton.chain_tune").launches(found[1])
     assert len(launched) >= 4

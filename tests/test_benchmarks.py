@@ -11,21 +11,22 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lcnn_compile.bench import macs, report, training
-from lcnn_compile.bench.engines import ENGINES, Engine, Runnable, run_torch
+from lcnn_compile.bench import macs
+from lcnn_compile.bench.cpu import report, training
+from lcnn_compile.bench.cpu.engines import ENGINES, Engine, Runnable, run_torch
+from lcnn_compile.bench.cpu.layers import OURS, LayerShape, layer_case, sizes
+from lcnn_compile.bench.cpu.measure import LOOKUP_ENGINES, Case, measure
+from lcnn_compile.bench.cpu.network_bench import SETTINGS_OF
+from lcnn_compile.bench.cpu.probe import Peak
+from lcnn_compile.bench.cpu.scaling import roofline
+from lcnn_compile.bench.cpu.summary import INT8, compare
+from lcnn_compile.bench.cpu.targets import TARGETS, judge
 from lcnn_compile.bench.hardware import describe, versions
-from lcnn_compile.bench.layers import OURS, LayerShape, layer_case, sizes
-from lcnn_compile.bench.measure import LOOKUP_ENGINES, Case, measure
-from lcnn_compile.bench.network_bench import SETTINGS_OF
 from lcnn_compile.bench.networks import NETWORKS, build
-from lcnn_compile.bench.probe import Peak
-from lcnn_compile.bench.scaling import roofline
 from lcnn_compile.bench.settings import SETTINGS, dense_twin, lookup_network
-from lcnn_compile.bench.summary import INT8, compare
-from lcnn_compile.bench.targets import TARGETS, judge
-from lcnn_compile.bench.timing import Burst, Timing, alternate
 from lcnn_compile.errors import ConfigError
 from lcnn_compile.modules import LookupModule
+from lcnn_compile.timing import Burst, Timing, alternate
 
 EAGER, LOOKUP = ENGINES["eager"], LOOKUP_ENGINES["lcnn eager"]
 
@@ -147,7 +148,7 @@ def test_report(tmp_path: Path) -> None:
 
 
 def test_targets_name_cases_that_exist() -> None:
-    from lcnn_compile.bench.layers import TARGETS as LAYERS
+    from lcnn_compile.bench.cpu.layers import TARGETS as LAYERS
 
     known = {(shape.name, setting) for shape, settings in LAYERS.items() for setting in settings}
     known |= {(name, setting) for name, settings in SETTINGS_OF.items() for setting in settings}

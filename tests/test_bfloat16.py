@@ -14,9 +14,9 @@ from lcnn_compile import LcnnError, LookupConfig, LookupConv2d, LookupLinear, co
 from lcnn_compile.checkpoint import read_header
 from lcnn_compile.cli import cli
 from lcnn_compile.export import export_program, largest_difference
+from lcnn_compile.fitting.sampling import to_bfloat16
 from lcnn_compile.kernels import choose, cpu, measured, reference
-from lcnn_compile.kernels.ops import lookup_conv2d
-from lcnn_compile.learning.sampling import to_bfloat16
+from lcnn_compile.kernels.operator import lookup_conv2d
 from lcnn_compile.modules import lookup_modules
 from lcnn_compile.passes import choose_lowerings, set_precision
 from lcnn_compile.passes.find import find_convolutions, is_lookup, precision_of

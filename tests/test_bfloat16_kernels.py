@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from test_cpu_kernels import call, random_case, random_weight
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels import cpu, cpu_build, reference
-from lcnn_compile.kernels.program import Program
-from lcnn_compile.kernels.steps import LookUp, Pool, Recipe, Window, pooled
+from lcnn_compile.kernels import cpu, reference
+from lcnn_compile.kernels.cpu import build as cpu_build
+from lcnn_compile.kernels.cpu.program import Program
+from lcnn_compile.kernels.cpu.steps import LookUp, Pool, Recipe, Window, pooled
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
 EXACT = ("none", "relu", "relu6")

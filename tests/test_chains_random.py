@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lcnn_compile import LookupConv2d, backend, runtime
-from lcnn_compile.kernels.chain import chain
+from lcnn_compile import LookupConv2d
+from lcnn_compile.backend import entry as backend
+from lcnn_compile.backend import runtime
+from lcnn_compile.kernels.triton.chain_operator import chain
 from lcnn_compile.passes import chain_lookups, pool_first
 
 CHANNELS = 16

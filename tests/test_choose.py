@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from lcnn_compile.kernels import choose, measured, ops
+from lcnn_compile.kernels import choose, measured
+from lcnn_compile.kernels import operator as ops
 
 PROBLEM = choose.Problem(
     batch=2,

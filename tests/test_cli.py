@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from lcnn_compile import convert, load
 from lcnn_compile.cli import cli
+from lcnn_compile.cli.images import ImageFolder, Images
+from lcnn_compile.cli.sources import load_calibration, load_inputs, load_model
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.export import to_dense
-from lcnn_compile.images import ImageFolder, Images
-from lcnn_compile.sources import load_calibration, load_inputs, load_model
 
 NETWORK = """
 import torch
@@ -94,7 +94,7 @@ def run(*args, code=0):
 
 def network():
     sys.modules.pop("net", None)
-    from lcnn_compile.sources import load_model
+    from lcnn_compile.cli.sources import load_model
 
     return load_model("net.py:build")
 
@@ -163,7 +163,7 @@ def test_calibration_from_other_sources(folder, source):
         "convert", "net.py:build", "m.safetensors", "--calibration", source, "--batch", 12, "--config", "config.json", "--no-time"
     )
     sys.modules.pop("net", None)
-    from lcnn_compile.sources import load_calibration
+    from lcnn_compile.cli.sources import load_calibration
 
     batches = load_calibration(source, 12)
     first = next(iter(batches))

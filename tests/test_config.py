@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 
 from lcnn_compile import LcnnError, LookupConfig
-from lcnn_compile.selection import check_rules, layer_config, matches, select
+from lcnn_compile.conversion.selection import check_rules, layer_config, matches, select
 
 
 def test_defaults_are_the_documented_ones():

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcnn_compile import LcnnError, LookupConv2d
-from lcnn_compile.kernels import backward, cpu_backward, reference
-from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.kernels import backward, reference
+from lcnn_compile.kernels.cpu import backward as cpu_backward
+from lcnn_compile.kernels.operator import lookup_conv2d
 from lcnn_compile.testing.cases import laid_out, random_lookup_weight
 
 pytestmark = pytest.mark.skipif(not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="needs a C++ compiler")

@@ -12,8 +12,9 @@ import torch
 
 from lcnn_compile import LcnnError, LookupWeight
 from lcnn_compile.errors import LcnnWarning
-from lcnn_compile.kernels import cpu, cpu_build, reference
-from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.kernels import cpu, reference
+from lcnn_compile.kernels.cpu import build as cpu_build
+from lcnn_compile.kernels.operator import lookup_conv2d
 from lcnn_compile.lookup import filter_table
 
 pytestmark = pytest.mark.skipif(not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="needs a C++ compiler")

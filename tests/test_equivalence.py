@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lcnn_compile import LookupConfig, LookupConv2d, LookupWeight
 from lcnn_compile.kernels import reference
-from lcnn_compile.kernels.ops import LOWERINGS, lookup_conv2d
+from lcnn_compile.kernels.operator import LOWERINGS, lookup_conv2d
 from lcnn_compile.lookup import filter_table
 from lcnn_compile.testing import assert_close, assert_equivalent, conv_layers, lookup_layers, lookup_weights, random_tensor
 from lcnn_compile.testing.cases import LAYOUTS, laid_out

@@ -25,7 +25,7 @@ from lcnn_compile.export import (
     to_dense,
 )
 from lcnn_compile.files import replacing
-from lcnn_compile.kernels.ops import lookup_conv2d_inference
+from lcnn_compile.kernels.operator import lookup_conv2d_inference
 from lcnn_compile.kernels.reference import ACTIVATIONS
 from lcnn_compile.modules import LookupModule
 from lcnn_compile.passes import to_functional

@@ -13,7 +13,7 @@ from torch import nn
 from lcnn_compile import LcnnError, LookupConfig, convert
 from lcnn_compile.errors import LcnnWarning
 from lcnn_compile.export import check_onnx, export_onnx, largest_difference, onnx_differences
-from lcnn_compile.onnx_form import portable_program
+from lcnn_compile.export.onnx_form import portable_program
 
 ENGINES = {"ONNX Runtime"} | ({"OpenVINO"} if importlib.util.find_spec("openvino") else set())
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="the extra onnx is not installed")

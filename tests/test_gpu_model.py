@@ -2,7 +2,7 @@
 
 import pytest
 
-from lcnn_compile.bench.gpu_model import Ceilings, Step, alone, cannot_win, chain_steps, dense_steps, middle_of_block
+from lcnn_compile.bench.gpu.model import Ceilings, Step, alone, cannot_win, chain_steps, dense_steps, middle_of_block
 
 H100, H200 = Ceilings(2.4e12, 7.8e14), Ceilings(4.3e12, 7.8e14)
 PIXELS = 2 * 56 * 56

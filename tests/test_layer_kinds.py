@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import lcnn_compile
 from lcnn_compile import LayerConfig, LcnnError, LookupConfig, convert, explain, load, save
-from lcnn_compile.calibrating import _FITS
+from lcnn_compile.backend.calibrating import _FITS
 from lcnn_compile.export import export_program, to_dense
 from lcnn_compile.geometry import geometry_of
 from lcnn_compile.modules import LOOKUP_KINDS, lookup_layer

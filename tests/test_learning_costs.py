@@ -7,12 +7,12 @@ from test_learning_model import fit, images, small
 
 from lcnn_compile import LookupConfig, convert
 from lcnn_compile.config import LayerConfig
+from lcnn_compile.conversion.plan import Plan
 from lcnn_compile.errors import ConfigError, ConversionError
+from lcnn_compile.fitting.costs import MultiplyAdds, Seconds
+from lcnn_compile.fitting.processes import Processes
 from lcnn_compile.geometry import geometry_of
 from lcnn_compile.kernels import choose
-from lcnn_compile.learning.costs import MultiplyAdds, Seconds
-from lcnn_compile.learning.processes import Processes
-from lcnn_compile.plan import Plan
 
 SEARCHED = LayerConfig(dictionary_size="auto", sparsity="auto", group_size="auto")
 PIXELS = {"0": (256, 256), "2": (256, 256), "4": (196, 256)}

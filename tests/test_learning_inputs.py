@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lcnn_compile.fitting.dictionary import MEAN_SHARE, fit_dictionary, most_vectors
+from lcnn_compile.fitting.statistics import InputMoments
 from lcnn_compile.geometry import Geometry, LinearGeometry, geometry_of
-from lcnn_compile.learning.dictionary import MEAN_SHARE, fit_dictionary, most_vectors
-from lcnn_compile.learning.statistics import InputMoments
 
 CONVS = {
     "plain": {"kernel_size": 3, "padding": 1},
@@ -84,8 +84,8 @@ def test_degenerate_inputs_are_named(inputs, reason):
 
 
 def test_many_channels_keep_a_bounded_uniform_sample(monkeypatch):
-    monkeypatch.setattr("lcnn_compile.learning.statistics.GRAM_CHANNELS", 4)
-    monkeypatch.setattr("lcnn_compile.learning.statistics.ROW_ELEMENTS", 100 * 8)
+    monkeypatch.setattr("lcnn_compile.fitting.statistics.GRAM_CHANNELS", 4)
+    monkeypatch.setattr("lcnn_compile.fitting.statistics.ROW_ELEMENTS", 100 * 8)
     moments = InputMoments(LinearGeometry(8, 4))
     for start in range(0, 1000, 50):
         numbers = torch.arange(start, start + 50.0)
@@ -134,7 +134,7 @@ def test_fewer_pixels_than_channels_give_the_same_dictionary_as_the_full_moment(
     full, rows = InputMoments(geometry), InputMoments(geometry)
     full.update(data(pixels=8))
     wanted = fit_dictionary(weight, geometry, 4, full)
-    monkeypatch.setattr("lcnn_compile.learning.statistics.GRAM_CHANNELS", 4)
+    monkeypatch.setattr("lcnn_compile.fitting.statistics.GRAM_CHANNELS", 4)
     rows.update(data(pixels=8))
     moment = full.covariance()[0]
     found = fit_dictionary(weight, geometry, 4, rows)
@@ -156,7 +156,7 @@ def test_without_data_directions_count_alike():
 
 @pytest.mark.parametrize("size", [3, 10])
 def test_very_many_channels_without_data(monkeypatch, size):
-    monkeypatch.setattr("lcnn_compile.learning.dictionary.GRAM_CHANNELS", 4)
+    monkeypatch.setattr("lcnn_compile.fitting.dictionary.GRAM_CHANNELS", 4)
     weight = torch.randn(10, 40, 1, 1, generator=torch.Generator().manual_seed(1)) * 0.5 ** torch.arange(10)[:, None, None, None]
     basis = fit_dictionary(weight, LinearGeometry(40, 10), size, None)
     best = torch.linalg.svdvals(weight.double().flatten(1))[size:].square().sum()

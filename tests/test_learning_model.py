@@ -9,14 +9,14 @@ from torch import nn
 
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
+from lcnn_compile.fitting.dictionary import fit_dictionary
+from lcnn_compile.fitting.layer import _choice_of, fit_layer
+from lcnn_compile.fitting.network import Network
+from lcnn_compile.fitting.sampling import calibrate
+from lcnn_compile.fitting.sensitivity import Sensitivity, output_sensitivity
+from lcnn_compile.fitting.stages import Fitting
 from lcnn_compile.geometry import geometry_of
 from lcnn_compile.learning import fit_model
-from lcnn_compile.learning.dictionary import fit_dictionary
-from lcnn_compile.learning.fit import _choice_of, fit_layer
-from lcnn_compile.learning.fitting import Fitting
-from lcnn_compile.learning.network import Network
-from lcnn_compile.learning.sampling import calibrate
-from lcnn_compile.learning.sensitivity import Sensitivity, output_sensitivity
 
 
 def images(count=8, channels=3, size=16, seed=0):
@@ -133,7 +133,7 @@ def test_errors_are_those_of_the_compressed_network_on_images_that_were_held_out
 
 
 def test_coefficients_solve_least_squares_on_the_compressed_networks_inputs(monkeypatch):
-    monkeypatch.setattr("lcnn_compile.learning.fit.PRIOR", 1e-9)
+    monkeypatch.setattr("lcnn_compile.fitting.layer.PRIOR", 1e-9)
     model, data = small(), images(10)
     fitted = fit(model, LayerConfig(dictionary_size=0.5, sparsity=3, group_size=1), [data])
     clone = compressed(model, fitted)
@@ -153,7 +153,7 @@ def test_coefficients_solve_least_squares_on_the_compressed_networks_inputs(monk
 
 
 def test_a_generator_is_consumed_once_and_not_kept(monkeypatch):
-    monkeypatch.setattr("lcnn_compile.learning.sampling.BATCH_ELEMENTS", 3 * 16 * 16 * 2 * 2)
+    monkeypatch.setattr("lcnn_compile.fitting.sampling.BATCH_ELEMENTS", 3 * 16 * 16 * 2 * 2)
     alive, given = [], []
 
     def batches():
@@ -171,7 +171,7 @@ def test_a_generator_is_consumed_once_and_not_kept(monkeypatch):
 
 
 def test_a_batch_too_large_to_keep_is_seen_whole_and_kept_in_part(monkeypatch):
-    monkeypatch.setattr("lcnn_compile.learning.sampling.BATCH_ELEMENTS", 10 * 3 * 16 * 16)
+    monkeypatch.setattr("lcnn_compile.fitting.sampling.BATCH_ELEMENTS", 10 * 3 * 16 * 16)
     model = small()
     network = Network(model, layers_of(model), lambda m, inputs: m(*inputs))
     found = calibrate(network, [(images(24),)], 0)

@@ -6,8 +6,9 @@ from nets import SmallResNet, pictures, randomise
 
 from lcnn_compile import LookupConfig, convert
 from lcnn_compile.errors import ConfigError, ConversionError
-from lcnn_compile.learning import fitting, sweep
-from lcnn_compile.learning import model as whole
+from lcnn_compile.fitting import model as whole
+from lcnn_compile.fitting import stages as fitting
+from lcnn_compile.learning import sweep
 
 torch.manual_seed(0)
 DATA, OTHER = pictures(24).split(8), pictures(2)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lcnn_compile.learning.grouping import group_filters
-from lcnn_compile.learning.taps import cholesky, select_taps, solve_coefficients, spread_rest, spread_taps
+from lcnn_compile.fitting.grouping import group_filters
+from lcnn_compile.fitting.taps import cholesky, select_taps, solve_coefficients, spread_rest, spread_taps
 
 
 def problem(columns=20, outputs=5, rows=200, seed=0):
@@ -45,7 +45,7 @@ def test_chunks_of_filter_groups_change_nothing(monkeypatch):
     x, y = problem(outputs=7)
     arguments = (x.T @ x, x.T @ y, y.square().sum(0), torch.arange(7)[:, None], 10)
     whole = select_taps(*arguments)
-    monkeypatch.setattr("lcnn_compile.learning.taps.WORK_ELEMENTS", 400)
+    monkeypatch.setattr("lcnn_compile.fitting.taps.WORK_ELEMENTS", 400)
     parts = select_taps(*arguments)
     assert torch.equal(whole.columns, parts.columns)
     torch.testing.assert_close(whole.rest, parts.rest)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from lcnn_compile import LookupConfig, LookupConv2d, LookupLinear, convert, explain
-from lcnn_compile.obstacles import obstacle
+from lcnn_compile.conversion.obstacles import obstacle
 
 SMALL = LookupConfig(dictionary_size=3, sparsity=2, group_size=4)
 

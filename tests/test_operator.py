@@ -9,7 +9,7 @@ from torch import nn
 
 from lcnn_compile import LcnnError, LookupConv2d, LookupWeight
 from lcnn_compile.kernels import reference
-from lcnn_compile.kernels.ops import LOWERINGS, lookup_conv2d
+from lcnn_compile.kernels.operator import LOWERINGS, lookup_conv2d
 from lcnn_compile.testing import assert_close, lookup_layers, lookup_weights
 
 LOWERING = st.sampled_from([*LOWERINGS, "auto"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lcnn_compile import LcnnError, LookupWeight
 from lcnn_compile.kernels import backward
-from lcnn_compile.kernels.ops import lookup_conv2d, lookup_conv2d_inference
+from lcnn_compile.kernels.operator import lookup_conv2d, lookup_conv2d_inference
 
 BACKWARD = torch.ops.lcnn.lookup_conv2d_backward.default
 TENSORS = ("grad", "input", "dictionary", "coefficients", "indices", "positions", "offsets", "filters", "bias", "residual")

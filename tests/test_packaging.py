@@ -25,7 +25,7 @@ def test_everything_that_is_not_python_is_package_data():
     package = ROOT / "lcnn_compile"
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["lcnn_compile"]
     files = [str(f.relative_to(package)) for f in package.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")]
-    assert {"py.typed", "kernels/cpu.cpp"} <= set(files)
+    assert {"py.typed", "kernels/cpu/src/interface.cpp"} <= set(files)
     assert [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in patterns)] == []
 
 

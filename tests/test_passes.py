@@ -11,7 +11,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.shape_prop import ShapeProp
 
 from lcnn_compile import LcnnError, LookupConv2d, LookupWeight, passes
-from lcnn_compile.kernels import cpu, program
+from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels.cpu import program
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.programs import programs
 from lcnn_compile.testing import assert_equivalent, networks

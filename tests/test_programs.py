@@ -14,10 +14,12 @@ from torch import nn
 import lcnn_compile
 from lcnn_compile import LookupConfig, LookupConv2d, convert, freeze
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels import cpu, cpu_build, program
-from lcnn_compile.kernels.lanes import side_by_side
-from lcnn_compile.kernels.program import Program, allocate
-from lcnn_compile.kernels.steps import Linear, LookUp, Pool, Recipe, View, Window, pooled
+from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels.cpu import build as cpu_build
+from lcnn_compile.kernels.cpu import program
+from lcnn_compile.kernels.cpu.lanes import side_by_side
+from lcnn_compile.kernels.cpu.program import Program, allocate
+from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, Recipe, View, Window, pooled
 from lcnn_compile.passes import fuse_epilogues, gather_programs
 from lcnn_compile.passes.programs import programs
 from lcnn_compile.testing.cases import LAYOUTS, laid_out

@@ -7,7 +7,7 @@ import torch
 from nets import SmallResNet, pictures, randomise
 
 from lcnn_compile import LcnnError, LookupConfig, convert
-from lcnn_compile.learning.fitting import Fitting
+from lcnn_compile.fitting.stages import Fitting
 
 FIXED = LookupConfig(dictionary_size=0.5, sparsity=2, group_size=3)
 SEARCHED = LookupConfig(target_speedup=1.5, group_size=2)

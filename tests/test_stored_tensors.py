@@ -8,7 +8,7 @@ from torch import nn
 
 from lcnn_compile import LcnnError, LookupConfig, convert, load, save
 from lcnn_compile.checkpoint import _digest
-from lcnn_compile.stored import OTHERS
+from lcnn_compile.checkpoint.stored import OTHERS
 
 SMALL = LookupConfig(dictionary_size=3, sparsity=2, group_size=4)
 FLOAT8 = [name for name in OTHERS if name.startswith("float8") and "e8m0" not in name]

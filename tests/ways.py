@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from lcnn_compile import LookupConfig, backend, convert, freeze
+from lcnn_compile import LookupConfig, convert, freeze
+from lcnn_compile.backend import entry as backend
 from lcnn_compile.batches import Inputs
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.export import export_pt2

@@ -13,15 +13,15 @@ import typer
 from rich.console import Console
 
 from lcnn_compile.bench import resources as measurements
-from lcnn_compile.bench.engines import ENGINES
+from lcnn_compile.bench.cpu.engines import ENGINES
+from lcnn_compile.bench.cpu.measure import Row
+from lcnn_compile.bench.cpu.network_bench import QUICK, SETTINGS_OF
+from lcnn_compile.bench.cpu.profile import show_profile
+from lcnn_compile.bench.cpu.report import document, plot_comparisons, show, wide_console, write
+from lcnn_compile.bench.cpu.scaling_report import plot_scaling, show_scaling
+from lcnn_compile.bench.cpu.summary import compare
+from lcnn_compile.bench.cpu.training import show_training
 from lcnn_compile.bench.jobs import BenchmarkError, Job, spawn
-from lcnn_compile.bench.measure import Row
-from lcnn_compile.bench.network_bench import QUICK, SETTINGS_OF
-from lcnn_compile.bench.profile import show_profile
-from lcnn_compile.bench.report import document, plot_comparisons, show, wide_console, write
-from lcnn_compile.bench.scaling_report import plot_scaling, show_scaling
-from lcnn_compile.bench.summary import compare
-from lcnn_compile.bench.training import show_training
 from lcnn_compile.errors import ConfigError
 
 app = typer.Typer(help="Time lookup layers and networks against dense engines.", no_args_is_help=True)

@@ -72,24 +72,24 @@ def perform(job: Job) -> Any:
 
     torch.set_num_threads(job.threads)
     if job.benchmark == "memory":
-        from lcnn_compile.bench.memory import peak
+        from lcnn_compile.bench.cpu.memory import peak
 
         return peak(job.case)
     if job.benchmark == "start":
-        from lcnn_compile.bench.start import first_call
+        from lcnn_compile.bench.cpu.start import first_call
 
         return first_call(job.case)
     if job.benchmark == "profile":
-        from lcnn_compile.bench.profile import run
+        from lcnn_compile.bench.cpu.profile import run
 
         return run(job.case, job.batch)
     if job.benchmark == "training":
-        from lcnn_compile.bench import training
+        from lcnn_compile.bench.cpu import training
 
         return training.run(job.quick)
-    from lcnn_compile.bench import layers, network_bench, scaling
-    from lcnn_compile.bench.engines import ENGINES
-    from lcnn_compile.bench.measure import LOOKUP_ENGINES, measure
+    from lcnn_compile.bench.cpu import layers, network_bench, scaling
+    from lcnn_compile.bench.cpu.engines import ENGINES
+    from lcnn_compile.bench.cpu.measure import LOOKUP_ENGINES, measure
 
     if job.benchmark == "scaling":
         return scaling.run(job.quick)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcnn_compile.bench import memory, start
+from lcnn_compile.bench.cpu import memory, start
 from lcnn_compile.bench.jobs import Job, spawn
 
 

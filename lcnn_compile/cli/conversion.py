@@ -13,18 +13,18 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from lcnn_compile.batches import Inputs, batch_inputs
-from lcnn_compile.checkpoint import save
+from lcnn_compile.checkpoint.archive import save
 from lcnn_compile.cli import options as given
 from lcnn_compile.cli.output import Output, output
+from lcnn_compile.cli.sources import load_calibration, load_factory, load_inputs, load_model
 from lcnn_compile.config import LookupConfig
-from lcnn_compile.convert import convert, explain
+from lcnn_compile.conversion.convert import convert, explain
 from lcnn_compile.errors import ConversionError, LcnnError
 from lcnn_compile.files import check_target
 from lcnn_compile.learning import sweep
 from lcnn_compile.progress import progress_bars
 from lcnn_compile.report import Report, plot_pareto, time_layers, time_planned
 from lcnn_compile.report.table import pareto_table
-from lcnn_compile.sources import load_calibration, load_factory, load_inputs, load_model
 from lcnn_compile.torch_private import pytree
 
 NOTHING = 3

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lcnn_compile import export
 from lcnn_compile.batches import inputs_of
-from lcnn_compile.checkpoint import load
+from lcnn_compile.checkpoint.archive import load
 from lcnn_compile.cli import options as given
 from lcnn_compile.cli.output import output
+from lcnn_compile.cli.sources import load_inputs, load_model
 from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.files import check_target, replacing
 from lcnn_compile.modules import lookup_modules
-from lcnn_compile.sources import load_inputs, load_model
 from lcnn_compile.torch_private import pytree
 
 ALLOWED = {"float32": 1e-3, "bfloat16": 3e-2}

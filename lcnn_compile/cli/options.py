@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
+from lcnn_compile.cli.images import IMAGENET_MEAN, IMAGENET_STD, Images
 from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, LcnnError
-from lcnn_compile.images import IMAGENET_MEAN, IMAGENET_STD, Images
 from lcnn_compile.torch_private import pytree
 
 SIZES, PICTURES = "Sizes (they override --config)", "Calibration from a folder of images"

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError, WeightError
-from lcnn_compile.kernels import cpu_backward, reference, triton_ops
+from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.checks import check_call, check_like, check_present, check_storage, output_channels
+from lcnn_compile.kernels.cpu import backward as cpu_backward
+from lcnn_compile.kernels.triton import ops as triton_ops
 
 NAME = "lookup_conv2d_backward"
 library = torch.library.Library("lcnn", "FRAGMENT")

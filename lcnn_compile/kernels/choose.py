@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lcnn_compile.kernels import reference
-from lcnn_compile.kernels.cpu import POSITIONS
+from lcnn_compile.kernels.cpu.forward import POSITIONS
 
 RATE = 5e10
 """Multiply-adds a second that estimates stand for where nothing can be measured."""
@@ -109,7 +109,7 @@ def seconds(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
     if not lookup_kernel:
         return estimated_seconds(problem, lookup_kernel)
     if problem.device == "cuda":
-        from lcnn_compile.kernels import triton_choose
+        from lcnn_compile.kernels.triton import choose as triton_choose
 
         found = triton_choose.measured(problem)
         return {name: t / 1e3 for name, t in found.items()} if found else estimated_seconds(problem, lookup_kernel)

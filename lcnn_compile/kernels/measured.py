@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lcnn_compile.files import digest
 from lcnn_compile.kernels.choose import Problem, estimate, estimated_seconds
-from lcnn_compile.kernels.cpu import packed_weight
-from lcnn_compile.kernels.program import Program
-from lcnn_compile.kernels.steps import LookUp, Recipe
+from lcnn_compile.kernels.cpu.forward import packed_weight
+from lcnn_compile.kernels.cpu.program import Program
+from lcnn_compile.kernels.cpu.steps import LookUp, Recipe
 from lcnn_compile.kernels.store import cache_folder, known, remember
 from lcnn_compile.lookup import filter_table
 from lcnn_compile.torch_private import without_modes
@@ -31,7 +31,12 @@ HOPELESS = 4.0
 @cache
 def _file() -> Path:
     """The file for this processor, torch and version of the kernels."""
-    sources = sorted([*Path(__file__).parent.glob("cpu*"), *Path(__file__).parent.glob("choose.py")])
+    sources = sorted(
+        [
+            *(p for p in (Path(__file__).parent / "cpu").rglob("*") if p.suffix in (".py", ".h", ".cpp")),
+            *Path(__file__).parent.glob("choose.py"),
+        ]
+    )
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = "".join(line for line in lines if line.startswith(("model", "flags", "Features")))[:10_000]

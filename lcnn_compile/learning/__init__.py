@@ -1,10 +1,10 @@
 """Learning dictionaries, taps and coefficients (LCNN, sections 3.2 and 3.3, with calibration data instead of labels)."""
 
+from lcnn_compile.conversion.sweep import SweepPoint, sweep
+from lcnn_compile.fitting.fitted import FittedLayer
+from lcnn_compile.fitting.model import fit_model
 from lcnn_compile.learning.distill import Epoch, History, distill
-from lcnn_compile.learning.fitted import FittedLayer
-from lcnn_compile.learning.model import fit_model
 from lcnn_compile.learning.soft import harden, soft_taps, soften, sparsity_penalty
-from lcnn_compile.learning.sweep import SweepPoint, sweep
 from lcnn_compile.learning.transfer import carry_dictionaries, freeze_dictionaries
 
 __all__ = [

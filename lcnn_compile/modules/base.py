@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lcnn_compile.config import LOWERING_CHOICES, PRECISION_CHOICES, LayerConfig
 from lcnn_compile.errors import ConfigError, ConversionError, WeightError
 from lcnn_compile.geometry import Call, Geometry, geometry_of
-from lcnn_compile.kernels.ops import lookup_conv2d
+from lcnn_compile.kernels.operator import lookup_conv2d
 from lcnn_compile.kernels.read_only import read_only
 from lcnn_compile.lookup import LookupWeight, filter_table
 from lcnn_compile.modules.guards import Parameters, check_initialiser

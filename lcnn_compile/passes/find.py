@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lcnn_compile.geometry import kind_of
-from lcnn_compile.kernels.ops import lookup_conv2d, lookup_conv2d_inference
+from lcnn_compile.kernels.operator import lookup_conv2d, lookup_conv2d_inference
 from lcnn_compile.modules import LookupLinear, LookupModule
 from lcnn_compile.passes.targets import CONVOLUTION, convolution_of, is_get_attr
 

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from lcnn_compile.kernels.ops import lookup_conv2d_inference
+from lcnn_compile.kernels.operator import lookup_conv2d_inference
 from lcnn_compile.passes.effects import Effects
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional

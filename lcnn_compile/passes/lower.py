@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import fx
 
 from lcnn_compile.kernels import choose
-from lcnn_compile.kernels.ops import has_lookup_kernel
+from lcnn_compile.kernels.operator import has_lookup_kernel
 from lcnn_compile.passes.decompose import has_constant_weight, rewrite
 from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup, precision_of

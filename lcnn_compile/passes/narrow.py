@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lcnn_compile.kernels.chain import HALVES
-from lcnn_compile.kernels.ops import has_lookup_kernel, lookup_conv2d
+from lcnn_compile.kernels.operator import has_lookup_kernel, lookup_conv2d
+from lcnn_compile.kernels.triton.chain_operator import HALVES
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.passes.fold import add_attribute
 from lcnn_compile.passes.functional import to_functional

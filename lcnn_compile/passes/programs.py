@@ -14,8 +14,8 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from lcnn_compile.kernels import cpu
-from lcnn_compile.kernels.program import Program, run_program
-from lcnn_compile.kernels.steps import Linear, LookUp, Recipe, Step, View
+from lcnn_compile.kernels.cpu.program import Program, run_program
+from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Recipe, Step, View
 from lcnn_compile.passes.effects import Effects, eliminate_dead_code, sort
 from lcnn_compile.passes.find import is_lookup, precision_of
 from lcnn_compile.passes.functional import to_functional

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lcnn_compile.kernels.cpu import POSITIONS
-from lcnn_compile.kernels.steps import Linear, LookUp, Pool, Step, View, Window
+from lcnn_compile.kernels.cpu.forward import POSITIONS
+from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, Step, View, Window
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, example, is_get_attr, same_shape, shape_of
 

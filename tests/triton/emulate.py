@@ -18,7 +18,7 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from lcnn_compile.kernels.triton_ahead import compiling
+from lcnn_compile.kernels.triton.ahead import compiling
 
 __all__ = ["compiling", "interpreting", "resources"]
 

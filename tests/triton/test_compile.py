@@ -12,13 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from emulate import compiling, resources
 
-from lcnn_compile.kernels import triton_backward, triton_tune
-from lcnn_compile.kernels.triton_dictionary import empty_planes, launch_dictionary
-from lcnn_compile.kernels.triton_forward import precision
-from lcnn_compile.kernels.triton_grouped import launch_grouped
-from lcnn_compile.kernels.triton_lookup import launch_lookup
-from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
-from lcnn_compile.kernels.triton_permute import launch_permute
+from lcnn_compile.kernels.triton import backward as triton_backward
+from lcnn_compile.kernels.triton import tune as triton_tune
+from lcnn_compile.kernels.triton.dictionary import empty_planes, launch_dictionary
+from lcnn_compile.kernels.triton.forward import precision
+from lcnn_compile.kernels.triton.grouped import launch_grouped
+from lcnn_compile.kernels.triton.lookup import launch_lookup
+from lcnn_compile.kernels.triton.pack import Epilogue, geometry, pack
+from lcnn_compile.kernels.triton.permute import launch_permute
 from lcnn_compile.lookup import LookupWeight, filter_table
 
 pytestmark = [
@@ -222,7 +223,7 @@ def test_offsets_in_s_take_64_bits_where_an_image_has_2_to_the_31_elements(group
     config = triton_tune.guess(layer.x, layer.packed, 1).lookups
     widths = []
     for limit in (2**31, 1):
-        monkeypatch.setattr(sys.modules["lcnn_compile.kernels.triton_tiles"], "INT32", limit)
+        monkeypatch.setattr(sys.modules["lcnn_compile.kernels.triton.tiles"], "INT32", limit)
         tail = (layer.packed, layer.y, layer.epilogue(False), layer.where)
         with compiling(90) as kernels:
             if group_size == 1:

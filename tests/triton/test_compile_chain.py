@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from emulate import compiling, resources
 from test_values_chain import Case, build
 
-from lcnn_compile.kernels import triton_chain_tune
+from lcnn_compile.kernels.triton import chain_tune as triton_chain_tune
 
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 

@@ -21,19 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from emulate import interpreting
 from triton.runtime.jit import JITFunction
 
-from lcnn_compile.kernels import (
-    backward,
-    choose,
-    reference,
-    store,
-    triton_backward,
-    triton_choose,
-    triton_forward,
-    triton_ops,
-    triton_store,
-    triton_tune,
-)
-from lcnn_compile.kernels.triton_pack import Epilogue, geometry, pack
+from lcnn_compile.kernels import backward, choose, reference, store
+from lcnn_compile.kernels.triton import backward as triton_backward
+from lcnn_compile.kernels.triton import choose as triton_choose
+from lcnn_compile.kernels.triton import forward as triton_forward
+from lcnn_compile.kernels.triton import ops as triton_ops
+from lcnn_compile.kernels.triton import store as triton_store
+from lcnn_compile.kernels.triton import tune as triton_tune
+from lcnn_compile.kernels.triton.pack import Epilogue, geometry, pack
 from lcnn_compile.lookup import LookupWeight, filter_table
 from lcnn_compile.testing import assert_close, lookup_weights
 
@@ -231,7 +226,7 @@ def test_offsets_of_64_bits(group_size, monkeypatch):
     weight, x = case.tensors()
     config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1).lookups
     plain = direct(case, weight, x, config)
-    monkeypatch.setattr(sys.modules["lcnn_compile.kernels.triton_tiles"], "INT32", 1)
+    monkeypatch.setattr(sys.modules["lcnn_compile.kernels.triton.tiles"], "INT32", 1)
     assert torch.equal(direct(case, weight, x, config), plain)
 
 

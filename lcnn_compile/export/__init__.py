@@ -1,0 +1,27 @@
+"""Converted models for other runtimes: plain dense networks, torch.export programs, AOTInductor packages, ONNX files."""
+
+from lcnn_compile.export.formats import (
+    check_onnx,
+    export_aot,
+    export_onnx,
+    export_program,
+    export_pt2,
+    largest_difference,
+    load_aot,
+    load_pt2,
+    onnx_differences,
+    to_dense,
+)
+
+__all__ = [
+    "check_onnx",
+    "export_aot",
+    "export_onnx",
+    "export_program",
+    "export_pt2",
+    "largest_difference",
+    "load_aot",
+    "load_pt2",
+    "onnx_differences",
+    "to_dense",
+]

@@ -1,0 +1,207 @@
+"""Compile the C++ kernels at first use into a per-user cache, and load them.
+
+Environment variables:
+    LCNN_CACHE_DIR: directory of the compiled libraries, instead of the user's cache directory.
+    LCNN_CPU_ISA: "amx", "avx512bf16", "avx512", "avx2" or "portable", instead of what the processor supports.
+    LCNN_CPU_SANITIZE: "1" builds with the address and undefined-behaviour sanitizers.
+    CXX: the compiler, instead of the first of c++, g++ and clang++.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+import torch
+
+from lcnn_compile.errors import KernelError, LcnnWarning
+from lcnn_compile.files import digest
+from lcnn_compile.kernels.store import cache_folder
+
+FOLDER = Path(__file__).parent / "src"
+SOURCES = (
+    "kernels.cpp",
+    "interface.cpp",
+    "bfloat16.cpp",
+    "gradients.h",
+    "program.h",
+    "linear.h",
+    "pool.h",
+    "run.h",
+    "bfloat16_stages.h",
+    "matrix_stages.h",
+    "stages.h",
+    "look_up.h",
+    "form.h",
+    "call.h",
+    "plan.h",
+    "weight.h",
+    "matrix.h",
+    "bfloat16.h",
+    "narrow.h",
+    "kernels.h",
+    "vector.h",
+)
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
+BFLOAT16, MATRIX = ("-mavx512bf16",), ("-mamx-tile", "-mamx-bf16")
+ISA_FLAGS = {
+    "amx": (*AVX512, *BFLOAT16, *MATRIX),
+    "avx512bf16": (*AVX512, *BFLOAT16),
+    "avx512": AVX512,
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": (),
+}
+SANITIZE_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+COMPILE_SECONDS = 600
+
+
+def instruction_set() -> str:
+    """The key of ISA_FLAGS to build for.
+
+    Raises:
+        KernelError: LCNN_CPU_ISA names none of them.
+    """
+    chosen = os.environ.get("LCNN_CPU_ISA")
+    if chosen is None:
+        found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+        if found == "avx512" and " avx512_bf16" in _processor_flags():
+            return "amx" if all(f" {flag}" in _processor_flags() for flag in ("amx_tile", "amx_bf16")) else "avx512bf16"
+        return found
+    if chosen not in ISA_FLAGS:
+        raise KernelError(f"LCNN_CPU_ISA is {chosen!r}; allowed are {sorted(ISA_FLAGS)}")
+    return chosen
+
+
+@functools.cache
+def _processor_flags() -> str:
+    """What Linux tells of the processor; "" elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept."""
+    return cache_folder() if os.environ.get("LCNN_CACHE_DIR") else cache_folder() / "kernels"
+
+
+def _compiler() -> Path:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return Path(found).resolve()
+    raise FileNotFoundError("no C++ compiler found: install one or set CXX")
+
+
+def _flags() -> tuple[str, ...]:
+    sanitize = SANITIZE_FLAGS if os.environ.get("LCNN_CPU_SANITIZE") == "1" else ()
+    return (*FLAGS, *ISA_FLAGS[instruction_set()], *sanitize)
+
+
+def _key(compiler: Path, flags: tuple[str, ...], sources: list[Path]) -> str:
+    """A digest of all that decides what the library contains; the compiler is known by its file, which is quicker to ask."""
+    stat = compiler.stat()
+    parts = [str(compiler), str(stat.st_size), str(stat.st_mtime_ns), platform.machine(), platform.system(), *flags]
+    return digest(parts, sources)
+
+
+def _run(command: list[str]) -> str:
+    """What the compiler complains of; "" where it succeeds."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    return "" if done.returncode == 0 else done.stderr.strip() or f"exit status {done.returncode}"
+
+
+def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+    """Compile the sources at once to names of our own, link, then rename: nobody ever sees half a library."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        built = Path(work) / target.name
+        failure = ""
+        # A compiler without OpenMP still gives one fast thread, and one without bfloat16 instructions float32.
+        vectors = tuple(flag for flag in flags if flag not in MATRIX)
+        fewer = tuple(flag for flag in vectors if flag not in BFLOAT16)
+        for options in ((*flags, "-fopenmp"), (*vectors, "-fopenmp"), (*fewer, "-fopenmp"), fewer):
+            objects = [str(Path(work) / f"{source.stem}.o") for source in sources]
+            commands = [
+                [str(compiler), *options, "-c", "-o", made, str(source)] for source, made in zip(sources, objects, strict=True)
+            ]
+            # The longest comes first; more at once than there are processors would hold it up.
+            with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
+                complaint = "\n".join(filter(None, pool.map(_run, commands)))
+            complaint = complaint or _run([str(compiler), *options, "-o", str(built), *objects])
+            if not complaint:
+                built.replace(target)
+                return
+            failure = failure or complaint
+        raise OSError(f"{compiler.name} failed: {failure[-500:]}")
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer = ctypes.c_void_p
+    for name, result, arguments in (
+        ("lcnn_multiplies_pairs", ctypes.c_int, []),
+        ("lcnn_weight_new", pointer, [pointer] * 7),
+        ("lcnn_weight_free", None, [pointer]),
+        ("lcnn_plan_new", pointer, [pointer] * 3),
+        ("lcnn_plan_free", None, [pointer]),
+        ("lcnn_run", ctypes.c_int, [pointer] * 5),
+        ("lcnn_gradients", ctypes.c_int, [pointer] * 2),
+        ("lcnn_program_new", pointer, [pointer, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]),
+        ("lcnn_program_free", None, [pointer]),
+        ("lcnn_program_run", ctypes.c_int, [pointer] * 3),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def target() -> Path:
+    """Where the library for this source, compiler and processor is kept, whether it has been compiled or not.
+
+    Raises:
+        OSError, KernelError: no compiler, or no such instruction set.
+    """
+    return cache_directory() / f"lcnn_{_key(_compiler(), _flags(), [FOLDER / name for name in SOURCES])}.so"
+
+
+def build() -> Path:
+    """Path of the compiled library, compiling it if no process has done so before.
+
+    Raises:
+        OSError, subprocess.SubprocessError, filelock.Timeout, KernelError: why there is none.
+    """
+    path = target()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
+            if not path.exists():
+                sources = [FOLDER / name for name in SOURCES if name.endswith(".cpp")]
+                _compile(_compiler(), _flags(), sources, path)
+    return path
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None, with one warning per process that says why."""
+    try:
+        path = build()
+        try:
+            return _declare(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):  # a damaged file: once more from the source
+            path.unlink(missing_ok=True)
+            return _declare(ctypes.CDLL(str(build())))
+    except (OSError, AttributeError, subprocess.SubprocessError, filelock.Timeout, KernelError) as error:
+        warnings.warn(
+            f"the C++ kernels are unavailable, lookups on CPU run as the factored lowering: {error}", LcnnWarning, stacklevel=2
+        )
+        return None

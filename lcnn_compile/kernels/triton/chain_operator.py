@@ -1,0 +1,213 @@
+"""``torch.ops.lcnn.chain``: a convolution in channels_last, its epilogue, and the 1x1 product that follows it, as one operator.
+
+Lookup layers become chains of it: S of a layer is the 1x1 product at the end of the layer before, and the layer itself a
+convolution of S with the lookup tensor P. Packed matrices are plain tensors, so that a compiler sees nothing else:
+
+| tensor | shape | meaning |
+| --- | --- | --- |
+| input | [N, C, H, W] | x, or S of a layer |
+| weight | [kh·kw·C′, n′] | ``weight[(r·kw + c)·C′ + i, o]`` is the filter o's weight for channel i at (r, c) |
+| bias | [n′] or None | |
+| residual | [N, n, OH, OW] or None | |
+| next | [n′, k′] or None | ``next[o, j]``: what channel o gives to output j of the 1x1 product |
+
+C′ is C filled up to a multiple of 16, n′ and k′ are filled up as :func:`filled` says; all with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lcnn_compile.errors import KernelError, WeightError
+from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.checks import LARGEST
+from lcnn_compile.kernels.operator import TAGS, library
+from lcnn_compile.kernels.triton import ops as triton_ops
+
+HALVES = (torch.float16, torch.bfloat16)
+"""Dtypes in which lookup convolutions run as chains."""
+WIDEST = 128
+"""Channels that the 1x1 product may have."""
+
+
+def filled(channels: int) -> int:
+    """Columns that hold so many channels: a power of two from 16 to 64, or a multiple of 64."""
+    return max(16, 1 << (channels - 1).bit_length()) if channels <= 64 else -(-channels // 64) * 64
+
+
+def filled_next(channels: int) -> int:
+    """Columns that hold so many channels of the 1x1 product: a power of two, 16 or more."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def _fill(t: Tensor, dim: int, size: int) -> Tensor:
+    missing = list(t.shape)
+    missing[dim] = size - t.shape[dim]
+    return torch.cat([t, t.new_zeros(missing)], dim) if missing[dim] else t
+
+
+def pad_rows(t: Tensor, multiple: int) -> Tensor:
+    """A tensor whose first dimension is filled up to a multiple with zeros."""
+    return _fill(t, 0, -(-t.shape[0] // multiple) * multiple)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """[kh·kw·C′, n′] from the weight [n, C, kh, kw] of a convolution."""
+    taps = weight.permute(2, 3, 1, 0)
+    channels = -(-weight.shape[1] // 16) * 16
+    return _fill(_fill(taps, 2, channels), 3, filled(weight.shape[0])).flatten(0, 2).contiguous()
+
+
+def pack_next(matrix: Tensor) -> Tensor:
+    """[n′, k′] from the matrix [k, n] of a 1x1 product."""
+    return _fill(_fill(matrix.t(), 0, filled(matrix.shape[1])), 1, filled_next(matrix.shape[0])).contiguous()
+
+
+def pack_bias(bias: Tensor) -> Tensor:
+    """[n′] from [n]."""
+    return _fill(bias, 0, filled(bias.shape[0])).contiguous()
+
+
+def unpack_weight(weight: Tensor, channels: int, out_channels: int, kernel_size: Sequence[int]) -> Tensor:
+    """[n, C, kh, kw] from [kh·kw·C′, n′]."""
+    taps = weight.view(kernel_size[0], kernel_size[1], -1, weight.shape[1])
+    return taps[:, :, :channels, :out_channels].permute(3, 2, 0, 1)
+
+
+library.define(
+    "chain(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? next, SymInt out_channels, SymInt next_channels, "
+    "int[] kernel_size, int[] stride, int[] padding, int[] dilation, str activation, bool residual_last, bool keep) "
+    "-> (Tensor, Tensor)",
+    tags=TAGS,
+)
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    next: Tensor | None,
+    out_channels: int,
+    next_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    keep: bool,
+) -> tuple[int, int, int, int]:
+    """Raise unless the call makes sense; the output's shape."""
+    if input.dim() != 4 or input.layout != torch.strided:
+        raise WeightError(f"chain: input is {input.layout} {tuple(input.shape)}; strided [N, C, H, W] is required")
+    for key, values, size, least in (
+        ("kernel_size", kernel_size, 2, 1), ("stride", stride, 2, 1), ("dilation", dilation, 2, 1), ("padding", padding, 4, 0)
+    ):  # fmt: skip
+        if len(values) != size or min(values) < least or max(values) > LARGEST:
+            raise WeightError(f"chain: {key} is {tuple(values)}; {size} integers from {least} to {LARGEST} are required")
+    rows = kernel_size[0] * kernel_size[1] * (-(-input.shape[1] // 16) * 16)
+    columns = filled(out_channels)
+    if tuple(weight.shape) != (rows, columns):
+        raise WeightError(f"chain: weight has shape {tuple(weight.shape)}; the input and the filters need {(rows, columns)}")
+    if bias is not None and tuple(bias.shape) != (columns,):
+        raise WeightError(f"chain: bias has shape {tuple(bias.shape)}; {(columns,)} is required")
+    if next is not None and (tuple(next.shape) != (columns, filled_next(next_channels)) or not 1 <= next_channels <= WIDEST):
+        raise WeightError(
+            f"chain: next has shape {tuple(next.shape)} for {next_channels} channels (at most {WIDEST}); "
+            f"{(columns, filled_next(next_channels))} is required"
+        )
+    if not keep and next is None:
+        raise KernelError("chain: neither the output nor the product is wanted")
+    if activation not in reference.ACTIVATIONS:
+        raise KernelError(f"chain: activation is {activation!r}; allowed are {sorted(reference.ACTIVATIONS)}")
+    high, wide = reference.output_size(input.shape[2:], kernel_size, stride, padding, dilation)
+    if high <= 0 or wide <= 0:
+        raise WeightError(f"chain: input of {tuple(input.shape)} is smaller than the kernel, {tuple(kernel_size)}")
+    shape = (input.shape[0], out_channels, high, wide)
+    if residual is not None and tuple(residual.shape) != shape:
+        raise WeightError(f"chain: residual has shape {tuple(residual.shape)}; the output has {shape}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual), ("next", next)):
+        if tensor is not None and (tensor.dtype != input.dtype or tensor.device != input.device):
+            raise WeightError(f"chain: {name} is {tensor.dtype} on {tensor.device}, input {input.dtype} on {input.device}")
+    return shape
+
+
+def _empty(input: Tensor, shape: Sequence[int], wanted: bool) -> Tensor:
+    if not wanted:
+        return torch.empty(0, dtype=input.dtype, device=input.device)
+    return torch.empty(tuple(shape), dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    next: Tensor | None,
+    out_channels: int,
+    next_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    residual_last: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    geometry = (kernel_size, stride, padding, dilation)
+    shape = _check(input, weight, bias, residual, next, out_channels, next_channels, *geometry, activation, keep)
+    s_shape = (shape[0], next_channels, *shape[2:])
+    return _empty(input, shape, keep), _empty(input, s_shape, next is not None)
+
+
+def _chain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    next: Tensor | None,
+    out_channels: int,
+    next_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    residual_last: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y [N, n, OH, OW] and the product [N, k, OH, OW], channels_last both; what is not wanted is empty, [0]."""
+    geometry = (kernel_size, stride, padding, dilation)
+    shape = _check(input, weight, bias, residual, next, out_channels, next_channels, *geometry, activation, keep)
+    last = torch.channels_last
+    input = input.contiguous(memory_format=last)
+    residual = None if residual is None else residual.contiguous(memory_format=last)
+    s_shape = (shape[0], next_channels, *shape[2:])
+    if input.numel() and triton_ops.usable(input.device.type, input.dtype):
+        tail = (bias, residual, activation, residual_last, next)
+        made = triton_ops.chain(input, weight, tail, geometry, shape, keep, next_channels)
+        if made is not None:
+            y, s = made
+            return (
+                y if y is not None and keep else _empty(input, shape, False),
+                s if s is not None else _empty(input, s_shape, False),
+            )
+    weights = unpack_weight(weight, input.shape[1], out_channels, kernel_size)
+    y = reference.convolve(input, weights, stride, padding, dilation, 1)
+    y = reference.apply_epilogue(y, None if bias is None else bias[:out_channels], residual, activation, residual_last)
+    y = y.contiguous(memory_format=last)
+    if next is None:
+        return y, _empty(input, s_shape, False)
+    product = F.conv2d(y, next[:out_channels, :next_channels].t()[:, :, None, None]).contiguous(memory_format=last)
+    return (y if keep else _empty(input, shape, False)), product
+
+
+library.impl("chain", _chain, "CompositeExplicitAutograd")
+torch.library.register_fake("lcnn::chain", _fake, lib=library)
+library.impl("chain", torch.library.fallthrough_kernel, "Autograd")
+
+chain = torch.ops.lcnn.chain.default
