@@ -12,21 +12,9 @@ from torch import Tensor
 
 from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.checks import check_weight
+from lcnn_compile.kernels.reference import filter_table
 
-
-def filter_table(out_channels: int, group_size: int, groups: int = 1, order: Tensor | None = None) -> Tensor:
-    """The ``filters`` tensor, int32 [F, g], of filter groups of at most ``group_size`` consecutive filters of ``order``.
-
-    ``order`` (int64 [n], a permutation that keeps every filter in its convolution group) defaults to the natural one. A
-    filter group never straddles two convolution groups; the last of each convolution group may be smaller.
-    """
-    per_group = out_channels // groups
-    size = min(group_size, per_group)
-    blocks = -(-per_group // size)
-    numbers = torch.arange(out_channels) if order is None else order.cpu()
-    table = torch.full((groups, blocks * size), -1, dtype=torch.int32)
-    table[:, :per_group] = numbers.to(torch.int32).view(groups, per_group)
-    return table.view(groups * blocks, size)
+__all__ = ["LookupWeight", "filter_table"]
 
 
 @dataclass(frozen=True, eq=False)

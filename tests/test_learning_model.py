@@ -11,12 +11,12 @@ from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.fitting.dictionary import fit_dictionary
 from lcnn_compile.fitting.layer import _choice_of, fit_layer
+from lcnn_compile.fitting.model import fit_model
 from lcnn_compile.fitting.network import Network
 from lcnn_compile.fitting.sampling import calibrate
 from lcnn_compile.fitting.sensitivity import Sensitivity, output_sensitivity
 from lcnn_compile.fitting.stages import Fitting
 from lcnn_compile.geometry import geometry_of
-from lcnn_compile.learning import fit_model
 
 
 def images(count=8, channels=3, size=16, seed=0):

@@ -7,10 +7,10 @@ from torch import nn
 
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError
+from lcnn_compile.fitting.model import fit_model
 from lcnn_compile.fitting.processes import Processes
 from lcnn_compile.fitting.statistics import InputMoments
 from lcnn_compile.geometry import geometry_of
-from lcnn_compile.learning import fit_model
 
 
 def model():

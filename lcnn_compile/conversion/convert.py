@@ -17,7 +17,7 @@ from lcnn_compile.config import LookupConfig
 from lcnn_compile.conversion.plan import Plan
 from lcnn_compile.conversion.untouched import untouched
 from lcnn_compile.errors import ConversionError, LcnnWarning
-from lcnn_compile.learning import fit_model
+from lcnn_compile.fitting.model import fit_model
 from lcnn_compile.report import Report
 from lcnn_compile.torch_private import module_of
 

@@ -16,10 +16,10 @@ from lcnn_compile.conversion.survey import Survey, Usage, survey
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.fitting.costs import Timer
 from lcnn_compile.fitting.dictionary import most_vectors
+from lcnn_compile.fitting.fitted import FittedLayer
 from lcnn_compile.geometry import Layer, geometry_of, kind_of
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.operator import has_lookup_kernel
-from lcnn_compile.learning import FittedLayer
 from lcnn_compile.modules import lookup_layer
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport

@@ -5,23 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lcnn_compile.batches import call_model, conversion_inputs
 from lcnn_compile.config import LookupConfig
+from lcnn_compile.conversion.plan import Plan
 from lcnn_compile.errors import ConfigError, ConversionError
 from lcnn_compile.fitting.fitted import FittedLayer
 from lcnn_compile.fitting.model import fit_budgets
 from lcnn_compile.fitting.sampling import BATCH_IMAGES, leading
 from lcnn_compile.fitting.stages import Progress
+from lcnn_compile.report import Report
 from lcnn_compile.torch_private import module_of, pytree
-
-if TYPE_CHECKING:
-    from lcnn_compile.conversion.plan import Plan
-    from lcnn_compile.report import Report
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,6 @@ def sweep(
         ConversionError: without calibration data, or if a budget cannot be reached.
     """
     # Conversion uses learning; only here is it the other way round.
-    from lcnn_compile.conversion.plan import Plan
-    from lcnn_compile.report import Report
-
     config = config or LookupConfig()
     if not speedups:
         raise ConfigError("speedups is empty; at least one target_speedup is required")

@@ -17,10 +17,10 @@ from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.checks import check_call, check_like, check_present, check_storage, output_channels
 from lcnn_compile.kernels.cpu import backward as cpu_backward
+from lcnn_compile.kernels.library import library
 from lcnn_compile.kernels.triton import ops as triton_ops
 
 NAME = "lookup_conv2d_backward"
-library = torch.library.Library("lcnn", "FRAGMENT")
 library.define(
     "lookup_conv2d_backward(Tensor grad, Tensor input, Tensor dictionary, Tensor coefficients, Tensor indices, Tensor positions, "
     "Tensor offsets, Tensor filters, SymInt out_channels, int[] kernel_size, int[] stride, SymInt[] padding, int[] dilation, "

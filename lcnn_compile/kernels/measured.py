@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.files import digest
-from lcnn_compile.kernels.choose import Problem, estimate, estimated_seconds
 from lcnn_compile.kernels.cpu.forward import packed_weight
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.kernels.cpu.steps import LookUp, Recipe
+from lcnn_compile.kernels.problem import Problem, estimate, estimated_seconds
+from lcnn_compile.kernels.reference import filter_table
 from lcnn_compile.kernels.store import cache_folder, known, remember
-from lcnn_compile.lookup import filter_table
 from lcnn_compile.torch_private import without_modes
 
 ROUNDS, WARM_UP, TIMED = 3, 1, 3
@@ -34,7 +34,7 @@ def _file() -> Path:
     sources = sorted(
         [
             *(p for p in (Path(__file__).parent / "cpu").rglob("*") if p.suffix in (".py", ".h", ".cpp")),
-            *Path(__file__).parent.glob("choose.py"),
+            *Path(__file__).parent.glob("problem.py"),
         ]
     )
     try:

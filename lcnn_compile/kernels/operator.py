@@ -17,6 +17,7 @@ from torch import Tensor
 from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import backward, choose, cpu, reference
 from lcnn_compile.kernels.checks import check_call, check_present, check_storage, output_channels
+from lcnn_compile.kernels.library import TAGS, library
 from lcnn_compile.kernels.prepared import Prepared
 from lcnn_compile.kernels.triton import ops as triton_ops
 from lcnn_compile.torch_private import without_autocast
@@ -26,16 +27,12 @@ WEIGHTS = (1, 2, 7)
 """Places of the dictionary, the coefficients and the bias among the operator's arguments."""
 
 NAMES = ("lookup_conv2d", "lookup_conv2d_inference")
-library = torch.library.Library("lcnn", "DEF")
 SCHEMA = (
     "(Tensor input, Tensor dictionary, Tensor coefficients, Tensor indices, Tensor positions, Tensor offsets, "
     "Tensor filters, Tensor? bias, SymInt out_channels, int[] kernel_size, int[] stride, SymInt[] padding, int[] dilation, "
     'str lowering="lookup", str activation="none", Tensor? residual=None, bool residual_last=False, '
     'str precision="float32") -> Tensor'
 )
-# Inputs may have any strides. Without the last tag Inductor insists on those it saw when it traced, by copies: in half precision
-# on a GPU it turned channels_last inputs of whole stages into contiguous ones, which made their lookups three times slower.
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 for _name in NAMES:
     library.define(_name + SCHEMA, tags=TAGS)
 

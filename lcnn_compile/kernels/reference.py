@@ -193,3 +193,18 @@ def gather_taps(lookups: Tensor, indices: Tensor, positions: Tensor, offsets: Te
     columns = (indices.long() * area + positions.long()).unsqueeze(1).expand_as(rows)
     values = lookups.flatten(1)[rows.clamp(min=0), columns]
     return torch.where(rows >= 0, values, values.new_zeros(()))
+
+
+def filter_table(out_channels: int, group_size: int, groups: int = 1, order: Tensor | None = None) -> Tensor:
+    """The ``filters`` tensor, int32 [F, g], of filter groups of at most ``group_size`` consecutive filters of ``order``.
+
+    ``order`` (int64 [n], a permutation that keeps every filter in its convolution group) defaults to the natural one. A
+    filter group never straddles two convolution groups; the last of each convolution group may be smaller.
+    """
+    per_group = out_channels // groups
+    size = min(group_size, per_group)
+    blocks = -(-per_group // size)
+    numbers = torch.arange(out_channels) if order is None else order.cpu()
+    table = torch.full((groups, blocks * size), -1, dtype=torch.int32)
+    table[:, :per_group] = numbers.to(torch.int32).view(groups, per_group)
+    return table.view(groups * blocks, size)

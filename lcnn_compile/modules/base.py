@@ -158,7 +158,7 @@ class LookupModule(HasTables):
     @classmethod
     def _fit(cls, layer: Any, config: LayerConfig | None) -> Any:
         """A module fitted to the weight of ``layer`` alone."""
-        from lcnn_compile.learning import fit_model
+        from lcnn_compile.fitting.model import fit_model
 
         config = config or LayerConfig()
         fitted = fit_model(layer, {"": layer}, {"": config}, calibration=None, call=lambda model, batch: model(batch))[""]

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,9 +17,11 @@ from lcnn_compile.errors import LcnnError
 from lcnn_compile.files import replacing
 from lcnn_compile.modules import LookupModule, lookup_modules
 from lcnn_compile.report import plots
-from lcnn_compile.report.layers import Report
 from lcnn_compile.report.table import percent, times
 from lcnn_compile.torch_private import module_of
+
+if TYPE_CHECKING:
+    from lcnn_compile.report.layers import Report
 
 MOST_LAYERS = 12
 

@@ -16,11 +16,12 @@ from lcnn_compile.errors import LcnnError
 from lcnn_compile.files import replacing
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules import LookupModule
-from lcnn_compile.report.layers import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lcnn_compile.report.layers import Report
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

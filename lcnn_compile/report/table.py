@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from lcnn_compile.report.layers import LayerReport, Report
+if TYPE_CHECKING:
+    from lcnn_compile.report.layers import LayerReport, Report
 
 GOOD, FAIR = 0.01, 0.05
 """Relative output errors up to which a layer is shown as good, as fair."""

@@ -23,7 +23,7 @@ from lcnn_compile.kernels.cpu import build as cpu_build
 from lcnn_compile.kernels.cpu.lanes import IMAGES, LARGEST, side_by_side
 from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, Recipe, Shape, Step, Turn, View, Window, pooled
 from lcnn_compile.kernels.cpu.threads import thread_count
-from lcnn_compile.kernels.operator import library
+from lcnn_compile.kernels.library import library
 
 LINE = 16
 """Floats in a cache line."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.checks import LARGEST
-from lcnn_compile.kernels.operator import TAGS, library
+from lcnn_compile.kernels.library import TAGS, library
 from lcnn_compile.kernels.triton import ops as triton_ops
 
 HALVES = (torch.float16, torch.bfloat16)

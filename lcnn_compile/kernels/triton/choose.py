@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.kernels import reference
-from lcnn_compile.kernels.choose import Problem
 from lcnn_compile.kernels.measured import random_call
+from lcnn_compile.kernels.problem import Problem
 from lcnn_compile.kernels.store import known, remember
 from lcnn_compile.kernels.triton import store as triton_store
 from lcnn_compile.kernels.triton.chain_operator import HALVES, WIDEST, pack_weight, pad_rows
