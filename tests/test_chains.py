@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lcnn_compile import LcnnError, LookupConv2d
-from lcnn_compile.kernels.triton.chain_operator import chain, pack_bias, pack_next, pack_weight
+from lcnn_compile.kernels.triton.chain_operator import chain
+from lcnn_compile.kernels.triton.chain_pack import pack_bias, pack_next, pack_weight
 from lcnn_compile.passes import chain_lookups, fold_batch_norm, fuse_epilogues, pool_first, to_functional
 
 LAST = torch.channels_last

@@ -195,7 +195,7 @@ def test_a_graph_of_one_program_needs_no_compiler(exact, monkeypatch):
     torch.manual_seed(1)
     model, x = Branches().eval(), torch.randn(2, 3, 37, 29)
     expected, model = exact(model, x)
-    monkeypatch.setattr("lcnn_compile.backend.compile_with_inductor", lambda *a: pytest.fail("Inductor was called"))
+    monkeypatch.setattr("lcnn_compile.backend.entry.compile_with_inductor", lambda *a: pytest.fail("Inductor was called"))
     before = set(program._alive)
     with torch.no_grad():
         found = compiled(model)(x)

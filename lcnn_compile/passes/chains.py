@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from lcnn_compile.kernels import reference
-from lcnn_compile.kernels.triton.chain_operator import HALVES, WIDEST, chain, pack_bias, pack_next, pack_weight, pad_rows
+from lcnn_compile.kernels.triton.chain_operator import HALVES, WIDEST, chain
+from lcnn_compile.kernels.triton.chain_pack import pack_bias, pack_next, pack_weight, pad_rows
 from lcnn_compile.passes.decompose import epilogue_of, has_constant_weight
 from lcnn_compile.passes.effects import Effects
 from lcnn_compile.passes.find import is_lookup

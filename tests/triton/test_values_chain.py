@@ -17,7 +17,7 @@ from emulate import interpreting
 from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.triton import chain_tune as triton_chain_tune
 from lcnn_compile.kernels.triton.chain import Tail, Window
-from lcnn_compile.kernels.triton.chain_operator import pack_bias, pack_next, pack_weight
+from lcnn_compile.kernels.triton.chain_pack import pack_bias, pack_next, pack_weight
 
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 

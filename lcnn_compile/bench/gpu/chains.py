@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from lcnn_compile.bench.gpu.cases import Sizes
 from lcnn_compile.bench.networks import NETWORKS, RESOLUTION, build
 from lcnn_compile.bench.settings import random_lookup
-from lcnn_compile.kernels.triton.chain_operator import chain, pack_bias, pack_next, pack_weight
+from lcnn_compile.kernels.triton.chain_operator import chain
+from lcnn_compile.kernels.triton.chain_pack import pack_bias, pack_next, pack_weight
 from lcnn_compile.modules import LookupModule
 from lcnn_compile.passes import chain_lookups, fold_batch_norm, fold_factors, fuse_epilogues, to_functional
 

@@ -17,7 +17,7 @@ from lcnn_compile.bench.gpu.chains import CHECKED, SIZES, lookups_in, subject, w
 from lcnn_compile.bench.gpu.layers import distance, plain_cudnn
 from lcnn_compile.bench.gpu.machine import Machine, allowed, set_mode
 from lcnn_compile.bench.settings import dense_twin
-from lcnn_compile.kernels.triton.chain_operator import pack_bias, pack_next, pack_weight
+from lcnn_compile.kernels.triton.chain_pack import pack_bias, pack_next, pack_weight
 from lcnn_compile.torch_private import inductor_freezing
 
 CHECKED_IMAGES = 4

@@ -228,7 +228,7 @@ def launch_chain(
 ) -> None:
     """Write y [N, n, OH, OW] and s [N, k′, OH, OW], either of which may be None, both channels_last as x [N, C, H, W] is.
 
-    ``weight``, ``tail.bias`` and ``tail.next`` are packed as :mod:`lcnn_compile.kernels.triton.chain_operator` says, but for configurations by
+    ``weight``, ``tail.bias`` and ``tail.next`` are packed as :mod:`lcnn_compile.kernels.triton.chain_pack` says, but for configurations by
     ``row``, where the weight is [kh·B_C, n′]; ``size`` is (OH, OW).
     """
     pixels = x.shape[0] * size[0] * size[1]

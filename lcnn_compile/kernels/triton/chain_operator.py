@@ -1,17 +1,8 @@
 """``torch.ops.lcnn.chain``: a convolution in channels_last, its epilogue, and the 1x1 product that follows it, as one operator.
 
 Lookup layers become chains of it: S of a layer is the 1x1 product at the end of the layer before, and the layer itself a
-convolution of S with the lookup tensor P. Packed matrices are plain tensors, so that a compiler sees nothing else:
-
-| tensor | shape | meaning |
-| --- | --- | --- |
-| input | [N, C, H, W] | x, or S of a layer |
-| weight | [kh·kw·C′, n′] | ``weight[(r·kw + c)·C′ + i, o]`` is the filter o's weight for channel i at (r, c) |
-| bias | [n′] or None | |
-| residual | [N, n, OH, OW] or None | |
-| next | [n′, k′] or None | ``next[o, j]``: what channel o gives to output j of the 1x1 product |
-
-C′ is C filled up to a multiple of 16, n′ and k′ are filled up as :func:`filled` says; all with zeros.
+convolution of S with the lookup tensor P. Packed matrices (:mod:`lcnn_compile.kernels.triton.chain_pack`) are plain tensors, so
+that a compiler sees nothing else.
 """
 
 from __future__ import annotations
@@ -27,55 +18,12 @@ from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.checks import LARGEST
 from lcnn_compile.kernels.library import TAGS, library
 from lcnn_compile.kernels.triton import ops as triton_ops
+from lcnn_compile.kernels.triton.chain_pack import filled, filled_next, unpack_weight
 
 HALVES = (torch.float16, torch.bfloat16)
 """Dtypes in which lookup convolutions run as chains."""
 WIDEST = 128
 """Channels that the 1x1 product may have."""
-
-
-def filled(channels: int) -> int:
-    """Columns that hold so many channels: a power of two from 16 to 64, or a multiple of 64."""
-    return max(16, 1 << (channels - 1).bit_length()) if channels <= 64 else -(-channels // 64) * 64
-
-
-def filled_next(channels: int) -> int:
-    """Columns that hold so many channels of the 1x1 product: a power of two, 16 or more."""
-    return max(16, 1 << (channels - 1).bit_length())
-
-
-def _fill(t: Tensor, dim: int, size: int) -> Tensor:
-    missing = list(t.shape)
-    missing[dim] = size - t.shape[dim]
-    return torch.cat([t, t.new_zeros(missing)], dim) if missing[dim] else t
-
-
-def pad_rows(t: Tensor, multiple: int) -> Tensor:
-    """A tensor whose first dimension is filled up to a multiple with zeros."""
-    return _fill(t, 0, -(-t.shape[0] // multiple) * multiple)
-
-
-def pack_weight(weight: Tensor) -> Tensor:
-    """[kh·kw·C′, n′] from the weight [n, C, kh, kw] of a convolution."""
-    taps = weight.permute(2, 3, 1, 0)
-    channels = -(-weight.shape[1] // 16) * 16
-    return _fill(_fill(taps, 2, channels), 3, filled(weight.shape[0])).flatten(0, 2).contiguous()
-
-
-def pack_next(matrix: Tensor) -> Tensor:
-    """[n′, k′] from the matrix [k, n] of a 1x1 product."""
-    return _fill(_fill(matrix.t(), 0, filled(matrix.shape[1])), 1, filled_next(matrix.shape[0])).contiguous()
-
-
-def pack_bias(bias: Tensor) -> Tensor:
-    """[n′] from [n]."""
-    return _fill(bias, 0, filled(bias.shape[0])).contiguous()
-
-
-def unpack_weight(weight: Tensor, channels: int, out_channels: int, kernel_size: Sequence[int]) -> Tensor:
-    """[n, C, kh, kw] from [kh·kw·C′, n′]."""
-    taps = weight.view(kernel_size[0], kernel_size[1], -1, weight.shape[1])
-    return taps[:, :, :channels, :out_channels].permute(3, 2, 0, 1)
 
 
 library.define(

@@ -15,7 +15,7 @@ from lcnn_compile.kernels.prepared import Prepared
 from lcnn_compile.kernels.reference import output_size
 from lcnn_compile.kernels.store import known, remember
 from lcnn_compile.kernels.triton.chain import ChainConfig, Tail, Window, four_channels, launch_chain
-from lcnn_compile.kernels.triton.chain_operator import unpack_weight
+from lcnn_compile.kernels.triton.chain_pack import unpack_weight
 from lcnn_compile.kernels.triton.forward import precision
 from lcnn_compile.kernels.triton.store import may_measure, milliseconds, store_of
 

@@ -16,7 +16,8 @@ from lcnn_compile.kernels.measured import random_call
 from lcnn_compile.kernels.problem import Problem
 from lcnn_compile.kernels.store import known, remember
 from lcnn_compile.kernels.triton import store as triton_store
-from lcnn_compile.kernels.triton.chain_operator import HALVES, WIDEST, pack_weight, pad_rows
+from lcnn_compile.kernels.triton.chain_operator import HALVES, WIDEST
+from lcnn_compile.kernels.triton.chain_pack import pack_weight, pad_rows
 from lcnn_compile.torch_private import without_modes
 
 _measured: dict[Problem, dict[str, float]] = {}

@@ -40,7 +40,7 @@ def lookup_tile(
 ):
     """Σ over the taps of the filters o_f at the pixels o_s, in float32; a filter out of taps repeats its last one times 0."""
     m_f = o_f < F
-    FILTERS = tl.cdiv(F, 64) * 64  # columns of the table: triton_pack.BLOCK at a time
+    FILTERS = tl.cdiv(F, 64) * 64  # columns of the table: pack.BLOCK at a time
     count = tl.load(p_offsets + o_f + 1, mask=m_f, other=0) - tl.load(p_offsets + o_f, mask=m_f, other=0)
     acc = tl.zeros([o_f.shape[0], o_s.shape[0]], tl.float32)
     for t in tl.range(0, tl.max(count, 0), loop_unroll_factor=UNROLL):

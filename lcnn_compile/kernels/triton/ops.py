@@ -1,4 +1,7 @@
-"""Where the operator meets the Triton kernels; Triton itself is imported at the first call that can use it."""
+"""Where the operator meets the Triton kernels.
+
+Triton takes a second to import and may be absent, so that modules with kernels are imported at the first call that can use them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -35,11 +37,6 @@ def failed() -> bool:
 @cache
 def _installed() -> bool:
     return find_spec("triton") is not None
-
-
-@cache
-def _kernels(name: str) -> ModuleType:
-    return import_module(f"lcnn_compile.kernels.triton_{name}")
 
 
 @contextmanager
@@ -101,8 +98,10 @@ def forward(
     form = pack(weight, kernel_size[1])
     call = (input, y, form, weight[0].shape[0], epilogue, where)
     with attempt(input.device), torch.cuda.device_of(input):
-        run, tune = _kernels("forward"), _kernels("tune")
-        return run.run(*call, tune.configuration(*call))
+        from lcnn_compile.kernels.triton import forward as kernels
+        from lcnn_compile.kernels.triton import tune
+
+        return kernels.run(*call, tune.configuration(*call))
     return None
 
 
@@ -122,8 +121,10 @@ def coefficient_gradient(
     form = pack(weight, kernel_size[1])
     groups, size, _ = weight[0].shape
     with attempt(input.device), torch.cuda.device_of(input):
-        config = _kernels("tune").dictionary_configs(size, input.element_size())[0]
-        total: Tensor = _kernels("backward").coefficient_gradient(grad, input, form, groups, where, config)
+        from lcnn_compile.kernels.triton import backward, tune
+
+        config = tune.dictionary_configs(size, input.element_size())[0]
+        total = backward.coefficient_gradient(grad, input, form, groups, where, config)
         return total.to(input.dtype).contiguous()
     return None
 
@@ -146,10 +147,13 @@ def chain(
     if str(input.device) in _unusable or pixels * max(input.shape[1], shape[1], next_channels) >= INT32:
         return None
     with attempt(input.device), torch.cuda.device_of(input):
-        kernels, tune = _kernels("chain"), _kernels("chain_tune")
+        from lcnn_compile.kernels.triton import chain as kernels
+        from lcnn_compile.kernels.triton import chain_tune as tune
+
         kernel, stride, padding, dilation = window
-        where = kernels.Window(tuple(kernel), tuple(stride), (padding[0], padding[2]), tuple(dilation))
+        where = kernels.Window(
+            (kernel[0], kernel[1]), (stride[0], stride[1]), (padding[0], padding[2]), (dilation[0], dilation[1])
+        )
         call = tune.Call(input, weight, where, kernels.Tail(*tail), shape, keep, next_channels)
-        found: tuple[Tensor | None, Tensor | None] = tune.run(call, tune.plan_for(call))
-        return found
+        return tune.run(call, tune.plan_for(call))
     return None
