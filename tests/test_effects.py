@@ -59,6 +59,8 @@ WRITES = {
     "flag": lambda y: F.silu(y, inplace=True),
     "flag by position": lambda y: F.leaky_relu(y, 0.1, True),
     "out": lambda y: torch.mul(y, 3, out=y),
+    "view by an operator that says nothing of views": lambda y: torch.ops.aten.atleast_1d.default(y).mul_(2),
+    "view by a dispatched operator": lambda y: torch.ops.aten.dropout.default(y, 0.5, False).mul_(2),
     "augmented": lambda y: operator.iadd(y, y),
     "item": lambda y: set_item(y, (slice(None), 0)),
     "item by mask": lambda y: set_item(y, y > 1),
@@ -151,6 +153,17 @@ def mystery(x):
     return x
 
 
+def test_out_of_a_function_without_a_schema_is_written():
+    graph = fx.Graph()
+    x, target = graph.placeholder("x"), graph.placeholder("target")
+    norm = graph.call_function(torch.norm, (x,), {"dim": 1, "out": target})
+    graph.output(graph.call_function(torch.add, (target, 1)))
+    effects = Effects(fx.GraphModule(nn.Module(), graph))
+    assert effects.written(norm) == effects.memory(target)
+    assert effects.memory(norm) >= effects.memory(target)
+    assert effects.has_effect(norm)
+
+
 def test_unknown_calls_are_fences():
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -200,6 +213,22 @@ def test_dead_code_goes_and_effects_stay():
     calls = [node.name for node in gm.graph.nodes if node.op.startswith("call")]
     assert not any("mul" in name for name in calls)
     assert len([n for n in calls if "rand" in n or "add_" in n or "relu" in n or "halve" in n]) == 4
+
+
+def test_assertions_and_modes_stay_though_nobody_reads_them():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    positive = graph.call_method("all", (graph.call_function(operator.gt, (x, 0)),))
+    graph.call_function(torch._assert, (positive, "x is not positive"))
+    graph.call_function(torch.mul, (x, 3))
+    graph.output(graph.call_function(torch.add, (x, 1)))
+    gm = fx.GraphModule(nn.Module(), graph)
+    eliminate_dead_code(gm)
+    gm.recompile()
+    assert [n.name for n in gm.graph.nodes if n.op == "call_function"] == ["gt", "_assert", "add"]
+    assert torch.equal(gm(torch.ones(2)), torch.full((2,), 2.0))
+    with pytest.raises(AssertionError, match="x is not positive"):
+        gm(torch.zeros(2))
 
 
 OUT_OF_PLACE = {
