@@ -50,6 +50,7 @@ __all__ = [
     "has_implicit_kernel",
     "inductor_freezing",
     "inductor_modes",
+    "inside_transform",
     "is_boxed_float",
     "is_composite",
     "is_tracing",
@@ -392,6 +393,11 @@ def sizes_apart() -> Any:
 def is_tracing() -> bool:
     """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` runs this code to write down what it does."""
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+
+
+def inside_transform() -> bool:
+    """Whether a ``torch.func`` transform (``vmap``, ``grad``, …) runs this code."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def without_transforms(tensor: Tensor) -> Tensor:

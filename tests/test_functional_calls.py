@@ -404,6 +404,22 @@ class InAFunction(Base):
         return OwnGradient.apply(self.conv(x), self.w)
 
 
+class Mapped(Base):
+    def build(self):
+        self.w = parameter(8, 8, 3, 3)
+
+    def forward(self, x):
+        return torch.vmap(lambda image: F.conv2d(image[None], self.w)[0])(self.conv(x))
+
+
+class MappedLayer(Base):
+    def build(self):
+        self.own = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return torch.vmap(self.own)(self.conv(x)) + F.conv2d(x, self.w)
+
+
 class Volumes(Base):
     def build(self):
         self.w = parameter(8, 2, 1, 2, 2)
@@ -425,6 +441,7 @@ LEFT = {
     ManyDilations: ("w.conv2d", "11 different"),
     InTwoSteps: ("w.conv2d", "autograd.Function"),
     InAFunction: ("w.conv2d", "autograd.Function"),
+    Mapped: ("w.conv2d", "torch.vmap"),
     Volumes: ("w.conv_transpose3d", "no lookup form"),
 }
 
@@ -445,6 +462,14 @@ def test_what_stays_dense_says_why_and_keeps_nothing_else_dense(factory):
     assert [(r.name, r.replaced, r.reason) for r in planned] == [(r.name, r.replaced, r.reason) for r in found.lcnn_report]
     with torch.no_grad():
         torch.testing.assert_close(found(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_a_transform_calls_stays_dense_alone():
+    model, x = build(MappedLayer)
+    found = convert(model, FULL, calibration=[x])
+    assert [row.name for row in found.lcnn_report.replaced] == ["conv", "w.conv2d"]
+    assert "torch.vmap" in found.lcnn_report["own"].reason
+    torch.testing.assert_close(found(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_where_nothing_is_replaced_each_reason_is_named():

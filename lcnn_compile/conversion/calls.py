@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lcnn_compile.conversion.obstacles import DEPTHWISE, obstacle
+from lcnn_compile.conversion.obstacles import DEPTHWISE, TRANSFORMED, obstacle
 from lcnn_compile.modules import FunctionalWeight, LookupModule
 from lcnn_compile.modules.functional import (
     CASTS,
@@ -28,6 +28,7 @@ from lcnn_compile.modules.functional import (
     settings_of,
     whole,
 )
+from lcnn_compile.torch_private import inside_transform
 
 MOST_CALLS = 8
 """Settings with which one weight may be called; more are as good as computed ones."""
@@ -183,6 +184,8 @@ def _reason(settings: Settings, weight: Any, parameter: nn.Parameter | None, buf
     function, groups = settings.function, settings.groups
     if not has_module(function):
         return f"{function} has no lookup form"
+    if inside_transform():
+        return f"{function} is called {TRANSFORMED}"
     if not all(whole(value) for value in settings[1:] if value != "same"):
         return f"{function} is called with strides, paddings or dilations that are computed"
     channels = weight.shape[0] if function.startswith("conv_transpose") else weight.shape[1] * groups

@@ -15,6 +15,7 @@ from lcnn_compile.torch_private import pre_hooks_of
 QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.")
 """Where PyTorch's quantised layers and those of quantisation-aware training come from."""
 
+TRANSFORMED = "inside of a torch.func transform, as torch.vmap, which hides its inputs"
 DEPTHWISE = "depthwise: one input channel per group leaves nothing to look up"
 
 _OLD_NORMS = {

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lcnn_compile.batches import call_model
 from lcnn_compile.conversion.calls import Called, CallWatch
-from lcnn_compile.conversion.obstacles import is_quantised, obstacle, weight_of
+from lcnn_compile.conversion.obstacles import TRANSFORMED, is_quantised, obstacle, weight_of
 from lcnn_compile.conversion.untouched import untouched
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.geometry import geometry_of, kind_of
 from lcnn_compile.modules import FunctionalWeight, LookupModule
+from lcnn_compile.torch_private import inside_transform
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -103,6 +104,7 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
     """
     layers = find_layers(model)
     usage: dict[str, Usage] = {}
+    transformed: set[str] = set()
     watch = CallWatch(model, layers)
     outputs: Any = None
     if batch is not None:
@@ -110,6 +112,8 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
 
         def record(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             input = args[0] if args else kwargs.get("input")
+            if inside_transform():
+                transformed.add(names[id(layer)])
             if isinstance(input, Tensor) and isinstance(output, Tensor):
                 seen, new = usage.setdefault(names[id(layer)], Usage()), _usage(layer, input, output)
                 seen.out_pixels += new.out_pixels
@@ -129,5 +133,7 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
                 raise ConversionError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
         order = [*usage, *(name for name in layers if name not in usage)]
         layers = {name: layers[name] for name in order}
-    reasons = {name: obstacle(layer) for name, layer in layers.items()}
+    reasons = {
+        name: obstacle(layer) or (f"called {TRANSFORMED}" if name in transformed else "") for name, layer in layers.items()
+    }
     return Survey(layers, reasons, usage, watch.calls(), watch.only_bias, outputs)

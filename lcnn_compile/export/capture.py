@@ -90,7 +90,8 @@ def private_copy(model: nn.Module) -> nn.Module:
     nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
     if not any(True for _ in lookup_modules(model)) and not any(is_lookup(node) for node in nodes):
         raise ExportError(
-            f"{type(model).__name__} has no lookup layers; convert it first (lcnn_compile.convert), or load a checkpoint"
+            f"{type(model).__name__} has no lookup layers; convert it first (lcnn_compile.convert), or load a checkpoint. "
+            "Where convert left every layer dense, its report says why"
         )
     return without_compilers(copy.deepcopy(model))
 
