@@ -43,14 +43,24 @@ def backend_reset():
     torch.compiler.reset()
 
 
-@pytest.fixture(params=sorted(cpu_build.ISA_FLAGS))
-def instruction_set(request, monkeypatch):
+def chosen_instruction_set(name, monkeypatch):
     """The C++ kernels of one instruction set, where this processor has it."""
-    order = ("portable", "avx2", "avx512", "avx512bf16", "amx")
-    if request.param not in order[: order.index(cpu_build.instruction_set()) + 1]:
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("LCNN_CPU_ISA", request.param)
+    if name not in cpu_build.supported():
+        pytest.skip(f"this processor has no {name}")
+    monkeypatch.setenv("LCNN_CPU_ISA", name)
     cpu_build.library.cache_clear()
     assert cpu.is_available()
-    yield request.param
+    yield name
     cpu_build.library.cache_clear()
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "amx"])
+def instruction_set(request, monkeypatch):
+    """The C++ kernels of one instruction set; those that differ in what they do with bytes alone are left out."""
+    yield from chosen_instruction_set(request.param, monkeypatch)
+
+
+@pytest.fixture(params=sorted(cpu_build.ISA_FLAGS))
+def byte_instruction_set(request, monkeypatch):
+    """The C++ kernels of one instruction set: all of them."""
+    yield from chosen_instruction_set(request.param, monkeypatch)

@@ -2,7 +2,7 @@
 
 Environment variables:
     LCNN_CACHE_DIR: directory of the compiled libraries, instead of the user's cache directory.
-    LCNN_CPU_ISA: "amx", "avx512bf16", "avx512", "avx2" or "portable", instead of what the processor supports.
+    LCNN_CPU_ISA: a key of ISA_FLAGS, such as "avx512" or "portable", instead of what the processor supports.
     LCNN_CPU_SANITIZE: "1" builds with the address and undefined-behaviour sanitizers.
     CXX: the compiler, instead of the first of c++, g++ and clang++.
 """
@@ -32,6 +32,12 @@ SOURCES = (
     "kernels.cpp",
     "interface.cpp",
     "bfloat16.cpp",
+    "int8.cpp",
+    "int8.h",
+    "int8_stages.h",
+    "int8_kernels.h",
+    "int8_weight.h",
+    "int8_vector.h",
     "gradients.h",
     "program.h",
     "linear.h",
@@ -53,14 +59,29 @@ SOURCES = (
 )
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
+VNNI, COMPRESS = ("-mavx512vnni",), ("-mavx512vbmi2",)
 BFLOAT16, MATRIX = ("-mavx512bf16",), ("-mamx-tile", "-mamx-bf16")
+AVX2 = ("-mavx2", "-mfma")
 ISA_FLAGS = {
-    "amx": (*AVX512, *BFLOAT16, *MATRIX),
-    "avx512bf16": (*AVX512, *BFLOAT16),
-    "avx512": AVX512,
-    "avx2": ("-mavx2", "-mfma"),
     "portable": (),
+    "avx2": AVX2,
+    "avxvnni": (*AVX2, "-mavxvnni"),
+    "avx512": AVX512,
+    "avx512vnni": (*AVX512, *VNNI),
+    "avx512vbmi2": (*AVX512, *VNNI, *COMPRESS),
+    "avx512bf16": (*AVX512, *VNNI, *COMPRESS, *BFLOAT16),
+    "amx": (*AVX512, *VNNI, *COMPRESS, *BFLOAT16, *MATRIX),
 }
+NEEDED = {
+    "avxvnni": ("avx_vnni",),
+    "avx512vnni": ("avx512_vnni",),
+    "avx512vbmi2": ("avx512_vnni", "avx512_vbmi2"),
+    "avx512bf16": ("avx512_vnni", "avx512_vbmi2", "avx512_bf16"),
+    "amx": ("avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx_tile", "amx_bf16"),
+}
+"""What Linux calls the instructions of a set, beside those that PyTorch tells of."""
+UNFUSED = {"int8.cpp": ("-ffp-contract=off",)}
+"""Sources in which every operation is rounded, whatever the instruction set has."""
 SANITIZE_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 COMPILE_SECONDS = 600
 
@@ -73,22 +94,33 @@ def instruction_set() -> str:
     """
     chosen = os.environ.get("LCNN_CPU_ISA")
     if chosen is None:
-        found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
-        if found == "avx512" and " avx512_bf16" in _processor_flags():
-            return "amx" if all(f" {flag}" in _processor_flags() for flag in ("amx_tile", "amx_bf16")) else "avx512bf16"
-        return found
+        return supported()[-1]
     if chosen not in ISA_FLAGS:
         raise KernelError(f"LCNN_CPU_ISA is {chosen!r}; allowed are {sorted(ISA_FLAGS)}")
     return chosen
 
 
+def supported() -> list[str]:
+    """The keys of ISA_FLAGS that this processor can run, the best last."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    widths = {"AVX512": ("portable", "avx2", "avx512"), "AVX2": ("portable", "avx2")}.get(capability, ("portable",))
+    known = _processor_flags()
+
+    def has(name: str) -> bool:
+        return name in widths or (
+            name in NEEDED and ("avx2" if name == "avxvnni" else "avx512") in widths and known.issuperset(NEEDED[name])
+        )
+
+    return [name for name in ISA_FLAGS if has(name)]
+
+
 @functools.cache
-def _processor_flags() -> str:
-    """What Linux tells of the processor; "" elsewhere."""
+def _processor_flags() -> frozenset[str]:
+    """What Linux tells of the processor; nothing elsewhere."""
     try:
-        return Path("/proc/cpuinfo").read_text()
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return ""
+        return frozenset()
 
 
 def cache_directory() -> Path:
@@ -112,7 +144,7 @@ def _flags() -> tuple[str, ...]:
 def _key(compiler: Path, flags: tuple[str, ...], sources: list[Path]) -> str:
     """A digest of all that decides what the library contains; the compiler is known by its file, which is quicker to ask."""
     stat = compiler.stat()
-    parts = [str(compiler), str(stat.st_size), str(stat.st_mtime_ns), platform.machine(), platform.system(), *flags]
+    parts = [str(compiler), str(stat.st_size), str(stat.st_mtime_ns), platform.machine(), platform.system(), *flags, str(UNFUSED)]
     return digest(parts, sources)
 
 
@@ -127,13 +159,14 @@ def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         built = Path(work) / target.name
         failure = ""
-        # A compiler without OpenMP still gives one fast thread, and one without bfloat16 instructions float32.
+        # A compiler without OpenMP still gives one fast thread, and one without the newest instructions slower ones.
         vectors = tuple(flag for flag in flags if flag not in MATRIX)
-        fewer = tuple(flag for flag in vectors if flag not in BFLOAT16)
+        fewer = tuple(flag for flag in vectors if flag not in (*BFLOAT16, *VNNI, *COMPRESS, "-mavxvnni"))
         for options in ((*flags, "-fopenmp"), (*vectors, "-fopenmp"), (*fewer, "-fopenmp"), fewer):
             objects = [str(Path(work) / f"{source.stem}.o") for source in sources]
             commands = [
-                [str(compiler), *options, "-c", "-o", made, str(source)] for source, made in zip(sources, objects, strict=True)
+                [str(compiler), *options, *UNFUSED.get(source.name, ()), "-c", "-o", made, str(source)]
+                for source, made in zip(sources, objects, strict=True)
             ]
             # The longest comes first; more at once than there are processors would hold it up.
             with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
@@ -155,6 +188,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("lcnn_plan_new", pointer, [pointer] * 3),
         ("lcnn_plan_free", None, [pointer]),
         ("lcnn_run", ctypes.c_int, [pointer] * 5),
+        ("lcnn_bytes_new", pointer, [pointer] * 12),
+        ("lcnn_bytes_free", None, [pointer]),
+        ("lcnn_bytes_plan_new", pointer, [pointer] * 2),
+        ("lcnn_bytes_plan_free", None, [pointer]),
+        ("lcnn_bytes_run", ctypes.c_int, [pointer] * 4),
         ("lcnn_gradients", ctypes.c_int, [pointer] * 2),
         ("lcnn_program_new", pointer, [pointer, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]),
         ("lcnn_program_free", None, [pointer]),

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, Recipe, Shape, Step, Turn, View, Window
 
-IMAGES = {"avx2": 8}
+IMAGES = {"avx2": 8, "avxvnni": 8}
 """Images side by side, by instruction set: where it has been found to pay."""
 LARGEST = 1 << 19
 """Elements of a value of that many images, at most: larger ones fill vectors by themselves and would leave the caches,

@@ -34,6 +34,7 @@ struct Shift {
   }
 };
 
+
 constexpr int64_t EVEN = 8;  // rows of aligned copies start at multiples of so many floats
 
 // Room for so many elements in whole lines, an odd number of them, lest planes fall into the same cache sets.
@@ -67,6 +68,7 @@ struct Plan {
   bool connected;  // a fully connected layer: images become the pixels of one row, and lie next to their filters in y
   bool few;        // too few pixels for vectors
   bool halves;     // S is kept in bfloat16, and pixels go by twos of vectors
+  bool bytes;      // S is kept in bytes, four times LANES of them to a vector
   bool matrix;     // a matrix unit looks up, where filters share their taps
   bool matrix_forms;  // it forms S
   bool joint;      // it looks up all taps of a group at once
@@ -81,17 +83,24 @@ struct Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   // Floats that S takes.
-  int64_t formed() const { return round_up(halves ? ceil_div(w.k * plane, 2) : w.k * plane, LANES); }
+  int64_t formed() const { return round_up(ceil_div(w.k * plane * element(), 4), LANES); }
+  int64_t element() const { return bytes ? 1 : halves ? 2 : 4; }  // bytes of S
   int64_t formed_rows(int64_t rows) const { return (rows - 1) * skip[0] + 1 + reach_h; }
   int64_t scratch() const { return formed() + (copied ? w.k * read_plane : 0) + pooled(); }
   int64_t pooled() const { return pool ? round_up(w.n * pool_plane, LANES) : 0; }
   // Rows of the convolution that these rows of the output need.
   int64_t first_row(int64_t row) const { return pool ? pool->first_row(row) : row; }
   int64_t end_row(int64_t end) const { return pool ? pool->end_row(end - 1) : end; }
-  int64_t packed() const { return (matrix_forms ? std::max(w.m, w.row_chunks() * SIDE) : w.m) * tile * LANES; }
+  int64_t packed() const {
+    if (bytes) return round_up(w.m, 4) * LANES * QUAD_WORDS;
+    return (matrix_forms ? std::max(w.m, w.row_chunks() * SIDE) : w.m) * tile * LANES;
+  }
   int64_t vectors(int64_t rows, int64_t row_pitch) const { return whole((rows - 1) * row_pitch + g.out_width); }
   // Vectors of so many pixels.
-  int64_t whole(int64_t pixels) const { return halves ? 2 * ceil_div(pixels, 2 * LANES) : ceil_div(pixels, LANES); }
+  int64_t whole(int64_t pixels) const {
+    if (bytes) return ceil_div(pixels, BYTES);
+    return halves ? 2 * ceil_div(pixels, 2 * LANES) : ceil_div(pixels, LANES);
+  }
 
  private:
   void find_phases();
@@ -112,13 +121,14 @@ constexpr int64_t ALIGN_ABOVE = 24;        // lookups per element of the copies 
 inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* after)
     : w(weight), g(geometry), pooling(after ? *after : Pool{}), pool(after ? &pooling : nullptr),
       rows(after ? after->out_height : geometry.out_height) {
-  connected = g.batch > 0 && w.kh * w.kw == 1 && g.height * g.width == 1 && g.out_height * g.out_width == 1 && g.top + g.left == 0;
+  bytes = w.bytes;
+  connected = !bytes && g.batch > 0 && w.kh * w.kw == 1 && g.height * g.width == 1 && g.out_height * g.out_width == 1 && g.top + g.left == 0;
   if (connected) {
     g.width = g.out_width = g.batch;
     g.stride_w = g.stride_n;
     g.batch = g.stride[0] = g.stride[1] = 1;
   }
-  few = connected || g.out_height * g.out_width <= FEW;
+  few = connected || (!bytes && g.out_height * g.out_width <= FEW);
   matrix = w.rounded && g.pairs && !few && has_matrix_unit();
   if (matrix) w.tile();
   matrix_forms = matrix && w.m >= FEW_CHANNELS;
@@ -133,7 +143,7 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
   const int64_t even = round_up(g.out_width, EVEN);
   aligned = true;
   find_shifts();
-  aligned = !few && !halves && LANES >= 8 && w.lone_taps() > ALIGN_ABOVE * w.groups * w.k * int64_t(shifts.size()) &&
+  aligned = !few && !halves && !bytes && LANES >= 8 && w.lone_taps() > ALIGN_ABOVE * w.groups * w.k * int64_t(shifts.size()) &&
             20 * vectors(g.out_height, even) <= 21 * vectors(g.out_height, skip[1] > 1 ? g.out_width + read_reach_w : pitch);
   find_shifts();
   copied = aligned || skip[0] * skip[1] > 1;
@@ -150,7 +160,7 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
   by_rows = whole(g.out_width) * band <= vectors(band, read_pitch);
   const int64_t out_bytes = 4 * w.n * g.out_height * g.out_width;
   fetch = !pool && out_bytes > L2_BYTES / 2;
-  stream = !pool && by_rows && g.out_width % (halves ? 2 * LANES : LANES) == 0 && out_bytes > STREAM_ABOVE;
+  stream = !pool && !bytes && by_rows && g.out_width % (halves ? 2 * LANES : LANES) == 0 && out_bytes > STREAM_ABOVE;
   find_offsets();
   find_kernel_rows();
 }
@@ -166,8 +176,8 @@ inline void Plan::find_phases() {
     return found;
   };
   std::vector<int64_t> rows = used(w.kh, g.dilation[0], g.stride[0]), columns = used(w.kw, g.dilation[1], g.stride[1]);
-  // In bfloat16 x is converted anyway, and taken apart as that is done.
-  const bool all = !few && !halves && int64_t(rows.size()) == g.stride[0] && int64_t(columns.size()) == g.stride[1];
+  // In bfloat16 and in bytes x is packed anyway, and taken apart as that is done.
+  const bool all = !few && !halves && !bytes && int64_t(rows.size()) == g.stride[0] && int64_t(columns.size()) == g.stride[1];
   for (int i : {0, 1}) step[i] = all ? 1 : g.stride[i], skip[i] = g.stride[i] / step[i];
   if (all) rows = columns = {0};
   reach_h = (w.kh - 1) * g.dilation[0] / step[0];
@@ -212,11 +222,11 @@ inline void Plan::layout(int64_t written) {
   band = rows;
   pool_plane = odd_lines(rows * g.out_width);
   // Vectors may start at the last valid pixel, so that a vector's worth of slack lies behind it, twice for the shift.
-  const int64_t slack = (1 + skip[1]) * LANES * (halves ? 2 : 1);
+  const int64_t lanes = bytes ? BYTES : halves ? 2 * LANES : LANES, slack = (1 + skip[1]) * lanes;
   phase_plane = formed_rows(rows) * pitch + reach_w;
-  if (!few) phase_plane = round_up(phase_plane + slack, LANES);
+  if (!few) phase_plane = round_up(phase_plane + slack, bytes ? BYTES : LANES);
   plane = phase_plane * int64_t(phases.size());
-  if (!few) plane = odd_lines(plane, halves ? 2 * LANES : LANES);
+  if (!few) plane = odd_lines(plane, lanes);
   read_pitch = aligned ? round_up(g.out_width, EVEN) : copied ? g.out_width + read_reach_w : pitch;
   shift_plane = copied ? round_up((rows + read_reach_h) * read_pitch + 2 * LANES, LANES) : phase_plane;
   read_plane = copied ? odd_lines(shift_plane * int64_t(shifts.size())) : plane;

@@ -58,7 +58,8 @@ inline float* run_scratch(int64_t floats) {
   return memory.at_least(floats);
 }
 
-inline void run(const Call& call, int threads) {
+template <class Any = Call>
+inline void run(const Any& call, int threads) {
   const Plan& p = call.p;
   const int64_t items = p.g.batch * p.bands;
   const int64_t s_size = round_up(p.scratch(), 1024), row = p.pool ? p.pool->row_floats() : 0;

@@ -31,6 +31,17 @@ constexpr int vectors_for(int filters) { return filters > 2 ? 2 : filters > 1 ? 
 constexpr int filters_for(int64_t) { return FILTERS; }
 #endif
 
+constexpr int BYTES = 4 * LANES;  // of a vector
+
+// Words per pixel in which four bytes lie that are multiplied at once: themselves, or wider where nothing multiplies bytes.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int QUAD_WORDS = 1;
+#elif defined(__AVX2__)
+constexpr int QUAD_WORDS = 2;
+#else
+constexpr int QUAD_WORDS = 4;
+#endif
+
 #define UNROLL _Pragma("GCC unroll 16")
 
 constexpr uint32_t FULL = (1u << LANES) - 1;

@@ -37,6 +37,7 @@ struct Weight {
   int64_t groups, k, m, kh, kw, n;
   int64_t group_size;  // filters that share their taps, at most
   bool rounded = false;
+  bool bytes = false;  // it is packed elsewhere as quads of bytes, and so is S
   mutable std::vector<float, Lines<float>> dictionary, coefficients;
   std::vector<uint32_t, Lines<uint32_t>> dictionary_pairs, coefficient_pairs;
   // For a matrix unit: of D [groups][rows / 16][row_chunks], of blocks that share taps [taps / 32], one after the other.

@@ -1,0 +1,223 @@
+// The micro-kernels of bytes: some filters that share their taps, at one vector of pixels, which is four vectors of sums.
+#pragma once
+
+#include "int8_weight.h"
+
+namespace lcnn {
+
+#if defined(__AVX512F__) || !defined(__AVX2__)
+constexpr int BYTE_FILTERS = 8;
+#else
+constexpr int BYTE_FILTERS = 4;
+#endif
+constexpr int BOTH_HALVES = BYTE_FILTERS / 2;  // up to so many filters have room for all four vectors of sums
+
+// A vector of pixels: where its taps start, and the lanes that are valid, which lie side by side where there are no gaps between
+// rows: in x for the dictionary stage, in y for the lookup stage.
+struct BytePixels {
+  int64_t source, target;
+  uint64_t mask;
+  int count;
+};
+
+// Where quads of pixels come from: planes of S at the offsets of four taps, or channels that are packed so already.
+struct TapPlanes {
+  const uint8_t* s;
+  const int32_t* offsets;
+  template <int HALF>
+  void operator()(int64_t q, Quad& first, Quad& second) const {
+    const int32_t* const at = offsets + 4 * q;
+    interleave_bytes<HALF>(load_bytes(s + at[0]), load_bytes(s + at[1]), load_bytes(s + at[2]), load_bytes(s + at[3]), first, second);
+  }
+};
+
+struct PackedChannels {
+  const Quad* quads;  // [quads][4]
+  template <int HALF>
+  void operator()(int64_t q, Quad& first, Quad& second) const {
+    first = quads[4 * q + 2 * HALF];
+    second = quads[4 * q + 2 * HALF + 1];
+  }
+};
+
+// acc[f][2 * h + i] += sum over quads of coefficients[q][f] * pixels of half FIRST + h
+template <int F, int FIRST, int COUNT, class Source>
+static inline __attribute__((always_inline)) void accumulate_bytes(IntVec (&acc)[F][2 * COUNT], const Source& source, const Four* coefficients,
+                                                                   int64_t width, int64_t quads) {
+  for (int64_t q = 0; q < quads; ++q, coefficients += width) {
+    Quad pixels[2 * COUNT];
+    source.template operator()<FIRST>(q, pixels[0], pixels[1]);
+    if constexpr (COUNT == 2) source.template operator()<1>(q, pixels[2], pixels[3]);
+    UNROLL for (int f = 0; f < F; ++f) {
+      UNROLL for (int v = 0; v < 2 * COUNT; ++v) acc[f][v] = add_products(acc[f][v], pixels[v], coefficients[f]);
+    }
+  }
+}
+
+static inline Vec to_floats(IntVec v) { return __builtin_convertvector(v, Vec); }
+static inline IntVec splat_integer(int32_t value) { return value - IntVec{}; }
+
+// Steps of one half of the pixels from their sums.
+static inline Shorts steps_of(IntVec first, IntVec second, float factor) { return to_shorts(nearest(to_floats(first) * factor), nearest(to_floats(second) * factor)); }
+
+// Calls `put(f, half, sums)` with pairs of vectors of sums of F filters at one vector of pixels: all of the lower half before those of
+// the upper one, where registers are few.
+template <int F, class Source, class Put>
+static inline __attribute__((always_inline)) void sum_bytes(const int32_t (&starts)[F], const Source& source, const Four* coefficients, int64_t width,
+                                                            int64_t quads, Put put) {
+  if constexpr (F <= BOTH_HALVES) {
+    IntVec acc[F][4];
+    UNROLL for (int f = 0; f < F; ++f) UNROLL for (int v = 0; v < 4; ++v) acc[f][v] = splat_integer(starts[f]);
+    accumulate_bytes<F, 0, 2>(acc, source, coefficients, width, quads);
+    UNROLL for (int f = 0; f < F; ++f) {
+      put(f, std::integral_constant<int, 0>(), acc[f][0], acc[f][1]);
+      put(f, std::integral_constant<int, 1>(), acc[f][2], acc[f][3]);
+    }
+  } else {
+    IntVec acc[F][2];
+    UNROLL for (int f = 0; f < F; ++f) acc[f][0] = acc[f][1] = splat_integer(starts[f]);
+    accumulate_bytes<F, 0, 1>(acc, source, coefficients, width, quads);
+    UNROLL for (int f = 0; f < F; ++f) put(f, std::integral_constant<int, 0>(), acc[f][0], acc[f][1]);
+    UNROLL for (int f = 0; f < F; ++f) acc[f][0] = acc[f][1] = splat_integer(starts[f]);
+    accumulate_bytes<F, 1, 1>(acc, source, coefficients, width, quads);
+    UNROLL for (int f = 0; f < F; ++f) put(f, std::integral_constant<int, 1>(), acc[f][0], acc[f][1]);
+  }
+}
+
+// F rows of D at packed pixels, into F planes of S.
+template <int F>
+static void form_bytes(const Quad* packed, int64_t quads, const Four* rows, int64_t width, const int32_t* starts, const float* factors, uint8_t* s,
+                       int64_t plane) {
+  int32_t from[F];
+  for (int f = 0; f < F; ++f) from[f] = starts[f];
+  Shorts low[F];
+  sum_bytes<F>(from, PackedChannels{packed}, rows, width, quads, [&](int f, auto half, IntVec first, IntVec second) {
+    const Shorts steps = add_shorts(steps_of(first, second, factors[f]), 128);
+    if constexpr (half.value == 0)
+      low[f] = steps;
+    else
+      store_bytes(s + f * plane, to_bytes(low[f], steps));
+  });
+}
+
+// Where the lookup stage reads and writes.
+struct ByteLookup {
+  const uint8_t* s;
+  const uint8_t* residual;  // or null; laid out as y
+  void* y;                  // bytes, or floats
+  int64_t plane;            // of y
+  const ByteWeight& weight;
+  int low, high;            // what clamps leave of the bytes
+  bool plain;               // nothing but clamps, and perhaps a residual before them, into bytes
+};
+
+// Sums in the order in which they come out become pixels in their order, without those that are not valid.
+static inline void in_order(const IntVec (&sums)[4], uint64_t mask, int32_t* to) {
+  alignas(64) int32_t lanes[BYTES];
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (; mask; mask &= mask - 1) {
+    const int pixel = __builtin_ctzll(mask);
+    *to++ = lanes[pixel % 16 / 4 * LANES + pixel / 16 * 4 + pixel % 4];
+  }
+}
+
+// The way out for all that is not plain. Operations follow one another as in Python; none may be fused.
+static __attribute__((noinline)) void finish_any(const ByteLookup& to, const BytePixels& p, int32_t filter, const IntVec (&sums)[4]) {
+  const ByteFinish& finish = to.weight.finish;
+  alignas(64) int32_t in[BYTES] = {}, more[BYTES] = {}, out[BYTES];
+  in_order(sums, p.mask, in);
+  const int64_t target = filter * to.plane + p.target;
+  if (to.residual)
+    for (int i = 0; i < p.count; ++i) more[i] = to.residual[target + i] - int32_t(finish.residual_zero);
+  Epilogue activate(finish.activation == RELU6 ? NONE : int(finish.activation), false);
+  const float factor = to.weight.filter_factors[filter];
+  for (int i = 0; i < p.count; i += LANES) {
+    IntVec sum, bytes;
+    std::memcpy(&sum, in + i, sizeof sum);
+    std::memcpy(&bytes, more + i, sizeof bytes);
+    Vec v = to_floats(sum) * factor;
+    const Vec residual = to_floats(bytes) * float(finish.residual_factor);
+    if (to.residual && !finish.residual_last) v = v + residual;
+    v = finish.activation == RELU6 ? at_most(at_least(v, 0.0f), float(finish.six)) : activate(v);
+    if (to.residual && finish.residual_last) v = v + residual;
+    if (!finish.to_bytes) {
+      store_first(static_cast<float*>(to.y) + target + i, v, std::min(LANES, p.count - i));
+      continue;
+    }
+    const IntVec steps = nearest(at_most(at_least(v * float(finish.step), -1024.0f), 1024.0f));
+    std::memcpy(out + i, &steps, sizeof steps);
+  }
+  if (finish.to_bytes)
+    for (int i = 0; i < p.count; ++i)
+      static_cast<uint8_t*>(to.y)[target + i] = uint8_t(std::clamp<int32_t>(out[i] + int32_t(finish.zero), 0, 255));
+}
+
+// F filters at one vector of pixels.
+template <int F, bool RESIDUAL>
+static inline __attribute__((always_inline)) void look_up_plain(const ByteLookup& to, const BytePixels& p, const int32_t* offsets, const Four* coefficients,
+                                                                int64_t width, int64_t quads, const int32_t* filters) {
+  const ByteWeight& weight = to.weight;
+  const ByteFinish& finish = weight.finish;
+  int32_t starts[F];
+  for (int f = 0; f < F; ++f) starts[f] = weight.bias[filters[f]];
+  Shorts low[F];
+  sum_bytes<F>(starts, TapPlanes{to.s + p.source, offsets}, coefficients, width, quads, [&](int f, auto half, IntVec first, IntVec second) {
+    const float factor = weight.filter_factors[filters[f]];
+    Vec a = to_floats(first) * factor, b = to_floats(second) * factor;
+    if constexpr (RESIDUAL) {
+      IntVec more, further;
+      to_integers<half.value>(load_valid(to.residual + filters[f] * to.plane + p.target, p.mask, p.count, no_bytes()), more, further);
+      const int32_t zero = int32_t(finish.residual_zero);
+      const float scale = float(finish.residual_factor);
+      a = a + to_floats(more - zero) * scale;
+      b = b + to_floats(further - zero) * scale;
+    }
+    const Shorts steps = to_shorts(nearest(a), nearest(b));
+    if constexpr (half.value == 0) {
+      low[f] = steps;
+    } else {
+      const int zero = int(finish.zero);
+      const Bytes y = zero ? to_bytes(add_shorts(low[f], zero), add_shorts(steps, zero)) : to_bytes(low[f], steps);
+      const Bytes clamped = smallest_bytes(largest_bytes(y, splat_byte(to.low)), splat_byte(to.high));
+      store_valid(static_cast<uint8_t*>(to.y) + filters[f] * to.plane + p.target, clamped, p.mask, p.count);
+    }
+  });
+}
+
+template <int F>
+static void look_up_bytes(const ByteLookup& to, const BytePixels& p, const int32_t* offsets, const Four* coefficients, int64_t width, int64_t quads,
+                          const int32_t* filters) {
+  if (to.plain && to.residual) return look_up_plain<F, true>(to, p, offsets, coefficients, width, quads, filters);
+  if (to.plain) return look_up_plain<F, false>(to, p, offsets, coefficients, width, quads, filters);
+  int32_t starts[F];
+  for (int f = 0; f < F; ++f) starts[f] = to.weight.bias[filters[f]];
+  IntVec sums[F][4];
+  sum_bytes<F>(starts, TapPlanes{to.s + p.source, offsets}, coefficients, width, quads, [&](int f, auto half, IntVec first, IntVec second) {
+    sums[f][2 * half.value] = first;
+    sums[f][2 * half.value + 1] = second;
+  });
+  for (int f = 0; f < F; ++f) finish_any(to, p, filters[f], sums[f]);
+}
+
+using FormBytes = decltype(&form_bytes<1>);
+using LookUpBytes = decltype(&look_up_bytes<1>);
+
+// The kernels for every number of filters that fits the registers.
+struct ByteKernels {
+  FormBytes form[BYTE_FILTERS + 1] = {};
+  LookUpBytes look_up[BYTE_FILTERS + 1] = {};
+
+  ByteKernels() { fill<BYTE_FILTERS>(); }
+
+ private:
+  template <int F>
+  void fill() {
+    if constexpr (F > 0) {
+      form[F] = form_bytes<F>;
+      look_up[F] = look_up_bytes<F>;
+      fill<F - 1>();
+    }
+  }
+};
+
+}  // namespace lcnn

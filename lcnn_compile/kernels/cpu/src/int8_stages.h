@@ -1,0 +1,179 @@
+// A band of bytes: x packed and S formed, or x copied where D is the identity, then the lookups.
+#pragma once
+
+#include <cmath>
+
+#include "form.h"
+#include "int8_kernels.h"
+
+namespace lcnn {
+
+static const ByteKernels byte_kernels;
+
+struct ByteCall {
+  const BytePlan& of;
+  const uint8_t* x;
+  const uint8_t* residual;
+  void* y;
+  const Plan& p = of.plan;
+
+  void band(int64_t image, int64_t index, float* s, float* packed, Team team) const;
+
+ private:
+  BytePixels pixels_in(const Grid& grid, const Phase& at, int64_t first) const;
+  BytePixels out_pixels(int64_t v, int64_t per_row, int64_t rows) const;
+  void copy_plane(const uint8_t* origin, const Phase& at, const Grid& grid, uint8_t* plane) const;
+  void pack(const uint8_t* origin, const Phase& at, const Grid& grid, int64_t first, Quad* packed) const;
+  void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, uint8_t* s, Quad* packed, Team team) const;
+  void lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const uint8_t* s, Team team) const;
+};
+
+inline uint64_t lanes_of(int64_t begin, int64_t end) {
+  return end - begin >= 64 ? ~uint64_t(0) : ((uint64_t(1) << (end - begin)) - 1) << begin;
+}
+
+// The vector of grid pixels from `first` on; only those in the image are valid.
+inline BytePixels ByteCall::pixels_in(const Grid& grid, const Phase& at, int64_t first) const {
+  BytePixels found{0, first, 0, 0};
+  for (int64_t row = first / p.pitch; row * p.pitch < std::min(first + BYTES, grid.stop); ++row) {
+    const int64_t from = std::max({first, grid.begin, row * p.pitch + at.first_valid});
+    const int64_t end = std::min({first + BYTES, row * p.pitch + at.end_valid, grid.stop});
+    if (end <= from) continue;
+    if (!found.count) found.source = grid.first_source + row * grid.row_source + (from - row * p.pitch) * grid.column_source;
+    found.mask |= lanes_of(from - first, end - first);
+    found.count += int(end - from);
+  }
+  return found;
+}
+
+// Vector number `v` of output pixels.
+inline BytePixels ByteCall::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
+  const int64_t wide = p.g.out_width, source = p.by_rows ? v / per_row * p.read_pitch + v % per_row * BYTES : v * BYTES;
+  int64_t row = p.by_rows ? v / per_row : source / p.read_pitch, column = source - row * p.read_pitch;
+  BytePixels found{source, row * wide + std::min(column, wide), 0, 0};
+  for (int64_t lane = 0; lane < BYTES && row < rows; ++row, column = 0) {
+    const int64_t valid = std::clamp<int64_t>(wide - column, 0, BYTES - lane);
+    if (valid) found.mask |= lanes_of(lane, lane + valid);
+    found.count += int(valid);
+    lane += p.read_pitch - column;
+    if (p.by_rows) break;
+  }
+  return found;
+}
+
+// One plane of x where S would be formed of it.
+inline void ByteCall::copy_plane(const uint8_t* origin, const Phase& at, const Grid& grid, uint8_t* plane) const {
+  std::memset(plane, of.weight.middle, p.phase_plane);
+  if (grid.stop == 0) return;
+  const int64_t length = at.end_valid - at.first_valid;
+  for (int64_t row = grid.begin / p.pitch; row * p.pitch < grid.stop; ++row) {
+    uint8_t* to = plane + row * p.pitch + at.first_valid;
+    const uint8_t* from = origin + grid.first_source + row * grid.row_source + at.first_valid * grid.column_source;
+    if (grid.column_source == 1)
+      std::memcpy(to, from, length);
+    else
+      for (int64_t i = 0; i < length; ++i) to[i] = from[i * grid.column_source];
+  }
+}
+
+// One vector of grid pixels of every channel, in quads; what is not in the image is zero.
+inline void ByteCall::pack(const uint8_t* origin, const Phase& at, const Grid& grid, int64_t first, Quad* packed) const {
+  const bool contiguous = grid.column_source == 1 && grid.row_source == at.end_valid - at.first_valid;
+  const Bytes fill = splat_byte(of.weight.x_zero);
+  const BytePixels pixels = pixels_in(grid, at, first);
+  alignas(BYTES) uint8_t lanes[BYTES];
+  const auto channel = [&](int64_t c) {
+    const uint8_t* const from = origin + c * p.g.stride_c;
+    if (c >= p.w.m) return fill;
+    if (contiguous) return load_valid(from + pixels.source, pixels.mask, pixels.count, fill);
+    store_bytes(lanes, fill);
+    for (int64_t row = first / p.pitch; row * p.pitch < std::min(first + BYTES, grid.stop); ++row) {
+      const int64_t begin = std::max({first, grid.begin, row * p.pitch + at.first_valid});
+      const int64_t end = std::min({first + BYTES, row * p.pitch + at.end_valid, grid.stop});
+      const uint8_t* source = from + grid.first_source + row * grid.row_source + (begin - row * p.pitch) * grid.column_source;
+      for (int64_t i = begin; i < end; ++i, source += grid.column_source) lanes[i - first] = *source;
+    }
+    return load_bytes(lanes);
+  };
+  for (int64_t c = 0; c < p.w.m; c += 4, packed += 4) {
+    const Bytes a = channel(c), b = channel(c + 1), d = channel(c + 2), e = channel(c + 3);
+    interleave_bytes<0>(a, b, d, e, packed[0], packed[1]);
+    interleave_bytes<1>(a, b, d, e, packed[2], packed[3]);
+  }
+}
+
+inline void ByteCall::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, uint8_t* s, Quad* packed, Team team) const {
+  const ByteWeight& weight = of.weight;
+  const Weight& w = p.w;
+  const uint8_t* const origin = x + image * p.g.stride_n + group * w.m * p.g.stride_c;
+  const Call places{p, nullptr, nullptr, nullptr, nullptr};
+  for (size_t phase = 0; phase < p.phases.size(); ++phase) {
+    const Phase& at = p.phases[phase];
+    const Grid grid = places.grid(at, first_row, rows);
+    uint8_t* const plane = s + phase * p.phase_plane;
+    const int64_t first = w.k * team.rank / team.size, end = w.k * (team.rank + 1) / team.size;
+    if (weight.identity) {
+      for (int64_t i = first; i < end; ++i) copy_plane(origin + i * p.g.stride_c, at, grid, plane + i * p.plane);
+      continue;
+    }
+    // Whole vectors from the one in which the image begins.
+    const int64_t begin = grid.begin / BYTES, vectors = grid.stop ? ceil_div(grid.stop, BYTES) - begin : 0;
+    for (int64_t i = first; i < end; ++i) {
+      std::memset(plane + i * p.plane, weight.middle, begin * BYTES);
+      std::memset(plane + i * p.plane + (begin + vectors) * BYTES, weight.middle, p.phase_plane - (begin + vectors) * BYTES);
+    }
+    for (Share share(vectors, int64_t(weight.rows.size()), team); share.more(); share.advance()) {
+      const int64_t pixel = (begin + share.tile) * BYTES;
+      if (share.new_tile) pack(origin, at, grid, pixel, packed);
+      const ByteBlock& block = weight.rows[share.block];
+      const Four* const coefficients = weight.dictionary.data() + group * weight.dictionary_step + block.coefficients;
+      for (int f = 0; f < block.size; f += BYTE_FILTERS) {
+        const int64_t i = block.first_filter + f, row = group * w.k + i;
+        byte_kernels.form[std::min(BYTE_FILTERS, block.size - f)](packed, block.quads, coefficients + f, block.size, weight.starts.data() + row,
+                                                                  weight.row_factors.data() + row, plane + i * p.plane + pixel, p.plane);
+      }
+    }
+  }
+}
+
+inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const uint8_t* s, Team team) const {
+  const ByteWeight& weight = of.weight;
+  const ByteFinish& finish = weight.finish;
+  const int64_t area = p.g.out_height * p.g.out_width, start = image * p.w.n * area + first_row * p.g.out_width;
+  const int64_t per_row = ceil_div(p.g.out_width, BYTES), vectors = p.by_rows ? per_row * rows : p.vectors(rows, p.read_pitch);
+  const int64_t first_block = p.w.first_block[group], blocks = p.w.first_block[group + 1] - first_block;
+  const bool rectified = finish.activation == RELU || finish.activation == RELU6;
+  const bool plain = finish.to_bytes && finish.step == 1 && (finish.activation == NONE || (rectified && !(residual && finish.residual_last)));
+  const int zero = int(finish.zero);
+  const float six = std::nearbyint(std::min(float(finish.six), 1024.0f));
+  const ByteLookup to{s,
+                      residual ? residual + start : nullptr,
+                      static_cast<char*>(y) + start * (finish.to_bytes ? 1 : 4),
+                      area,
+                      weight,
+                      rectified ? zero : 0,
+                      finish.activation == RELU6 ? std::min(255, zero + int(six)) : 255,
+                      plain};
+  BytePixels pixels{};
+  for (Share share(vectors, blocks, team); share.more(); share.advance()) {
+    if (share.new_tile) pixels = out_pixels(share.tile, per_row, rows);
+    const ByteBlock& block = weight.blocks[first_block + share.block];
+    for (int f = 0; f < block.size; f += BYTE_FILTERS)
+      byte_kernels.look_up[std::min(BYTE_FILTERS, block.size - f)](to, pixels, of.offsets.data() + block.first_offset,
+                                                                   weight.coefficients.data() + block.coefficients + f, block.size, block.quads,
+                                                                   p.w.filters.data() + block.first_filter + f);
+  }
+}
+
+inline void ByteCall::band(int64_t image, int64_t index, float* scratch, float* packed, Team team) const {
+  const int64_t first = index * p.band_rows, rows = std::min(first + p.band_rows, p.rows) - first;
+  uint8_t* const s = reinterpret_cast<uint8_t*>(scratch);
+  for (int64_t group = 0; group < p.w.groups; ++group) {
+    if (group > 0) team.wait();
+    dictionary_stage(image, group, first, rows, s, reinterpret_cast<Quad*>(packed), team);
+    team.wait();
+    lookup_stage(image, group, first, rows, s, team);
+  }
+}
+
+}  // namespace lcnn

@@ -1,0 +1,219 @@
+// Vectors of bytes: four taps of a pixel side by side, multiplied by four coefficients at once, and back to bytes.
+//
+// A vector holds BYTES pixels of one plane. Four planes make four vectors of quads, each with LANES pixels: of every 16 pixels the
+// first four in the first vector, and so on. Sums come out in that order, and packing them undoes it.
+#pragma once
+
+#include "vector.h"
+
+namespace lcnn {
+
+constexpr uint64_t ALL_BYTES = BYTES == 64 ? ~uint64_t(0) : (uint64_t(1) << (BYTES % 64)) - 1;
+
+
+// Four signed coefficients as they are multiplied: bytes, or 16 bits each.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+using Four = uint32_t;
+inline Four four_of(const int8_t (&c)[4]) {
+  return uint32_t(uint8_t(c[0])) | uint32_t(uint8_t(c[1])) << 8 | uint32_t(uint8_t(c[2])) << 16 | uint32_t(uint8_t(c[3])) << 24;
+}
+#else
+struct Four {
+  int16_t at[4];
+};
+inline Four four_of(const int8_t (&c)[4]) { return {{c[0], c[1], c[2], c[3]}}; }
+#endif
+
+#if defined(__AVX512BW__)
+typedef __m512i Bytes;
+#define BYTES_OF(name) _mm512_##name
+static inline Bytes no_bytes() { return _mm512_setzero_si512(); }
+static inline Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+static inline void store_bytes(uint8_t* to, Bytes v) { _mm512_storeu_si512(to, v); }
+static inline IntVec nearest(Vec v) { return (IntVec)_mm512_cvtps_epi32((__m512)v); }
+#elif defined(__AVX2__)
+typedef __m256i Bytes;
+#define BYTES_OF(name) _mm256_##name
+static inline Bytes no_bytes() { return _mm256_setzero_si256(); }
+static inline Bytes load_bytes(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+static inline void store_bytes(uint8_t* to, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
+static inline IntVec nearest(Vec v) { return (IntVec)_mm256_cvtps_epi32((__m256)v); }
+#endif
+
+#if defined(BYTES_OF)
+static inline Bytes splat_byte(int value) { return BYTES_OF(set1_epi8)(char(value)); }
+static inline Bytes largest_bytes(Bytes a, Bytes b) { return BYTES_OF(max_epu8)(a, b); }
+static inline Bytes smallest_bytes(Bytes a, Bytes b) { return BYTES_OF(min_epu8)(a, b); }
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+typedef IntVec Quad;
+// Half of the quads of four planes: those of eight pixels of every 16.
+template <int HALF>
+static inline void interleave_bytes(Bytes a, Bytes b, Bytes c, Bytes d, Quad& first, Quad& second) {
+  const Bytes ab = HALF ? BYTES_OF(unpackhi_epi8)(a, b) : BYTES_OF(unpacklo_epi8)(a, b);
+  const Bytes cd = HALF ? BYTES_OF(unpackhi_epi8)(c, d) : BYTES_OF(unpacklo_epi8)(c, d);
+  first = (IntVec)BYTES_OF(unpacklo_epi16)(ab, cd);
+  second = (IntVec)BYTES_OF(unpackhi_epi16)(ab, cd);
+}
+static inline IntVec add_products(IntVec sums, const Quad& quad, Four c) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)quad, _mm512_set1_epi32(int(c)));
+#else
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)quad, _mm256_set1_epi32(int(c)));
+#endif
+}
+#else
+// Products of bytes overflow 16 bits in pairs: both are widened first.
+struct Quad {
+  Bytes ab, cd;
+};
+template <int HALF>
+static inline void interleave_bytes(Bytes a, Bytes b, Bytes c, Bytes d, Quad& first, Quad& second) {
+  const Bytes ab = HALF ? BYTES_OF(unpackhi_epi8)(a, b) : BYTES_OF(unpacklo_epi8)(a, b);
+  const Bytes cd = HALF ? BYTES_OF(unpackhi_epi8)(c, d) : BYTES_OF(unpacklo_epi8)(c, d);
+  first = {BYTES_OF(unpacklo_epi8)(ab, no_bytes()), BYTES_OF(unpacklo_epi8)(cd, no_bytes())};
+  second = {BYTES_OF(unpackhi_epi8)(ab, no_bytes()), BYTES_OF(unpackhi_epi8)(cd, no_bytes())};
+}
+static inline IntVec add_products(IntVec sums, const Quad& quad, const Four& c) {
+  int32_t low, high;
+  std::memcpy(&low, c.at, 4);
+  std::memcpy(&high, c.at + 2, 4);
+  return sums + (IntVec)BYTES_OF(madd_epi16)(quad.ab, BYTES_OF(set1_epi32)(low)) + (IntVec)BYTES_OF(madd_epi16)(quad.cd, BYTES_OF(set1_epi32)(high));
+}
+#endif
+
+typedef Bytes Shorts;
+static inline Shorts to_shorts(IntVec first, IntVec second) { return BYTES_OF(packs_epi32)((Bytes)first, (Bytes)second); }
+static inline Shorts add_shorts(Shorts v, int value) { return BYTES_OF(adds_epi16)(v, BYTES_OF(set1_epi16)(short(value))); }
+static inline Bytes to_bytes(Shorts low, Shorts high) { return BYTES_OF(packus_epi16)(low, high); }
+template <int HALF>
+static inline void to_integers(Bytes v, IntVec& first, IntVec& second) {
+  const Bytes wide = HALF ? BYTES_OF(unpackhi_epi8)(v, no_bytes()) : BYTES_OF(unpacklo_epi8)(v, no_bytes());
+  first = (IntVec)BYTES_OF(unpacklo_epi16)(wide, no_bytes());
+  second = (IntVec)BYTES_OF(unpackhi_epi16)(wide, no_bytes());
+}
+
+#else  // whatever the compiler makes of 16 bytes
+
+typedef uint8_t Bytes __attribute__((vector_size(BYTES), may_alias));
+typedef uint8_t UnalignedBytes __attribute__((vector_size(BYTES), aligned(1), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(16)));
+static inline Bytes load_bytes(const uint8_t* from) { return *reinterpret_cast<const UnalignedBytes*>(from); }
+static inline void store_bytes(uint8_t* to, Bytes v) { *reinterpret_cast<UnalignedBytes*>(to) = v; }
+static inline Bytes splat_byte(int value) { return uint8_t(value) - Bytes{}; }
+static inline Bytes largest_bytes(Bytes a, Bytes b) { return a > b ? a : b; }
+static inline Bytes smallest_bytes(Bytes a, Bytes b) { return a < b ? a : b; }
+static inline Bytes no_bytes() { return Bytes{}; }
+
+// Saturates: what is out of its reach is out of the reach of bytes.
+static inline IntVec nearest(Vec v) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  v = (at_most(at_least(v, -32768.0f), 32767.0f) + shift) - shift;
+  return __builtin_convertvector(v, IntVec);
+}
+
+template <int FIRST>
+static inline IntVec integers_of(Bytes v) {
+  const uint8_t four[4] = {v[FIRST], v[FIRST + 1], v[FIRST + 2], v[FIRST + 3]};
+  return IntVec{four[0], four[1], four[2], four[3]};
+}
+template <int HALF>
+static inline void to_integers(Bytes v, IntVec& first, IntVec& second) {
+  first = integers_of<8 * HALF>(v);
+  second = integers_of<8 * HALF + 4>(v);
+}
+
+struct Quad {
+  IntVec a, b, c, d;
+};
+template <int HALF>
+static inline void interleave_bytes(Bytes a, Bytes b, Bytes c, Bytes d, Quad& first, Quad& second) {
+  to_integers<HALF>(a, first.a, second.a);
+  to_integers<HALF>(b, first.b, second.b);
+  to_integers<HALF>(c, first.c, second.c);
+  to_integers<HALF>(d, first.d, second.d);
+}
+static inline IntVec add_products(IntVec sums, const Quad& quad, const Four& c) {
+  return sums + quad.a * int32_t(c.at[0]) + quad.b * int32_t(c.at[1]) + quad.c * int32_t(c.at[2]) + quad.d * int32_t(c.at[3]);
+}
+
+// Both of integers within 16 bits, which `nearest` gives.
+static inline Shorts to_shorts(IntVec first, IntVec second) {
+  return Shorts{int16_t(first[0]),  int16_t(first[1]),  int16_t(first[2]),  int16_t(first[3]),
+                int16_t(second[0]), int16_t(second[1]), int16_t(second[2]), int16_t(second[3])};
+}
+static inline Shorts add_shorts(Shorts v, int value) {
+  for (int i = 0; i < 8; ++i) v[i] = int16_t(v[i] + value > 32767 ? 32767 : v[i] + value);
+  return v;
+}
+static inline Bytes to_bytes(Shorts low, Shorts high) {
+  Bytes v{};
+  for (int i = 0; i < 16; ++i) {
+    const int value = i < 8 ? low[i] : high[i - 8];
+    v[i] = uint8_t(value < 0 ? 0 : value > 255 ? 255 : value);
+  }
+  return v;
+}
+#endif
+
+// The lanes of `mask`, `count` of them, one after the other to memory.
+static inline void store_valid(uint8_t* to, Bytes v, uint64_t mask, int count) {
+  if (mask == ALL_BYTES) return store_bytes(to, v);
+#if defined(__AVX512VBMI2__)
+  if (!count) return;
+  const uint64_t first = ~uint64_t(0) >> (64 - count);
+  _mm512_mask_storeu_epi8(to, first, _mm512_maskz_compress_epi8(mask, v));
+#elif defined(__AVX512BW__)
+  while (mask) {
+    const int start = __builtin_ctzll(mask);
+    const uint64_t left = mask >> start;
+    const int run = ~left ? __builtin_ctzll(~left) : 64;
+    const uint64_t lanes = (~uint64_t(0) >> (64 - run)) << start;
+    _mm512_mask_storeu_epi8(to - start, lanes, v);
+    to += run;
+    mask &= ~lanes;
+  }
+#else
+  alignas(BYTES) uint8_t lanes[BYTES];
+  store_bytes(lanes, v);
+  while (mask) {
+    const int start = __builtin_ctzll(mask), run = __builtin_ctzll(~(mask >> start));
+    std::memcpy(to, lanes + start, run);
+    to += run;
+    mask &= ~(((uint64_t(1) << run) - 1) << start);
+  }
+#endif
+}
+
+// The inverse: bytes one after the other to the lanes of `mask`, `fill` elsewhere.
+static inline Bytes load_valid(const uint8_t* from, uint64_t mask, int count, Bytes fill) {
+  if (mask == ALL_BYTES) return load_bytes(from);
+  if (!mask) return fill;
+#if defined(__AVX512VBMI2__)
+  const Bytes found = _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - count), from);
+  return _mm512_mask_expand_epi8(fill, mask, found);
+#elif defined(__AVX512BW__)
+  while (mask) {
+    const int start = __builtin_ctzll(mask);
+    const uint64_t left = mask >> start;
+    const int run = ~left ? __builtin_ctzll(~left) : 64;
+    const uint64_t lanes = (~uint64_t(0) >> (64 - run)) << start;
+    fill = _mm512_mask_loadu_epi8(fill, lanes, from - start);
+    from += run;
+    mask &= ~lanes;
+  }
+  return fill;
+#else
+  alignas(BYTES) uint8_t lanes[BYTES];
+  store_bytes(lanes, fill);
+  while (mask) {
+    const int start = __builtin_ctzll(mask), run = __builtin_ctzll(~(mask >> start));
+    std::memcpy(lanes + start, from, run);
+    from += run;
+    mask &= ~(((uint64_t(1) << run) - 1) << start);
+  }
+  return load_bytes(lanes);
+#endif
+}
+
+}  // namespace lcnn
