@@ -6,6 +6,7 @@ Everything else imports it from here under a name that says what it is for. Test
 from __future__ import annotations
 
 import functools
+import importlib
 import linecache
 import operator
 import re
@@ -61,6 +62,7 @@ __all__ = [
     "mark_static",
     "module_of",
     "move_hooks",
+    "never_alone",
     "occupy_gpu",
     "owned_by",
     "package_metadata",
@@ -390,9 +392,21 @@ def sizes_apart() -> Any:
     return _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 
+def never_alone(function: Callable[..., Any]) -> None:
+    """Let Dynamo trace ``function`` within what calls it, and not where the caller itself is not traced."""
+    # Not through torch._dynamo, whose import takes a second.
+    frames = importlib.import_module("torch._C._dynamo.eval_frame")
+    action = frames._FrameAction
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
+
+
 def is_tracing() -> bool:
     """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` runs this code to write down what it does."""
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
+
+
+# Compiled alone, for a caller that is not, it would say yes.
+never_alone(is_tracing)
 
 
 def inside_transform() -> bool:

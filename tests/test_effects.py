@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lcnn_compile import LcnnError, LookupConv2d, freeze
+from lcnn_compile.export import export_program
 from lcnn_compile.passes import fuse_epilogues, gather_programs, lift_functional_convolutions, to_functional, to_out_of_place
 from lcnn_compile.passes.effects import Effects, eliminate_dead_code, sort, written_inputs
 from lcnn_compile.passes.find import is_lookup
@@ -419,6 +420,8 @@ def test_a_weight_that_is_written_stays_dense():
         lambda weight: weight.detach()[0].fill_(0),
         lambda weight: weight.view(-1).clamp_(-1, 1),
         lambda weight: torch.nn.init.zeros_(weight.data),
+        lambda weight: weight.swapaxes(0, 1).mul_(2),
+        lambda weight: torch._foreach_mul_([weight.detach()], 2.0),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -439,6 +442,26 @@ def test_a_write_to_a_dense_weight_is_refused_in_compiled_code_too(write):
             model(x)
         with pytest.raises(Exception, match="write to its weight"):
             torch.compile(model, backend="lcnn")(x)
+        with pytest.raises(LcnnError, match="write to its weight"):
+            freeze(model, x)
+        with pytest.raises(LcnnError, match="write to its weight"):
+            export_program(model, x, lowering="dense")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_code_that_is_not_traced_gets_the_guarded_weight():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = LookupConv2d(4, 8, 3, dictionary_size=2, lowering="lookup")
+
+        def forward(self, x):
+            exec("self.conv.weight[0].mul_(2)")
+            return self.conv(x)
+
+    torch.compiler.reset()
+    with torch.no_grad(), pytest.raises(LcnnError, match="write to its weight"):
+        torch.compile(Writes().eval(), backend="lcnn")(image())
 
 
 def test_values_of_a_dense_weight_are_read_in_compiled_code():

@@ -22,6 +22,7 @@ from lcnn_compile.config import LookupConfig
 from lcnn_compile.errors import ConfigError, LcnnError
 from lcnn_compile.geometry import kind_of
 from lcnn_compile.passes import find_convolutions, lift_functional_convolutions, set_precision
+from lcnn_compile.passes.effects import refuse_lost_writes
 from lcnn_compile.torch_private import compile_with_inductor, dynamo_signals, inductor_modes
 
 MAX_ERROR = 0.05
@@ -72,11 +73,13 @@ def lcnn(
 
     Raises:
         ConfigError: for unknown options or modes.
+        WriteError: the graph writes to the dense weight of a lookup layer.
     """
     if unknown:
         raise ConfigError(f"unknown arguments {sorted(unknown)}; mode and options are allowed")
     config, batches = parse_options(options)
     patches = _mode_options(mode)
+    refuse_lost_writes(gm)
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         signals: tuple[type[BaseException], ...] = (*dynamo_signals(), LcnnError)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcnn_compile.errors import ExportError, LcnnError
+from lcnn_compile.export.writes import unmarked
 from lcnn_compile.torch_private import least_size, pytree, sizes_apart
 
 _CLOSE = 1e-3
@@ -102,13 +103,14 @@ def capture(
 
     Raises:
         ExportError: it cannot capture the model.
+        WriteError: the model writes to the dense weight of a lookup layer.
     """
     shapes = None
     if varying.places:
         args, kwargs, shapes = _shapes(args, kwargs, varying, alone)
     try:
         with torch.no_grad(), _arguments_named(model, args, kwargs):
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return unmarked(torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False))
     except LcnnError:
         raise
     except Exception as error:

@@ -12,6 +12,8 @@ import torch
 from torch import fx
 
 from lcnn_compile.errors import ExportError
+from lcnn_compile.kernels.read_only import read_only
+from lcnn_compile.passes.effects import refuse_lost_writes
 from lcnn_compile.passes.in_place import ATEN_DROPOUT
 from lcnn_compile.passes.targets import bound
 from lcnn_compile.torch_private import has_implicit_kernel
@@ -37,6 +39,19 @@ def writes_values(program: torch.export.ExportedProgram) -> torch.export.Exporte
         # PyTorch's own tracing may raise anything.
         raise ExportError(f"writes in place cannot be captured: {type(error).__name__}: {error}") from error
     _restore_batch_norm(program.graph)
+    return program
+
+
+def unmarked(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without the marks of dense weights, once it is known that nothing writes to them; it is changed in place.
+
+    Raises:
+        WriteError: something does.
+    """
+    for module in _graphs(program.graph_module):
+        refuse_lost_writes(module)
+        for mark in module.graph.find_nodes(op="call_function", target=read_only):
+            mark.target, mark.args = aten.clone.default, mark.args[:1]
     return program
 
 

@@ -19,7 +19,7 @@ from lcnn_compile.modules.guards import Parameters, check_initialiser
 from lcnn_compile.modules.tabled import HasTables
 from lcnn_compile.modules.tables import TABLES
 from lcnn_compile.modules.weight import DenseWeight, refuse_write
-from lcnn_compile.torch_private import is_tracing, parameters_of, without_transforms
+from lcnn_compile.torch_private import is_tracing, never_alone, parameters_of, without_transforms
 
 FACTORS = ("dictionary", "coefficients", *TABLES)
 
@@ -202,6 +202,9 @@ class LookupModule(HasTables):
             type(self.dictionary) in (Tensor, nn.Parameter) and without_transforms(self.dictionary) is self.dictionary
         )
         return DenseWeight.of(self) if plain else self.dense_weight()
+
+    # In a graph of its own the weight would be a plain tensor, to which code that is not traced could write.
+    never_alone(weight.fget)  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import WeightError, WriteError
+from lcnn_compile.kernels.read_only import read_only
 from lcnn_compile.torch_private import pytree, without_torch_function
 
 _FORM = (
@@ -181,7 +182,9 @@ class _Unread(DenseWeight):
 
     def _read(self) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._detached):
-            return self._layer.dense_weight()
+            values = self._layer.dense_weight()
+        # In a graph that is being exported no guard follows the values: there, the passes look for writes.
+        return values if type(values) is Tensor else read_only(values, self._layer.label)
 
     def _needs_grad(self) -> bool:
         return not self._detached and any(factor.requires_grad for factor in self._factors())

@@ -8,12 +8,14 @@ attribute's storage, the graph's inputs); a value *may* be in any of its roots.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, fx
 
+from lcnn_compile.errors import ConversionError
 from lcnn_compile.kernels.read_only import read_only
 from lcnn_compile.modules.weight import refuse_write
 from lcnn_compile.passes.operations import Effect, effect_of, holds_tensors, storages_of
@@ -24,7 +26,35 @@ INPUTS: Root = "inputs"
 """The memory of all inputs: a caller may pass views of one tensor."""
 _VIEWS = {
     *("detach", "data", "view", "reshape", "flatten", "unflatten", "getitem", "select", "narrow", "slice", "chunk", "split"),
-    *("transpose", "permute", "t", "T", "mT", "squeeze", "unsqueeze", "unbind", "view_as", "diagonal", "real"),
+    *("transpose", "permute", "t", "T", "mT", "H", "mH", "numpy_T", "adjoint", "squeeze", "unsqueeze", "unbind", "view_as"),
+    *(
+        "diagonal",
+        "real",
+        "alias",
+        "expand",
+        "expand_as",
+        "broadcast_to",
+        "as_strided",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+    ),
+    *(
+        "contiguous",
+        "to",
+        "type_as",
+        "float",
+        "cpu",
+        "unfold",
+        "ravel",
+        "positive",
+        "requires_grad_",
+        "lift_fresh",
+        "split_with_sizes",
+    ),
+    *("tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_chunk", "unsafe_split", "atleast_1d", "atleast_2d", "atleast_3d"),
+    *("view_as_real", "resolve_conj", "resolve_neg"),
 }
 RANDOM: Root = "the random number generator"
 
@@ -126,6 +156,17 @@ class Effects:
                 if node is not writer and self.conflict(writer, node):
                     edges.append((writer, node) if place < self._order[node] else (node, writer))
         return edges
+
+
+def refuse_lost_writes(gm: fx.GraphModule) -> None:
+    """Refuse a graph that writes to the dense weight of a lookup layer, whatever else is in it.
+
+    Raises:
+        WriteError: it does.
+    """
+    if gm.graph.find_nodes(op="call_function", target=read_only):
+        with suppress(ConversionError):  # what cannot be followed is Inductor's
+            Effects(gm)
 
 
 def _refuse_lost(target: fx.Node, node: fx.Node) -> None:
