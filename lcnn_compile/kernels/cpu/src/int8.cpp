@@ -34,8 +34,10 @@ void* lcnn_bytes_new(const int64_t* sizes, const lcnn::ByteFinish* finish, const
     made->row_factors.assign(row_factors, row_factors + w.groups * w.k);
   }
   lcnn::pack_lookups(w, sizes[5], sizes[6], coefficients, indices, positions, offsets, filters);
-  made->bias.assign(bias, bias + w.n);
-  made->filter_factors.assign(filter_factors, filter_factors + w.n);
+  for (const int32_t filter : w.filters) {
+    made->bias.push_back(bias[filter]);
+    made->filter_factors.push_back(filter_factors[filter]);
+  }
   made->pack_quads();
   return made.release();
 } catch (const std::exception&) {

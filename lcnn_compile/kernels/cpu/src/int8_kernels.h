@@ -13,11 +13,10 @@ constexpr int BYTE_FILTERS = 4;
 constexpr int BOTH_HALVES = BYTE_FILTERS / 2;  // up to so many filters have room for all four vectors of sums
 
 // A vector of pixels: where its taps start, and the lanes that are valid, which lie side by side where there are no gaps between
-// rows: in x for the dictionary stage, in y for the lookup stage.
+// rows: in x, from `source` on, for the dictionary stage; in y, from `target` on, for the lookup stage.
 struct BytePixels {
   int64_t source, target;
-  uint64_t mask;
-  int count;
+  Lanes lanes;
 };
 
 // Where quads of pixels come from: planes of S at the offsets of four taps, or channels that are packed so already.
@@ -92,11 +91,11 @@ static void form_bytes(const Quad* packed, int64_t quads, const Four* rows, int6
   for (int f = 0; f < F; ++f) from[f] = starts[f];
   Shorts low[F];
   sum_bytes<F>(from, PackedChannels{packed}, rows, width, quads, [&](int f, auto half, IntVec first, IntVec second) {
-    const Shorts steps = add_shorts(steps_of(first, second, factors[f]), 128);
+    const Shorts steps = steps_of(first, second, factors[f]);
     if constexpr (half.value == 0)
       low[f] = steps;
     else
-      store_bytes(s + f * plane, to_bytes(low[f], steps));
+      store_bytes(s + f * plane, to_centred_bytes(low[f], steps));
   });
 }
 
@@ -107,8 +106,8 @@ struct ByteLookup {
   void* y;                  // bytes, or floats
   int64_t plane;            // of y
   const ByteWeight& weight;
-  int low, high;            // what clamps leave of the bytes
-  bool plain;               // nothing but clamps, and perhaps a residual before them, into bytes
+  int low, high;  // what clamps leave of the bytes
+  bool plain;     // nothing but clamps, and perhaps a residual before them, into bytes
 };
 
 // Sums in the order in which they come out become pixels in their order, without those that are not valid.
@@ -122,16 +121,16 @@ static inline void in_order(const IntVec (&sums)[4], uint64_t mask, int32_t* to)
 }
 
 // The way out for all that is not plain. Operations follow one another as in Python; none may be fused.
-static __attribute__((noinline)) void finish_any(const ByteLookup& to, const BytePixels& p, int32_t filter, const IntVec (&sums)[4]) {
+static __attribute__((noinline)) void finish_any(const ByteLookup& to, const BytePixels& p, int32_t filter, float factor, const IntVec (&sums)[4]) {
   const ByteFinish& finish = to.weight.finish;
   alignas(64) int32_t in[BYTES] = {}, more[BYTES] = {}, out[BYTES];
-  in_order(sums, p.mask, in);
+  in_order(sums, p.lanes.mask, in);
   const int64_t target = filter * to.plane + p.target;
+  const int count = p.lanes.count;
   if (to.residual)
-    for (int i = 0; i < p.count; ++i) more[i] = to.residual[target + i] - int32_t(finish.residual_zero);
+    for (int i = 0; i < count; ++i) more[i] = to.residual[target + i] - int32_t(finish.residual_zero);
   Epilogue activate(finish.activation == RELU6 ? NONE : int(finish.activation), false);
-  const float factor = to.weight.filter_factors[filter];
-  for (int i = 0; i < p.count; i += LANES) {
+  for (int i = 0; i < count; i += LANES) {
     IntVec sum, bytes;
     std::memcpy(&sum, in + i, sizeof sum);
     std::memcpy(&bytes, more + i, sizeof bytes);
@@ -141,62 +140,72 @@ static __attribute__((noinline)) void finish_any(const ByteLookup& to, const Byt
     v = finish.activation == RELU6 ? at_most(at_least(v, 0.0f), float(finish.six)) : activate(v);
     if (to.residual && finish.residual_last) v = v + residual;
     if (!finish.to_bytes) {
-      store_first(static_cast<float*>(to.y) + target + i, v, std::min(LANES, p.count - i));
+      store_first(static_cast<float*>(to.y) + target + i, v, std::min(LANES, count - i));
       continue;
     }
     const IntVec steps = nearest(at_most(at_least(v * float(finish.step), -1024.0f), 1024.0f));
     std::memcpy(out + i, &steps, sizeof steps);
   }
   if (finish.to_bytes)
-    for (int i = 0; i < p.count; ++i)
+    for (int i = 0; i < count; ++i)
       static_cast<uint8_t*>(to.y)[target + i] = uint8_t(std::clamp<int32_t>(out[i] + int32_t(finish.zero), 0, 255));
 }
 
+// F filters that share their taps, and what belongs to them.
+struct ByteFilters {
+  const int32_t *offsets, *numbers, *bias;
+  const float* factors;
+  const Four* coefficients;
+  int64_t width, quads;
+};
+
 // F filters at one vector of pixels.
 template <int F, bool RESIDUAL>
-static inline __attribute__((always_inline)) void look_up_plain(const ByteLookup& to, const BytePixels& p, const int32_t* offsets, const Four* coefficients,
-                                                                int64_t width, int64_t quads, const int32_t* filters) {
-  const ByteWeight& weight = to.weight;
-  const ByteFinish& finish = weight.finish;
+static inline __attribute__((always_inline)) void look_up_plain(const ByteLookup& to, const BytePixels& p, const ByteFilters& of) {
+  // Copies, which no store can change.
+  const Lanes lanes = p.lanes;
+  const int64_t plane = to.plane;
+  const uint8_t* const residual = RESIDUAL ? to.residual + p.target : nullptr;
+  const int32_t residual_zero = int32_t(to.weight.finish.residual_zero);
+  const float residual_factor = float(to.weight.finish.residual_factor);
+  const int zero = int(to.weight.finish.zero), least = to.low, most = to.high;
+  Shorts steps[2][F];
   int32_t starts[F];
-  for (int f = 0; f < F; ++f) starts[f] = weight.bias[filters[f]];
-  Shorts low[F];
-  sum_bytes<F>(starts, TapPlanes{to.s + p.source, offsets}, coefficients, width, quads, [&](int f, auto half, IntVec first, IntVec second) {
-    const float factor = weight.filter_factors[filters[f]];
-    Vec a = to_floats(first) * factor, b = to_floats(second) * factor;
+  UNROLL for (int f = 0; f < F; ++f) starts[f] = of.bias[f];
+  sum_bytes<F>(starts, TapPlanes{to.s + p.source, of.offsets}, of.coefficients, of.width, of.quads, [&](int f, auto half, IntVec first, IntVec second) {
+    Vec a = to_floats(first) * of.factors[f], b = to_floats(second) * of.factors[f];
     if constexpr (RESIDUAL) {
       IntVec more, further;
-      to_integers<half.value>(load_valid(to.residual + filters[f] * to.plane + p.target, p.mask, p.count, no_bytes()), more, further);
-      const int32_t zero = int32_t(finish.residual_zero);
-      const float scale = float(finish.residual_factor);
-      a = a + to_floats(more - zero) * scale;
-      b = b + to_floats(further - zero) * scale;
+      to_integers<half.value>(load_valid(residual + of.numbers[f] * plane, lanes, no_bytes()), more, further);
+      a = a + to_floats(more - residual_zero) * residual_factor;
+      b = b + to_floats(further - residual_zero) * residual_factor;
     }
-    const Shorts steps = to_shorts(nearest(a), nearest(b));
-    if constexpr (half.value == 0) {
-      low[f] = steps;
-    } else {
-      const int zero = int(finish.zero);
-      const Bytes y = zero ? to_bytes(add_shorts(low[f], zero), add_shorts(steps, zero)) : to_bytes(low[f], steps);
-      const Bytes clamped = smallest_bytes(largest_bytes(y, splat_byte(to.low)), splat_byte(to.high));
-      store_valid(static_cast<uint8_t*>(to.y) + filters[f] * to.plane + p.target, clamped, p.mask, p.count);
-    }
+    steps[half.value][f] = to_shorts(nearest(a), nearest(b));
   });
+  if (zero) UNROLL for (int f = 0; f < F; ++f) {
+      steps[0][f] = add_shorts(steps[0][f], zero);
+      steps[1][f] = add_shorts(steps[1][f], zero);
+    }
+  Bytes y[F];
+  UNROLL for (int f = 0; f < F; ++f) y[f] = to_bytes(steps[0][f], steps[1][f]);
+  if (least > 0 || most < 255)
+    UNROLL for (int f = 0; f < F; ++f) y[f] = smallest_bytes(largest_bytes(y[f], splat_byte(least)), splat_byte(most));
+  uint8_t* const target = static_cast<uint8_t*>(to.y) + p.target;
+  UNROLL for (int f = 0; f < F; ++f) store_valid(target + of.numbers[f] * plane, y[f], lanes);
 }
 
 template <int F>
-static void look_up_bytes(const ByteLookup& to, const BytePixels& p, const int32_t* offsets, const Four* coefficients, int64_t width, int64_t quads,
-                          const int32_t* filters) {
-  if (to.plain && to.residual) return look_up_plain<F, true>(to, p, offsets, coefficients, width, quads, filters);
-  if (to.plain) return look_up_plain<F, false>(to, p, offsets, coefficients, width, quads, filters);
+static void look_up_bytes(const ByteLookup& to, const BytePixels& p, const ByteFilters& of) {
+  if (to.plain && to.residual) return look_up_plain<F, true>(to, p, of);
+  if (to.plain) return look_up_plain<F, false>(to, p, of);
   int32_t starts[F];
-  for (int f = 0; f < F; ++f) starts[f] = to.weight.bias[filters[f]];
+  for (int f = 0; f < F; ++f) starts[f] = of.bias[f];
   IntVec sums[F][4];
-  sum_bytes<F>(starts, TapPlanes{to.s + p.source, offsets}, coefficients, width, quads, [&](int f, auto half, IntVec first, IntVec second) {
+  sum_bytes<F>(starts, TapPlanes{to.s + p.source, of.offsets}, of.coefficients, of.width, of.quads, [&](int f, auto half, IntVec first, IntVec second) {
     sums[f][2 * half.value] = first;
     sums[f][2 * half.value + 1] = second;
   });
-  for (int f = 0; f < F; ++f) finish_any(to, p, filters[f], sums[f]);
+  for (int f = 0; f < F; ++f) finish_any(to, p, of.numbers[f], of.factors[f], sums[f]);
 }
 
 using FormBytes = decltype(&form_bytes<1>);

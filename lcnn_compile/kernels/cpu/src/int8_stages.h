@@ -28,20 +28,15 @@ struct ByteCall {
   void lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const uint8_t* s, Team team) const;
 };
 
-inline uint64_t lanes_of(int64_t begin, int64_t end) {
-  return end - begin >= 64 ? ~uint64_t(0) : ((uint64_t(1) << (end - begin)) - 1) << begin;
-}
-
 // The vector of grid pixels from `first` on; only those in the image are valid.
 inline BytePixels ByteCall::pixels_in(const Grid& grid, const Phase& at, int64_t first) const {
-  BytePixels found{0, first, 0, 0};
+  BytePixels found{0, first, {}};
   for (int64_t row = first / p.pitch; row * p.pitch < std::min(first + BYTES, grid.stop); ++row) {
     const int64_t from = std::max({first, grid.begin, row * p.pitch + at.first_valid});
     const int64_t end = std::min({first + BYTES, row * p.pitch + at.end_valid, grid.stop});
     if (end <= from) continue;
-    if (!found.count) found.source = grid.first_source + row * grid.row_source + (from - row * p.pitch) * grid.column_source;
-    found.mask |= lanes_of(from - first, end - first);
-    found.count += int(end - from);
+    if (!found.lanes.count) found.source = grid.first_source + row * grid.row_source + (from - row * p.pitch) * grid.column_source;
+    found.lanes.add(from - first, end - first);
   }
   return found;
 }
@@ -50,11 +45,10 @@ inline BytePixels ByteCall::pixels_in(const Grid& grid, const Phase& at, int64_t
 inline BytePixels ByteCall::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
   const int64_t wide = p.g.out_width, source = p.by_rows ? v / per_row * p.read_pitch + v % per_row * BYTES : v * BYTES;
   int64_t row = p.by_rows ? v / per_row : source / p.read_pitch, column = source - row * p.read_pitch;
-  BytePixels found{source, row * wide + std::min(column, wide), 0, 0};
+  BytePixels found{source, row * wide + std::min(column, wide), {}};
   for (int64_t lane = 0; lane < BYTES && row < rows; ++row, column = 0) {
     const int64_t valid = std::clamp<int64_t>(wide - column, 0, BYTES - lane);
-    if (valid) found.mask |= lanes_of(lane, lane + valid);
-    found.count += int(valid);
+    found.lanes.add(lane, lane + valid);
     lane += p.read_pitch - column;
     if (p.by_rows) break;
   }
@@ -76,30 +70,50 @@ inline void ByteCall::copy_plane(const uint8_t* origin, const Phase& at, const G
   }
 }
 
+// Quads of `channels` channels, of which `read(from)` gives a vector; behind the last there are zeros.
+template <class Read>
+static inline __attribute__((always_inline)) void pack_channels(const uint8_t* x, int64_t step, int64_t channels, Quad* packed, Read read) {
+  const auto put = [&](Bytes a, Bytes b, Bytes c, Bytes d) __attribute__((always_inline)) {
+    interleave_bytes<0>(a, b, c, d, packed[0], packed[1]);
+    interleave_bytes<1>(a, b, c, d, packed[2], packed[3]);
+    packed += 4;
+  };
+  int64_t i = 0;
+  for (; i + 4 <= channels; i += 4, x += 4 * step) put(read(x), read(x + step), read(x + 2 * step), read(x + 3 * step));
+  if (i < channels)
+    put(read(x), i + 1 < channels ? read(x + step) : no_bytes(), i + 2 < channels ? read(x + 2 * step) : no_bytes(), no_bytes());
+}
+
 // One vector of grid pixels of every channel, in quads; what is not in the image is zero.
 inline void ByteCall::pack(const uint8_t* origin, const Phase& at, const Grid& grid, int64_t first, Quad* packed) const {
   const bool contiguous = grid.column_source == 1 && grid.row_source == at.end_valid - at.first_valid;
   const Bytes fill = splat_byte(of.weight.x_zero);
   const BytePixels pixels = pixels_in(grid, at, first);
-  alignas(BYTES) uint8_t lanes[BYTES];
-  const auto channel = [&](int64_t c) {
-    const uint8_t* const from = origin + c * p.g.stride_c;
-    if (c >= p.w.m) return fill;
-    if (contiguous) return load_valid(from + pixels.source, pixels.mask, pixels.count, fill);
-    store_bytes(lanes, fill);
+  const Lanes lanes = pixels.lanes;
+  const uint8_t* const from = origin + pixels.source;
+  const int64_t step = p.g.stride_c, channels = p.w.m;
+  if (contiguous && lanes.mask == ALL_BYTES)
+    return pack_channels(from, step, channels, packed, [&](const uint8_t* x) __attribute__((always_inline)) { return load_bytes(x); });
+#if defined(__AVX512BW__)
+  if (contiguous && lanes.runs <= 2)
+    return pack_channels(from, step, channels, packed, [&](const uint8_t* x) __attribute__((always_inline)) {
+      const Bytes begun = _mm512_mask_loadu_epi8(fill, lanes.run[0], x + lanes.shift[0]);
+      return _mm512_mask_loadu_epi8(begun, lanes.run[1], x + lanes.shift[1]);
+    });
+#endif
+  if (contiguous)
+    return pack_channels(from, step, channels, packed, [&](const uint8_t* x) __attribute__((always_inline)) { return load_valid(x, lanes, fill); });
+  alignas(BYTES) uint8_t bytes[BYTES];
+  pack_channels(origin, step, channels, packed, [&](const uint8_t* x) {
+    store_bytes(bytes, fill);
     for (int64_t row = first / p.pitch; row * p.pitch < std::min(first + BYTES, grid.stop); ++row) {
       const int64_t begin = std::max({first, grid.begin, row * p.pitch + at.first_valid});
       const int64_t end = std::min({first + BYTES, row * p.pitch + at.end_valid, grid.stop});
-      const uint8_t* source = from + grid.first_source + row * grid.row_source + (begin - row * p.pitch) * grid.column_source;
-      for (int64_t i = begin; i < end; ++i, source += grid.column_source) lanes[i - first] = *source;
+      const uint8_t* source = x + grid.first_source + row * grid.row_source + (begin - row * p.pitch) * grid.column_source;
+      for (int64_t i = begin; i < end; ++i, source += grid.column_source) bytes[i - first] = *source;
     }
-    return load_bytes(lanes);
-  };
-  for (int64_t c = 0; c < p.w.m; c += 4, packed += 4) {
-    const Bytes a = channel(c), b = channel(c + 1), d = channel(c + 2), e = channel(c + 3);
-    interleave_bytes<0>(a, b, d, e, packed[0], packed[1]);
-    interleave_bytes<1>(a, b, d, e, packed[2], packed[3]);
-  }
+    return load_bytes(bytes);
+  });
 }
 
 inline void ByteCall::dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, uint8_t* s, Quad* packed, Team team) const {
@@ -158,10 +172,14 @@ inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_r
   for (Share share(vectors, blocks, team); share.more(); share.advance()) {
     if (share.new_tile) pixels = out_pixels(share.tile, per_row, rows);
     const ByteBlock& block = weight.blocks[first_block + share.block];
-    for (int f = 0; f < block.size; f += BYTE_FILTERS)
-      byte_kernels.look_up[std::min(BYTE_FILTERS, block.size - f)](to, pixels, of.offsets.data() + block.first_offset,
-                                                                   weight.coefficients.data() + block.coefficients + f, block.size, block.quads,
-                                                                   p.w.filters.data() + block.first_filter + f);
+    if (!pixels.lanes.count) continue;
+    for (int f = 0; f < block.size; f += BYTE_FILTERS) {
+      const int first = block.first_filter + f;
+      const ByteFilters filters{of.offsets.data() + block.first_offset, p.w.filters.data() + first,          weight.bias.data() + first,
+                                weight.filter_factors.data() + first,   weight.coefficients.data() + block.coefficients + f, block.size,
+                                block.quads};
+      byte_kernels.look_up[std::min(BYTE_FILTERS, block.size - f)](to, pixels, filters);
+    }
   }
 }
 

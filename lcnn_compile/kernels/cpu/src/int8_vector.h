@@ -86,6 +86,8 @@ typedef Bytes Shorts;
 static inline Shorts to_shorts(IntVec first, IntVec second) { return BYTES_OF(packs_epi32)((Bytes)first, (Bytes)second); }
 static inline Shorts add_shorts(Shorts v, int value) { return BYTES_OF(adds_epi16)(v, BYTES_OF(set1_epi16)(short(value))); }
 static inline Bytes to_bytes(Shorts low, Shorts high) { return BYTES_OF(packus_epi16)(low, high); }
+// Bytes about 128.
+static inline Bytes to_centred_bytes(Shorts low, Shorts high) { return BYTES_OF(packs_epi16)(low, high) ^ splat_byte(128); }
 template <int HALF>
 static inline void to_integers(Bytes v, IntVec& first, IntVec& second) {
   const Bytes wide = HALF ? BYTES_OF(unpackhi_epi8)(v, no_bytes()) : BYTES_OF(unpacklo_epi8)(v, no_bytes());
@@ -154,65 +156,88 @@ static inline Bytes to_bytes(Shorts low, Shorts high) {
   }
   return v;
 }
+static inline Bytes to_centred_bytes(Shorts low, Shorts high) { return to_bytes(add_shorts(low, 128), add_shorts(high, 128)); }
 #endif
 
-// The lanes of `mask`, `count` of them, one after the other to memory.
-static inline void store_valid(uint8_t* to, Bytes v, uint64_t mask, int count) {
-  if (mask == ALL_BYTES) return store_bytes(to, v);
+// The valid lanes of a vector, which lie one after the other in memory, and the runs of them.
+struct Lanes {
+  uint64_t mask = 0;
+  int count = 0, runs = 0;
+  uint64_t run[2] = {};   // the first two
+  int64_t shift[2] = {};  // from lane to place
+
+  // Lanes [begin, end), behind all others.
+  void add(int64_t begin, int64_t end) {
+    if (end <= begin) return;
+    const uint64_t lanes = (~uint64_t(0) >> (64 - (end - begin))) << begin;
+    const bool goes_on = runs && mask >> (begin - 1) & 1;
+    if (!goes_on) ++runs;
+    if (runs <= 2) run[runs - 1] |= lanes;
+    if (runs <= 2 && !goes_on) shift[runs - 1] = count - begin;
+    mask |= lanes;
+    count += int(end - begin);
+  }
+};
+
+#if !defined(__AVX512VBMI2__)
+// Calls `each(lane, place, length)` for all runs.
+template <class Each>
+static inline void for_runs(uint64_t mask, Each each) {
+  for (int place = 0; mask;) {
+    const int lane = __builtin_ctzll(mask);
+    const uint64_t left = ~(mask >> lane);
+    const int length = left ? __builtin_ctzll(left) : 64;
+    each(lane, place, length);
+    place += length;
+    mask &= ~((~uint64_t(0) >> (64 - length)) << lane);
+  }
+}
+#endif
+
+// The valid lanes to memory.
+static inline void store_valid(uint8_t* to, Bytes v, const Lanes& lanes) {
+  if (lanes.mask == ALL_BYTES) return store_bytes(to, v);
+#if defined(__AVX512BW__)
+  if (lanes.runs <= 2) {
+    _mm512_mask_storeu_epi8(to + lanes.shift[0], lanes.run[0], v);
+    if (lanes.runs == 2) _mm512_mask_storeu_epi8(to + lanes.shift[1], lanes.run[1], v);
+    return;
+  }
+#endif
 #if defined(__AVX512VBMI2__)
-  if (!count) return;
-  const uint64_t first = ~uint64_t(0) >> (64 - count);
-  _mm512_mask_storeu_epi8(to, first, _mm512_maskz_compress_epi8(mask, v));
+  _mm512_mask_storeu_epi8(to, ~uint64_t(0) >> (64 - lanes.count), _mm512_maskz_compress_epi8(lanes.mask, v));
 #elif defined(__AVX512BW__)
-  while (mask) {
-    const int start = __builtin_ctzll(mask);
-    const uint64_t left = mask >> start;
-    const int run = ~left ? __builtin_ctzll(~left) : 64;
-    const uint64_t lanes = (~uint64_t(0) >> (64 - run)) << start;
-    _mm512_mask_storeu_epi8(to - start, lanes, v);
-    to += run;
-    mask &= ~lanes;
-  }
+  for_runs(lanes.mask, [&](int lane, int place, int length) {
+    _mm512_mask_storeu_epi8(to + place - lane, (~uint64_t(0) >> (64 - length)) << lane, v);
+  });
 #else
-  alignas(BYTES) uint8_t lanes[BYTES];
-  store_bytes(lanes, v);
-  while (mask) {
-    const int start = __builtin_ctzll(mask), run = __builtin_ctzll(~(mask >> start));
-    std::memcpy(to, lanes + start, run);
-    to += run;
-    mask &= ~(((uint64_t(1) << run) - 1) << start);
-  }
+  alignas(BYTES) uint8_t bytes[BYTES];
+  store_bytes(bytes, v);
+  for_runs(lanes.mask, [&](int lane, int place, int length) { std::memcpy(to + place, bytes + lane, length); });
 #endif
 }
 
-// The inverse: bytes one after the other to the lanes of `mask`, `fill` elsewhere.
-static inline Bytes load_valid(const uint8_t* from, uint64_t mask, int count, Bytes fill) {
-  if (mask == ALL_BYTES) return load_bytes(from);
-  if (!mask) return fill;
-#if defined(__AVX512VBMI2__)
-  const Bytes found = _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - count), from);
-  return _mm512_mask_expand_epi8(fill, mask, found);
-#elif defined(__AVX512BW__)
-  while (mask) {
-    const int start = __builtin_ctzll(mask);
-    const uint64_t left = mask >> start;
-    const int run = ~left ? __builtin_ctzll(~left) : 64;
-    const uint64_t lanes = (~uint64_t(0) >> (64 - run)) << start;
-    fill = _mm512_mask_loadu_epi8(fill, lanes, from - start);
-    from += run;
-    mask &= ~lanes;
+// The inverse: from memory to the valid lanes, `fill` elsewhere.
+static inline Bytes load_valid(const uint8_t* from, const Lanes& lanes, Bytes fill) {
+  if (lanes.mask == ALL_BYTES) return load_bytes(from);
+#if defined(__AVX512BW__)
+  if (lanes.runs <= 2) {
+    if (lanes.runs) fill = _mm512_mask_loadu_epi8(fill, lanes.run[0], from + lanes.shift[0]);
+    return lanes.runs == 2 ? _mm512_mask_loadu_epi8(fill, lanes.run[1], from + lanes.shift[1]) : fill;
   }
+#endif
+#if defined(__AVX512VBMI2__)
+  return _mm512_mask_expand_epi8(fill, lanes.mask, _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - lanes.count), from));
+#elif defined(__AVX512BW__)
+  for_runs(lanes.mask, [&](int lane, int place, int length) {
+    fill = _mm512_mask_loadu_epi8(fill, (~uint64_t(0) >> (64 - length)) << lane, from + place - lane);
+  });
   return fill;
 #else
-  alignas(BYTES) uint8_t lanes[BYTES];
-  store_bytes(lanes, fill);
-  while (mask) {
-    const int start = __builtin_ctzll(mask), run = __builtin_ctzll(~(mask >> start));
-    std::memcpy(lanes + start, from, run);
-    from += run;
-    mask &= ~(((uint64_t(1) << run) - 1) << start);
-  }
-  return load_bytes(lanes);
+  alignas(BYTES) uint8_t bytes[BYTES];
+  store_bytes(bytes, fill);
+  for_runs(lanes.mask, [&](int lane, int place, int length) { std::memcpy(bytes + lane, from + place, length); });
+  return load_bytes(bytes);
 #endif
 }
 

@@ -28,7 +28,7 @@ struct ByteWeight {
   std::vector<ByteBlock> rows, blocks;
   std::vector<Four, Lines<Four>> dictionary, coefficients;  // dictionary: [groups][rows]
   int64_t dictionary_step = 0;                              // of a group
-  std::vector<int32_t> starts, bias;                        // [groups * k], [n]
+  std::vector<int32_t> starts, bias;                        // [groups * k], [n] in the order of w.filters
   std::vector<float> row_factors, filter_factors;           // the same
   ByteFinish finish;
 
