@@ -5,12 +5,13 @@ The one data type that learning produces and modules, passes, checkpoints and ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.arguments import Weight
 from lcnn_compile.kernels.checks import check_weight
 from lcnn_compile.kernels.reference import filter_table
 
@@ -70,9 +71,13 @@ class LookupWeight:
         members = (self.filters >= 0).sum(1)
         return int((members * self.offsets.diff()).sum())
 
+    def operands(self) -> Weight:
+        """The six tensors as kernels take them."""
+        return Weight(self.dictionary, self.coefficients, self.indices, self.positions, self.offsets, self.filters)
+
     def tensors(self) -> dict[str, Tensor]:
         """The six tensors by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kernel_size"}
+        return self.operands()._asdict()
 
     def to(self, *args: object, **kwargs: object) -> LookupWeight:
         """As ``Tensor.to``; a dtype applies to dictionary and coefficients only."""
@@ -87,16 +92,8 @@ class LookupWeight:
 
     def lookup_tensor(self, out_channels: int | None = None) -> Tensor:
         """P, [n, k, kh, kw], dense; differentiable in the coefficients. With n given, it can be traced."""
-        return reference.lookup_tensor(
-            self.coefficients,
-            self.indices,
-            self.positions,
-            self.offsets,
-            self.filters,
-            self.out_channels if out_channels is None else out_channels,
-            self.dictionary_size,
-            self.kernel_size,
-        )
+        filters = self.out_channels if out_channels is None else out_channels
+        return reference.lookup_tensor(*self.operands().lookups, filters, self.dictionary_size, self.kernel_size)
 
     def dense_weight(self, out_channels: int | None = None) -> Tensor:
         """W = P·D, [n, m/groups, kh, kw], contiguous; differentiable in dictionary and coefficients. With n given, it can be traced."""
@@ -181,5 +178,5 @@ class LookupWeight:
         Raises:
             WeightError: naming ``name``, the offending value and what is allowed.
         """
-        check_weight(name, **self.tensors(), kernel_size=self.kernel_size)
+        check_weight(name, self.operands(), self.kernel_size)
         return self

@@ -16,6 +16,7 @@ from lcnn_compile.cli import cli
 from lcnn_compile.export import export_program, largest_difference
 from lcnn_compile.fitting.sampling import to_bfloat16
 from lcnn_compile.kernels import choose, cpu, measured, reference
+from lcnn_compile.kernels.arguments import Geometry
 from lcnn_compile.kernels.operator import lookup_conv2d
 from lcnn_compile.modules import lookup_modules
 from lcnn_compile.passes import choose_lowerings, set_precision
@@ -225,9 +226,9 @@ def test_the_pass():
 
 
 def test_lowerings_are_measured_for_each_precision(tmp_path, monkeypatch):
-    problem = choose.problem_of((1, 16, 9, 9), (1, 4, 16), (18, 4), 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "cpu", torch.float32)
+    shapes = ((1, 16, 9, 9), (1, 4, 16), (18, 4), Geometry(8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)), "cpu")
+    problem = choose.problem_of(*shapes, torch.float32)
     low = replace(problem, precision="bfloat16")
-    shapes = ((1, 16, 9, 9), (1, 4, 16), (18, 4), 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "cpu")
     assert choose.problem_of(*shapes, torch.float32, "bfloat16") == low
     assert choose.problem_of(*shapes, torch.float64, "bfloat16").precision == "float32"
     keys = {measured._key(problem), measured._key(low)}

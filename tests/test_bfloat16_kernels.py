@@ -11,6 +11,7 @@ from test_cpu_kernels import call, random_case, random_weight
 
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu, reference
+from lcnn_compile.kernels.arguments import Geometry
 from lcnn_compile.kernels.cpu import build as cpu_build
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.kernels.cpu.steps import LookUp, Pool, Recipe, Window, pooled
@@ -48,7 +49,9 @@ def truth_of(weight, x, bias=None, residual=None, activation="none", residual_la
     s = F.conv2d(keep(x), reference.pointwise_weight(rounded(weight.dictionary)), groups=weight.groups)
     s = s if wide else keep(s)
     weight = replace(weight, dictionary=rounded(weight.dictionary), coefficients=rounded(weight.coefficients))
-    y = reference.convolve(s, weight.lookup_tensor(), stride, padding, dilation, weight.groups)
+    y = reference.convolve(
+        s, weight.lookup_tensor(), Geometry(weight.out_channels, weight.kernel_size, stride, padding, dilation), weight.groups
+    )
     extra = [None if t is None else t.double() for t in (bias, residual)]
     return reference.apply_epilogue(y, *extra, activation, residual_last)
 

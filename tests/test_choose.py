@@ -8,6 +8,7 @@ import torch
 
 from lcnn_compile.kernels import choose, measured
 from lcnn_compile.kernels import operator as ops
+from lcnn_compile.kernels.arguments import flat
 
 PROBLEM = choose.Problem(
     batch=2,
@@ -78,7 +79,7 @@ def test_random_calls_are_valid_and_leave_the_random_state_alone(store):
     found = measured.measure(PROBLEM, True)
     assert torch.equal(torch.get_rng_state(), before)
     assert min(found.values()) > 0
-    y = ops.lookup_conv2d(*measured.random_call(PROBLEM), "lookup")
+    y = ops.lookup_conv2d(*flat(measured.random_call(PROBLEM)))
     assert y.shape == (2, 24, 6, 10)
 
 

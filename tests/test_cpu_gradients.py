@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcnn_compile import LcnnError, LookupConv2d
 from lcnn_compile.kernels import backward, reference
+from lcnn_compile.kernels.arguments import Geometry, Weight
 from lcnn_compile.kernels.cpu import backward as cpu_backward
 from lcnn_compile.kernels.operator import lookup_conv2d
 from lcnn_compile.testing.cases import laid_out, random_lookup_weight
@@ -37,11 +38,14 @@ def arguments(rng, weight, batch, size, padding=(0, 0, 0, 0), dilation=(1, 1), s
     return (grad, x, *weight.tensors().values(), *call)
 
 
-def truth_of(grad, x, dictionary, coefficients, indices, positions, offsets, filters, n, kernel, stride, padding, dilation, _):
+def truth_of(grad, x, *rest):
     """The three gradients in float64, through the dense weight."""
-    inputs = [t.double().requires_grad_() for t in (x, dictionary, coefficients)]
-    lookups = reference.lookup_tensor(inputs[2], indices, positions, offsets, filters, n, dictionary.shape[1], kernel)
-    y = reference.convolve(inputs[0], reference.dense_weight(inputs[1], lookups), stride, padding, dilation, dictionary.shape[0])
+    weight, geometry = Weight(*rest[:6]), Geometry(*rest[6:11])
+    inputs = [t.double().requires_grad_() for t in (x, weight.dictionary, weight.coefficients)]
+    groups, size, _ = weight.dictionary.shape
+    lookups = weight.lookups._replace(coefficients=inputs[2])
+    p = reference.lookup_tensor(*lookups, geometry.out_channels, size, geometry.kernel_size)
+    y = reference.convolve(inputs[0], reference.dense_weight(inputs[1], p), geometry, groups)
     found = torch.autograd.grad(y, inputs, grad.double(), allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
@@ -87,14 +91,14 @@ def test_bands_sections_and_lanes(always, batch, size, group_size):
     found = BACKWARD(*call)
     check(found, truth_of(*call))
     s = F.conv2d(call[1], reference.pointwise_weight(weight.dictionary))
-    lookups = tuple(weight.tensors().values())[1:]
+    lookups, geometry = weight.operands().lookups, Geometry(50, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
     before = torch.get_num_threads()
     try:
         for threads in (2, 3):
             torch.set_num_threads(threads)
-            again = cpu_backward.gradients(call[0], s, lookups, 1, (3, 3), (1, 1, 1, 1), (1, 1))
+            again = cpu_backward.gradients(call[0], s, lookups, 1, geometry)
             torch.set_num_threads(1)
-            once = cpu_backward.gradients(call[0], s, lookups, 1, (3, 3), (1, 1, 1, 1), (1, 1))
+            once = cpu_backward.gradients(call[0], s, lookups, 1, geometry)
             assert all(torch.equal(a, b) for a, b in zip(again, once, strict=True))
     finally:
         torch.set_num_threads(before)

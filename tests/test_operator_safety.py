@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lcnn_compile import LcnnError, LookupWeight
 from lcnn_compile.kernels import backward
+from lcnn_compile.kernels.arguments import Geometry, Weight
 from lcnn_compile.kernels.operator import lookup_conv2d, lookup_conv2d_inference
 
 BACKWARD = torch.ops.lcnn.lookup_conv2d_backward.default
@@ -131,8 +132,8 @@ def test_spoiled_arguments_of_the_backward_operator_are_refused_or_right(seed, c
     except (RuntimeError, TypeError, NotImplementedError, IndexError, OverflowError):
         return
     # What was not refused must be what the factored form gives in float64.
-    saved = [v.double() if v.is_floating_point() else v for v in list(given.values())[1:8]]
-    truth = backward.factored(given["grad"].double(), saved, tuple(given.values())[8:], [True] * 3)
+    x, *weight = [v.double() if v.is_floating_point() else v for v in list(given.values())[1:8]]
+    truth = backward.factored(given["grad"].double(), x, Weight(*weight), Geometry(*list(given.values())[8:]), [True] * 3)
     for ours, exact in zip(found, truth, strict=True):
         scale = float(exact.abs().max()) if exact.numel() else 0.0
         torch.testing.assert_close(ours.double(), exact, atol=2e-2 * scale, rtol=2e-2, equal_nan=True, msg=str(done))

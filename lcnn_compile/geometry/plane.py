@@ -11,18 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcnn_compile.kernels import arguments
 from lcnn_compile.kernels.reference import needed_pixels, output_size
 from lcnn_compile.lookup import LookupWeight
 
-
-class Call(NamedTuple):
-    """What the operator is called with besides tensors; ``padding`` is (top, bottom, left, right)."""
-
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
+Call = arguments.Geometry
+"""What the operator is called with besides tensors; modules pickled by version 0.1 name it so."""
 
 
 class Usage(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lcnn_compile.errors import WeightError
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.arguments import Arguments, Weight
 from lcnn_compile.kernels.prepared import Prepared
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,19 +24,11 @@ def _require(condition: bool, name: str, message: str) -> None:
         raise WeightError(f"{name}: {message}")
 
 
-def check_weight(
-    name: str,
-    dictionary: Tensor,
-    coefficients: Tensor,
-    indices: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    filters: Tensor,
-    kernel_size: Sequence[int],
-) -> None:
+def check_weight(name: str, weight: Weight, kernel_size: Sequence[int]) -> None:
     """Raise WeightError unless the tensors form a lookup weight that a kernel may trust blindly."""
     dims = {"dictionary": 3, "coefficients": 2, "indices": 1, "positions": 1, "offsets": 1, "filters": 2}
-    given = dict(zip(dims, (dictionary, coefficients, indices, positions, offsets, filters), strict=True))
+    dictionary, coefficients, _, _, offsets, filters = weight
+    given = weight._asdict()
     for key, tensor in given.items():
         _require(tensor.dim() == dims[key], name, f"{key} has shape {tuple(tensor.shape)}; {dims[key]} dimensions are allowed")
         _require(tensor.layout == torch.strided, name, f"{key} has layout {tensor.layout}; only strided tensors are allowed")
@@ -106,23 +99,13 @@ def within_storage(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= (last + 1) * tensor.element_size()
 
 
-def check_call(
-    input: Tensor,
-    dictionary: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    residual: Tensor | None,
-    name: str = "lookup_conv2d",
-) -> tuple[int, int, int, int]:
+def check_call(call: Arguments, name: str = "lookup_conv2d") -> tuple[int, int, int, int]:
     """Raise WeightError unless the call fits the weight; return the output's shape (N, n, H, W).
 
     Only shapes, dtypes and devices are looked at, so this also serves the fake.
     """
+    input, (dictionary, *_), geometry, (bias, residual, activation, _), _, _ = call
+    out_channels, kernel_size, stride, padding, dilation = geometry
     # Messages are formed only for what is wrong: this runs at every call.
     if input.layout != torch.strided:
         raise WeightError(f"{name}: input is {input.layout}; a strided tensor is required")
@@ -196,14 +179,14 @@ def _validated(*arguments: Any) -> int:
         if len(form) == 1:
             raise WeightError(f"{name}: dictionary or coefficients are {form[0]}; strided tensors are required")
     dictionary, coefficients = (torch.empty((), dtype=kind, device=where).expand(shape) for shape, kind, where in floating)
-    check_weight(name, dictionary, coefficients, indices, positions, offsets, filters, kernel_size)
+    check_weight(name, Weight(dictionary, coefficients, indices, positions, offsets, filters), kernel_size)
     return int((filters >= 0).sum())
 
 
 _prepared_validated = Prepared(_validated)
 
 
-def output_channels(name: str, weight: tuple[Tensor, ...], kernel_size: tuple[int, int]) -> int:
+def output_channels(name: str, weight: Weight, kernel_size: tuple[int, int]) -> int:
     """Check a weight, once until it changes, and return its number of output channels."""
     dictionary, coefficients, *integers = weight
     forms = [(t.shape, t.dtype, t.device) if t.layout == torch.strided else (str(t.layout),) for t in (dictionary, coefficients)]

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcnn_compile.files import digest
+from lcnn_compile.kernels.arguments import Arguments, Geometry, Weight, flat
 from lcnn_compile.kernels.cpu.forward import packed_weight
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.kernels.cpu.steps import LookUp, Recipe
@@ -55,8 +55,8 @@ def remembered(problem: Problem) -> dict[str, float] | None:
     return known(_file()).get(_key(problem))
 
 
-def random_call(problem: Problem, device: torch.device | None = None) -> tuple[Any, ...]:
-    """Arguments of the operator up to the lowering, for a random layer of this problem; on a GPU half precision is channels_last."""
+def random_call(problem: Problem, device: torch.device | None = None) -> Arguments:
+    """Arguments of the operator for a random layer of this problem; on a GPU half precision is channels_last."""
     device = device or torch.device("cpu")
 
     def random(*shape: int) -> Tensor:
@@ -73,20 +73,21 @@ def random_call(problem: Problem, device: torch.device | None = None) -> tuple[A
     dictionary = random(problem.groups, problem.dictionary_size, problem.in_channels // problem.groups)
     coefficients = random(count * taps, width) * (filters >= 0).repeat_interleave(taps, 0)
     offsets = torch.arange(count + 1, device=device, dtype=torch.int32) * taps
-    weight = (dictionary, coefficients, columns // area, columns % area, offsets, filters)
-    geometry = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
-    return (x, *weight, None, problem.out_channels, *geometry)
+    weight = Weight(dictionary, coefficients, columns // area, columns % area, offsets, filters)
+    return Arguments(
+        x, weight, Geometry(problem.out_channels, problem.kernel_size, problem.stride, problem.padding, problem.dilation)
+    )
 
 
-def _caller(arguments: tuple[Any, ...], lowering: str, precision: str) -> Callable[[], object]:
+def _caller(call: Arguments, lowering: str, precision: str) -> Callable[[], object]:
     """What runs a layer as a compiled graph does: lookups in a program, the others as operators."""
-    x, weight = arguments[0], arguments[1:7]
-    out_channels, kernel_size, stride, padding, dilation = arguments[8:13]
+    x, weight, geometry = call[:3]
     if lowering == "lookup":
-        step = LookUp(0, None, x.shape[1], out_channels, kernel_size, stride, padding, dilation)
-        program = Program(Recipe(1, (step,), (1,)), [(packed_weight(weight, kernel_size, precision), None)])
+        step = LookUp(0, None, x.shape[1], *geometry)
+        program = Program(Recipe(1, (step,), (1,)), [(packed_weight(weight, geometry.kernel_size, precision), None)])
         return lambda: program(x)
-    return lambda: torch.ops.lcnn.lookup_conv2d_inference(*arguments, lowering)
+    arguments = flat(call._replace(lowering=lowering))
+    return lambda: torch.ops.lcnn.lookup_conv2d_inference(*arguments)
 
 
 def _burst(call: Callable[[], object]) -> float:
@@ -113,8 +114,8 @@ def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
     found = remembered(problem)
     if found is None:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), without_modes():
-            arguments = random_call(problem)
-            callers = {name: _caller(arguments, name, problem.precision) for name in names}
+            call = random_call(problem)
+            callers = {name: _caller(call, name, problem.precision) for name in names}
             bursts = [{name: _burst(call) for name, call in callers.items()} for _ in range(ROUNDS)]
         found = {name: min(burst[name] for burst in bursts) for name in names}
         remember(_file(), _key(problem), found)

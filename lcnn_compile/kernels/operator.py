@@ -8,20 +8,22 @@ lowering on a CPU round its operands. The output is channels_last where the inpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels import backward, choose, cpu, reference
+from lcnn_compile.kernels.arguments import Arguments, Epilogue, Geometry, Weight
 from lcnn_compile.kernels.checks import check_call, check_present, check_storage, output_channels
 from lcnn_compile.kernels.library import TAGS, library
 from lcnn_compile.kernels.prepared import Prepared
 from lcnn_compile.kernels.triton import ops as triton_ops
 from lcnn_compile.torch_private import without_autocast
 
+T = TypeVar("T")
 LOWERINGS = ("lookup", "factored", "dense")
 WEIGHTS = (1, 2, 7)
 """Places of the dictionary, the coefficients and the bias among the operator's arguments."""
@@ -52,123 +54,118 @@ def _check_precision(precision: str) -> None:
         raise KernelError(f"lookup_conv2d: precision is {precision!r}; allowed are {cpu.PRECISIONS}")
 
 
-def _forward(
-    input: Tensor,
-    dictionary: Tensor,
-    coefficients: Tensor,
-    indices: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    filters: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    lowering: str = "lookup",
-    activation: str = "none",
-    residual: Tensor | None = None,
-    residual_last: bool = False,
-    precision: str = "float32",
-) -> Tensor:
-    check_present("lookup_conv2d", input, dictionary, coefficients, indices, positions, offsets, filters)
+def _forward(call: Arguments) -> Tensor:
+    input, weight, geometry, epilogue, lowering, precision = call
+    dictionary, coefficients = weight[:2]
+    check_present("lookup_conv2d", input, *weight)
     _check_precision(precision)
-    call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
-    weight = (dictionary, coefficients, indices, positions, offsets, filters)
     if lowering == "auto":
-        check_call(*call)
+        check_call(call)
         if coefficients.dim() != 2:
             raise WeightError(f"lookup_conv2d: coefficients have shape {tuple(coefficients.shape)}; 2 dimensions are required")
-        shapes = (input.shape, dictionary.shape, coefficients.shape, out_channels, kernel_size, stride, padding, dilation)
-        problem = choose.problem_of(*shapes, input.device.type, input.dtype, precision)
+        shapes = (input.shape, dictionary.shape, coefficients.shape)
+        problem = choose.problem_of(*shapes, geometry, input.device.type, input.dtype, precision)
         lowering = choose.cheapest(problem, has_lookup_kernel(input.device.type, input.dtype))
-    if lowering == "lookup" and cpu.takes(input, dictionary, kernel_size):
+    if lowering == "lookup" and cpu.takes(input, dictionary, geometry.kernel_size):
         precision = "bfloat16" if input.dtype == torch.bfloat16 else precision
-        y = cpu.packed_weight(weight, tuple(kernel_size), precision)(*call, residual_last)
-        return y.contiguous(memory_format=reference.output_format(input))
-    shape = check_call(*call)
-    size = (kernel_size[0], kernel_size[1])
-    for tensor in (input, dictionary, coefficients, bias, residual):
+        y = cpu.packed_weight(weight, geometry.kernel_size, precision)(call)
+        format = reference.output_format(input)
+        return y if format is torch.contiguous_format else y.contiguous(memory_format=format)
+    shape = check_call(call)
+    for tensor in (input, dictionary, coefficients, epilogue.bias, epilogue.residual):
         if tensor is not None:
             check_storage("lookup_conv2d", tensor)
-    known = output_channels("lookup_conv2d", weight, size)
-    if known != out_channels:
-        raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {known} filters")
+    known = output_channels("lookup_conv2d", weight, geometry.kernel_size)
+    if known != geometry.out_channels:
+        raise KernelError(f"lookup_conv2d: out_channels is {geometry.out_channels}; the weight has {known} filters")
     if lowering == "lookup" and input.is_cpu and input.dtype in cpu.DTYPES:
         lowering = "factored"  # the kernels are unavailable, and have said so, or the kernel is huge
     if lowering == "lookup" and input.device.type == "cuda":
-        format = reference.output_format(input)
-        fused = (activation, residual, residual_last)
-        made = triton_ops.forward(input, weight, bias, shape, size, stride, padding, dilation, *fused, format)
+        made = triton_ops.forward(call, shape, reference.output_format(input))
         if made is not None:
             return made
         lowering = "factored"
+    sizes = (geometry.out_channels, dictionary.shape[1], geometry.kernel_size)
     if lowering == "lookup":
-        lookups = reference.lower_lookup(input, *weight, out_channels, size, stride, padding, dilation)
-        y = reference.apply_epilogue(lookups, bias, residual, activation, residual_last)
-    elif lowering in LOWERINGS:
-        sizes = (out_channels, dictionary.shape[1], size)
-        if lowering == "dense":
-            y = reference.convolve(input, _dense_weights(weight, *sizes), stride, padding, dilation, dictionary.shape[0])
-        else:
-            y = reference.lower_factored(input, dictionary, _lookups(weight[1:], *sizes), stride, padding, dilation)
-        y = reference.apply_epilogue(y, bias, residual, activation, residual_last)
+        y = reference.lower_lookup(input, *weight, *geometry)
+    elif lowering == "dense":
+        y = reference.convolve(input, _dense_weights(weight, *sizes), geometry, dictionary.shape[0])
+    elif lowering == "factored":
+        y = reference.lower_factored(input, dictionary, _lookups(weight[1:], *sizes), *geometry[2:])
     else:
         raise KernelError(f"lookup_conv2d: lowering is {lowering!r}; allowed are {LOWERINGS}")
-    return y.contiguous(memory_format=reference.output_format(input))
+    return reference.apply_epilogue(y, *epilogue).contiguous(memory_format=reference.output_format(input))
 
 
-def _fake(
-    input: Tensor,
-    dictionary: Tensor,
-    coefficients: Tensor,
-    indices: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    filters: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    lowering: str = "lookup",
-    activation: str = "none",
-    residual: Tensor | None = None,
-    residual_last: bool = False,
-    precision: str = "float32",
-) -> Tensor:
-    check_present("lookup_conv2d", input, dictionary, coefficients, indices, positions, offsets, filters)
-    _check_precision(precision)
-    shape = check_call(input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
+def _fake(call: Arguments) -> Tensor:
+    input, weight = call.input, call.weight
+    check_present("lookup_conv2d", input, *weight)
+    _check_precision(call.precision)
+    shape = check_call(call)
     # This also runs where one argument is on the meta device; the others are real then, and so would be the empty output.
-    for tensor in (coefficients, indices, positions, offsets, filters):
+    for tensor in weight.lookups:
         if tensor.device != input.device:
             raise WeightError(f"lookup_conv2d: the weight has tensors on {tensor.device}, the input is on {input.device}")
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=reference.output_format(input))
 
 
+def _adapted(function: Callable[[Arguments], T]) -> Callable[..., T]:
+    """A function of a call as one of the flat arguments, in the order of the schema; the dispatcher leaves out those that have their default."""
+    # This runs at every call: making tuples directly takes half the time of calling their classes.
+    new = tuple.__new__
+
+    def call(
+        input: Tensor,
+        dictionary: Tensor,
+        coefficients: Tensor,
+        indices: Tensor,
+        positions: Tensor,
+        offsets: Tensor,
+        filters: Tensor,
+        bias: Tensor | None,
+        out_channels: int,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        lowering: str = "lookup",
+        activation: str = "none",
+        residual: Tensor | None = None,
+        residual_last: bool = False,
+        precision: str = "float32",
+    ) -> T:
+        weight = new(Weight, (dictionary, coefficients, indices, positions, offsets, filters))
+        geometry = new(Geometry, (out_channels, tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)))
+        epilogue = new(Epilogue, (bias, residual, activation, residual_last))
+        return function(new(Arguments, (input, weight, geometry, epilogue, lowering, precision)))
+
+    return call
+
+
+arguments = _adapted(lambda call: call)
+"""The flat arguments of the operator as one value; also those of a graph's node."""
+
 for _name in NAMES:
-    library.impl(_name, _forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lcnn::{_name}", _fake, lib=library)
+    library.impl(_name, _adapted(_forward), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lcnn::{_name}", _adapted(_fake), lib=library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, dictionary, coefficients, indices, positions, offsets, filters, bias, *rest = inputs
-    out_channels, kernel_size, stride, padding, dilation, _, activation, residual, _, _ = rest
+    call = arguments(*inputs)
+    activation, residual = call.epilogue.activation, call.epilogue.residual
     if activation != "none" or residual is not None:
         raise KernelError(
             f"lookup_conv2d: activation {activation!r} and residual are for inference; no gradient is defined through them"
         )
-    ctx.save_for_backward(input, dictionary, coefficients, indices, positions, offsets, filters)
-    ctx.has_bias = bias is not None
-    ctx.geometry = (out_channels, kernel_size, stride, padding, dilation)
+    ctx.save_for_backward(call.input, *call.weight)
+    ctx.has_bias = call.epilogue.bias is not None
+    ctx.geometry = call.geometry
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
-    gradients = backward.gradients(grad, ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3])
+    input, *weight = ctx.saved_tensors
+    gradients = backward.gradients(grad, input, Weight(*weight), ctx.geometry, ctx.needs_input_grad[:3])
     return (*gradients, None, None, None, None, grad_bias, *[None] * 10)
 
 

@@ -41,9 +41,13 @@ class Prepared(Generic[T]):
         key = (*map(id, tensors), *extra)
         marks = _marks(tensors)
         entry = self._entries.get(key)
-        # A dead tensor's id may belong to another one by now; its reference then gives None.
-        if entry is not None and entry[1] == marks and all(ref() is t for ref, t in zip(entry[0], tensors, strict=True)):
-            return entry[2]
+        if entry is not None and entry[1] == marks:
+            # A dead tensor's id may belong to another one by now; its reference then gives None. A plain loop: this runs at every call.
+            for ref, t in zip(entry[0], tensors, strict=True):
+                if ref() is not t:
+                    break
+            else:
+                return entry[2]
         # A value made of inference tensors could not be cached against in its turn.
         with torch.inference_mode(False), torch.no_grad():
             value = self._build(*tensors, *extra)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.arguments import Geometry
 from lcnn_compile.kernels.cpu.forward import POSITIONS
 
 RATE = 5e10
@@ -96,16 +97,13 @@ def problem_of(
     input_shape: Sequence[int],
     dictionary_shape: Sequence[int],
     coefficients_shape: Sequence[int],
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Geometry,
     device: str,
     dtype: torch.dtype,
     precision: str = "float32",
 ) -> Problem:
     """The problem of one call of the operator, from its arguments' shapes."""
+    out_channels, kernel_size, stride, padding, dilation = geometry
     groups, size, per_group = dictionary_shape
     return Problem(
         batch=int(input_shape[0]),

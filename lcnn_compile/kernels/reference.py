@@ -16,10 +16,13 @@ F filter groups, T taps in all filter groups together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lcnn_compile.kernels.arguments import Geometry, Lookups, Weight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -85,10 +88,9 @@ def pad_spatial(x: Tensor, padding: Sequence[int]) -> Tensor:
     return F.pad(x, (left, right, top, bottom)) if any(padding) else x
 
 
-def convolve(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
-    """A dense convolution with padding (top, bottom, left, right), no bias."""
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
+    """A dense convolution, no bias."""
+    _, _, stride, padding, dilation = geometry
     if tuple(x.shape[2:]) == (1, 1) and tuple(weight.shape[2:]) == (1, 1) and groups == 1 and not any(padding):
         # A fully connected layer: convolution kernels are slow on a single pixel.
         return F.linear(x[:, :, 0, 0], weight[:, :, 0, 0])[:, :, None, None]
@@ -101,28 +103,23 @@ def convolve(
 def lower_factored(
     x: Tensor, dictionary: Tensor, lookups: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """S = D ∗ x, then a dense convolution with P: m·k + k·n·kh·kw multiply-adds per pixel."""
+    """S = D ∗ x, then a dense convolution with P: m·k + k·n·kh·kw multiply-adds per pixel; ``padding`` as in a :class:`Geometry`."""
     groups = dictionary.shape[0]
-    x, stride = read_pixels(x, lookups.shape[2:], stride, padding)
+    sizes = (lookups.shape[2:], stride, padding, dilation)
+    x, geometry = read_pixels(x, Geometry(lookups.shape[0], *sizes))  # type: ignore[arg-type]
     s = F.conv2d(x, pointwise_weight(dictionary), None, groups=groups)
-    return convolve(s, lookups, stride, padding, dilation, groups)
+    return convolve(s, lookups, geometry, groups)
 
 
-def lower_lookup(
-    x: Tensor,
-    dictionary: Tensor,
-    coefficients: Tensor,
-    indices: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    filters: Tensor,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """S = D ∗ x, then y[o] = Σ over taps of C · shift(S[I]), literally (LCNN, section 3.1, equation 2)."""
+def lower_lookup(x: Tensor, *weight_and_geometry: Any) -> Tensor:
+    """S = D ∗ x, then y[o] = Σ over taps of C · shift(S[I]), literally (LCNN, section 3.1, equation 2).
+
+    Args:
+        x: [N, m, H, W].
+        weight_and_geometry: what a :class:`Weight` and a :class:`Geometry` hold, one after the other: ``*weight, *geometry``.
+    """
+    dictionary, coefficients, indices, positions, offsets, filters = Weight(*weight_and_geometry[:6])
+    out_channels, kernel_size, stride, padding, dilation = Geometry(*weight_and_geometry[6:])
     groups, size = dictionary.shape[0], dictionary.shape[1]
     s = pad_spatial(F.conv2d(x, pointwise_weight(dictionary), None, groups=groups), padding)
     height, width = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
@@ -154,18 +151,18 @@ def output_size(
     return high, wide
 
 
-def skips_pixels(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+def skips_pixels(geometry: Geometry) -> bool:
     """Whether a layer is a 1x1 convolution of every so many pixels, so that S is not needed at the others."""
+    _, kernel_size, stride, padding, _ = geometry
     return tuple(kernel_size) == (1, 1) and tuple(stride) != (1, 1) and not any(isinstance(p, int) and p for p in padding)
 
 
-def read_pixels(
-    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[Tensor, Sequence[int]]:
-    """What a layer reads of its input, and the stride that is left: a 1x1 convolution may skip pixels."""
-    if not skips_pixels(kernel_size, stride, padding):
-        return x, stride
-    return x[:, :, :: stride[0], :: stride[1]], (1, 1)
+def read_pixels(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """What a layer reads of its input, and the geometry that is left: a 1x1 convolution may skip pixels."""
+    if not skips_pixels(geometry):
+        return x, geometry
+    high, wide = geometry.stride
+    return x[:, :, ::high, ::wide], geometry._replace(stride=(1, 1))
 
 
 def needed_pixels(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int]) -> int:
@@ -177,7 +174,7 @@ def needed_pixels(size: Sequence[int], kernel_size: Sequence[int], stride: Seque
 
 
 def apply_epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, residual_last: bool) -> Tensor:
-    """bias, then ``activation(y + residual)``, or ``activation(y) + residual`` where ``residual_last``."""
+    """bias, then ``activation(y + residual)``, or ``activation(y) + residual`` where ``residual_last``: an :class:`Epilogue`."""
     if bias is not None:
         y = y + bias[:, None, None]
     if residual is not None and not residual_last:
@@ -186,12 +183,13 @@ def apply_epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, acti
     return y + residual if residual is not None and residual_last else y
 
 
-def gather_taps(lookups: Tensor, indices: Tensor, positions: Tensor, offsets: Tensor, filters: Tensor) -> Tensor:
-    """The entries of a tensor shaped as P at the taps, [T, g]; zero for filters that do not exist."""
-    area = lookups.shape[2] * lookups.shape[3]
+def gather_taps(p: Tensor, lookups: Lookups) -> Tensor:
+    """The entries of a tensor shaped as P at the taps of ``lookups``, [T, g]; zero for filters that do not exist."""
+    _, indices, positions, offsets, filters = lookups
+    area = p.shape[2] * p.shape[3]
     rows = filters[tap_filter_groups(offsets, indices.shape[0])].long()
     columns = (indices.long() * area + positions.long()).unsqueeze(1).expand_as(rows)
-    values = lookups.flatten(1)[rows.clamp(min=0), columns]
+    values = p.flatten(1)[rows.clamp(min=0), columns]
     return torch.where(rows >= 0, values, values.new_zeros(()))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lcnn_compile.errors import WeightError
 from lcnn_compile.geometry import Call
+from lcnn_compile.kernels.arguments import Weight
 from lcnn_compile.kernels.checks import check_weight
 from lcnn_compile.modules.tables import CHECKSUM, TABLES, check_tables, encode, has_values, loaded_tables, table_digest
 from lcnn_compile.torch_private import buffers_of, is_tracing
@@ -102,8 +103,7 @@ class HasTables(nn.Module):
         if new is not None and len(new) == len(TABLES):
             # Factors of other sizes are refused as any module refuses them.
             dictionary, coefficients = (torch.empty(()).expand(t.shape) for t in (self.dictionary, self.coefficients))
-            indices, positions, offsets, filters = (new[name].cpu() for name in TABLES)
-            check_weight(label, dictionary, coefficients, indices, positions, offsets, filters, self.call.kernel_size)
+            check_weight(label, Weight(dictionary, coefficients, *(new[name].cpu() for name in TABLES)), self.call.kernel_size)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         ours = {prefix + name for name in TABLES}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in ours]

@@ -10,21 +10,16 @@ from torch import Tensor, fx
 
 from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.triton.chain_operator import HALVES, WIDEST, chain
-from lcnn_compile.kernels.triton.chain_pack import pack_bias, pack_next, pack_weight, pad_rows
-from lcnn_compile.passes.decompose import epilogue_of, has_constant_weight
+from lcnn_compile.kernels.triton.chain_pack import Chain, pack_bias, pack_next, pack_weight, pad_rows
+from lcnn_compile.passes.decompose import has_constant_weight
 from lcnn_compile.passes.effects import Effects
-from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.find import arguments_of, is_lookup, weight_of
 from lcnn_compile.passes.fold import add_attribute
 from lcnn_compile.passes.functional import NO_EPILOGUE
 from lcnn_compile.passes.fuse import fuse_epilogue
 from lcnn_compile.passes.targets import CONV2D, attribute, bound, example, is_get_attr, shape_of
 
 EPILOGUE = ("activation", "residual", "residual_last")
-NAMES = (
-    *("input", "weight", "bias", "residual", "next", "out_channels", "next_channels", "kernel_size", "stride", "padding"),
-    *("dilation", "activation", "residual_last", "keep"),
-)
-"""The operator's arguments, in order."""
 
 
 def chain_lookups(gm: fx.GraphModule, device: str | None = None) -> fx.GraphModule:
@@ -71,15 +66,14 @@ def _reads(gm: fx.GraphModule, x: Any, device: str | None) -> torch.dtype | None
 
 
 def _can(gm: fx.GraphModule, node: fx.Node, device: str | None) -> bool:
-    lowering = node.args[13] if len(node.args) > 13 else node.kwargs.get("lowering", "lookup")
-    dtype = _reads(gm, node.args[0], device)
-    if lowering != "lookup" or dtype is None or not has_constant_weight(node):
+    call = arguments_of(node)
+    dtype = _reads(gm, call.input, device)
+    if call.lowering != "lookup" or dtype is None or not has_constant_weight(node):
         return False
-    dictionary: Tensor = attribute(gm, cast(fx.Node, node.args[1]).target)
-    kernel_size, stride, padding = cast("tuple[Any, Any, Any]", node.args[9:12])
-    fixed = all(type(size) is int for size in (*kernel_size, *stride, *padding))
+    dictionary = weight_of(gm, node).dictionary
+    fixed = all(type(size) is int for sizes in call.geometry[1:4] for size in sizes)
     few = dictionary.shape[0] == 1 and -(-dictionary.shape[1] // 16) * 16 <= WIDEST
-    return few and fixed and not reference.skips_pixels(kernel_size, stride, padding) and dictionary.dtype == dtype
+    return few and fixed and not reference.skips_pixels(call.geometry) and dictionary.dtype == dtype
 
 
 def _last(gm: fx.GraphModule, x: fx.Node) -> bool:
@@ -90,15 +84,12 @@ def _last(gm: fx.GraphModule, x: fx.Node) -> bool:
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Replace a lookup convolution by two calls of the operator; the first of them, which forms S."""
-    x, bias = cast(fx.Node, node.args[0]), node.args[7]
-    dictionary, coefficients, indices, positions, offsets, filters = (
-        attribute(gm, cast(fx.Node, a).target) for a in node.args[1:7]
-    )
-    out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
-    activation, residual, residual_last = epilogue_of(node)
+    call, weight = arguments_of(node), weight_of(gm, node)
+    x, geometry, dictionary = cast(Any, call.input), call.geometry, weight.dictionary
+    bias, residual, activation, residual_last = cast(Any, call.epilogue)
     size, planes = dictionary.shape[1], -(-dictionary.shape[1] // 16) * 16
     with torch.no_grad():
-        lookups = reference.lookup_tensor(coefficients, indices, positions, offsets, filters, out_channels, size, kernel_size)
+        lookups = reference.lookup_tensor(*weight.lookups, geometry.out_channels, size, geometry.kernel_size)
         vectors = pad_rows(dictionary[0].detach(), 16)
         packed = pack_weight(pad_rows(lookups.transpose(0, 1), 16).transpose(0, 1))
         first = pack_weight(vectors[:, :, None, None])
@@ -109,9 +100,9 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     with gm.graph.inserting_before(node):
         product = gm.graph.call_function(chain, (x, d, None, None, None, planes, 0, *point))
         s = gm.graph.call_function(operator.getitem, (product, 0))
-        window = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
-        call = gm.graph.call_function(chain, (s, p, b, residual, None, out_channels, 0, *window, activation, residual_last, True))
-        y = gm.graph.call_function(operator.getitem, (call, 0))
+        epilogue = (activation, residual_last, True)
+        convolution = gm.graph.call_function(chain, (s, p, b, residual, None, geometry.out_channels, 0, *geometry[1:], *epilogue))
+        y = gm.graph.call_function(operator.getitem, (convolution, 0))
     product.meta["lcnn_vectors"] = vectors
     y.meta = dict(node.meta)
     node.replace_all_uses_with(y)
@@ -156,11 +147,11 @@ def _rewrite_dense(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _given(node: fx.Node, name: str) -> Any:
-    return node.args[NAMES.index(name)]
+    return node.args[Chain._fields.index(name)]
 
 
 def _set(node: fx.Node, **values: Any) -> None:
-    node.args = tuple(values.get(name, value) for name, value in zip(NAMES, node.args, strict=True))
+    node.args = tuple(values.get(name, value) for name, value in zip(Chain._fields, node.args, strict=True))
 
 
 def _join(gm: fx.GraphModule, effects: Effects, product: fx.Node) -> None:

@@ -11,15 +11,13 @@ from torch import Tensor, fx
 
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.arguments import Epilogue, Geometry
 from lcnn_compile.passes.effects import eliminate_dead_code
-from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.passes.find import arguments_of, is_lookup, weight_of
 from lcnn_compile.passes.fold import add_attribute
 from lcnn_compile.passes.functional import to_functional
-from lcnn_compile.passes.targets import attribute, is_get_attr, shape_of
+from lcnn_compile.passes.targets import is_get_attr, shape_of
 from lcnn_compile.torch_private import plain_dtypes
-
-_EPILOGUE = ("activation", "residual", "residual_last")
-_DEFAULTS = ("none", None, False)
 
 
 def decompose_lookups(gm: fx.GraphModule, lowering: str = "factored") -> fx.GraphModule:
@@ -71,35 +69,13 @@ def has_constant_weight(node: fx.Node) -> bool:
     return all(a is None or is_get_attr(a) for a in node.args[1:8])
 
 
-def epilogue_of(node: fx.Node) -> tuple[str, Any, bool]:
-    """Activation, residual and whether the residual comes last, of a lookup convolution."""
-    values = [
-        *node.args[14:17],
-        *(node.kwargs.get(k, v) for k, v in list(zip(_EPILOGUE, _DEFAULTS, strict=True))[len(node.args[14:17]) :]),
-    ]
-    return cast(tuple[str, Any, bool], tuple(values))
-
-
 def rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str, *, for_engines: bool = False) -> None:
     """Replace one lookup convolution with constant weights by its "factored" or "dense" form; see :func:`suit_engines`."""
-    x, *_, bias = node.args[:8]
-    dictionary, coefficients, indices, positions, offsets, filters = (
-        attribute(gm, a.target)  # type: ignore[union-attr]
-        for a in node.args[1:7]
-    )
-    out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
+    call, tensors = arguments_of(node), weight_of(gm, node)
+    x, geometry, dictionary = call.input, call.geometry, tensors.dictionary
     groups, size, _ = dictionary.shape
     with torch.no_grad(), plain_dtypes():
-        lookups = reference.lookup_tensor(
-            coefficients,
-            indices,
-            positions,
-            offsets,
-            filters,
-            out_channels,
-            size,
-            kernel_size,
-        )
+        lookups = reference.lookup_tensor(*tensors.lookups, geometry.out_channels, size, geometry.kernel_size)
         if lowering == "factored" and for_engines:
             dictionary, lookups = suit_engines(dictionary, lookups, pad=not _is_pixel(x))
         weight = lookups if lowering == "factored" else reference.dense_weight(dictionary, lookups)
@@ -109,20 +85,22 @@ def rewrite(gm: fx.GraphModule, node: fx.Node, lowering: str, *, for_engines: bo
     with graph.inserting_before(node):
         y: Any = x
         if pointwise is not None:
-            if reference.skips_pixels(kernel_size, stride, padding):
-                every = (slice(None), slice(None), slice(None, None, stride[0]), slice(None, None, stride[1]))
-                y, stride = graph.call_function(operator.getitem, (y, every)), (1, 1)
-            y = _convolve(graph, y, pointwise, None, (1, 1), (0,) * 4, (1, 1), groups, _is_pixel(x))
-        pixel = _is_pixel(x) and tuple(kernel_size) == (1, 1) and not any(padding)
-        y = _convolve(graph, y, filter_bank, bias, stride, padding, dilation, groups, pixel)
-        y = _epilogue(graph, y, *epilogue_of(node))
+            if reference.skips_pixels(geometry):
+                every = (slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))
+                y, geometry = graph.call_function(operator.getitem, (y, every)), geometry._replace(stride=(1, 1))
+            point = Geometry(groups * size, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
+            y = _convolve(graph, y, pointwise, None, point, groups, _is_pixel(x))
+        pixel = _is_pixel(x) and geometry.kernel_size == (1, 1) and not any(geometry.padding)
+        y = _convolve(graph, y, filter_bank, call.epilogue.bias, geometry, groups, pixel)
+        y = _epilogue(graph, y, call.epilogue)
     y.meta = dict(node.meta)
     node.replace_all_uses_with(y)
     graph.erase_node(node)
 
 
-def _epilogue(graph: fx.Graph, y: fx.Node, activation: str, residual: Any, residual_last: bool) -> fx.Node:
+def _epilogue(graph: fx.Graph, y: fx.Node, epilogue: Epilogue) -> fx.Node:
     """``activation(y + residual)``, or ``activation(y) + residual`` where ``residual_last``."""
+    residual, activation, residual_last = cast(Any, epilogue[1:])
     if residual is not None and not residual_last:
         y = graph.call_function(torch.add, (y, residual))
     if activation != "none":
@@ -136,16 +114,15 @@ def _is_pixel(x: Any) -> bool:
     return shape is not None and len(shape) == 4 and all(isinstance(v, int) and v == 1 for v in shape[2:])
 
 
-def _convolve(
-    graph: fx.Graph, x: Any, weight: fx.Node, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, pixel: bool
-) -> fx.Node:
-    """Nodes of a dense convolution with padding (top, bottom, left, right); of a matrix product for a single pixel."""
+def _convolve(graph: fx.Graph, x: Any, weight: fx.Node, bias: Any, geometry: Geometry, groups: int, pixel: bool) -> fx.Node:
+    """Nodes of a dense convolution; of a matrix product for a single pixel."""
     if pixel and groups == 1:
         matrix = graph.call_function(torch.flatten, (weight, 1))
         y = graph.call_function(F.linear, (graph.call_function(torch.flatten, (x, 1)), matrix, bias))
         return graph.call_function(torch.unflatten, (y, 1, (-1, 1, 1)))
+    _, _, stride, padding, dilation = geometry
     top, bottom, left, right = padding
     if top != bottom or left != right:
         x = graph.call_function(F.pad, (x, (left, right, top, bottom)))
         top = left = 0
-    return graph.call_function(F.conv2d, (x, weight, bias, tuple(stride), (top, left), tuple(dilation), groups))
+    return graph.call_function(F.conv2d, (x, weight, bias, stride, (top, left), dilation, groups))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lcnn_compile.geometry import kind_of
-from lcnn_compile.kernels.operator import lookup_conv2d, lookup_conv2d_inference
+from lcnn_compile.kernels.arguments import Arguments, Weight
+from lcnn_compile.kernels.operator import arguments, lookup_conv2d, lookup_conv2d_inference
 from lcnn_compile.modules import LookupLinear, LookupModule
-from lcnn_compile.passes.targets import CONVOLUTION, convolution_of, is_get_attr
+from lcnn_compile.passes.targets import CONVOLUTION, attribute, convolution_of, is_get_attr
 
 LOOKUPS = (lookup_conv2d, lookup_conv2d.overloadpacket, lookup_conv2d_inference, lookup_conv2d_inference.overloadpacket)
 
@@ -48,9 +49,19 @@ def _find(gm: fx.GraphModule) -> Iterator[Convolution]:
             yield Convolution(node, name, is_lookup(node))
 
 
+def arguments_of(node: fx.Node) -> Arguments:
+    """The arguments of a lookup convolution; nodes stand where the operator gets tensors."""
+    return arguments(*node.args, **node.kwargs)
+
+
+def weight_of(gm: fx.GraphModule, node: fx.Node) -> Weight:
+    """The weight of a lookup convolution whose tensors are attributes of the module."""
+    return Weight(*(attribute(gm, tensor.target) for tensor in arguments_of(node).weight))  # type: ignore[attr-defined]
+
+
 def precision_of(node: fx.Node) -> str:
     """The precision that a lookup convolution may compute in."""
-    return str(node.args[17] if len(node.args) > 17 else node.kwargs.get("precision", "float32"))
+    return arguments_of(node).precision
 
 
 def is_lookup(node: fx.Node) -> bool:

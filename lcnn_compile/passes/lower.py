@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import fx
 
@@ -10,9 +10,9 @@ from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.operator import has_lookup_kernel
 from lcnn_compile.passes.decompose import has_constant_weight, rewrite
 from lcnn_compile.passes.effects import eliminate_dead_code
-from lcnn_compile.passes.find import is_lookup, precision_of
+from lcnn_compile.passes.find import arguments_of, is_lookup, weight_of
 from lcnn_compile.passes.functional import to_functional
-from lcnn_compile.passes.targets import attribute, dtype_of, example, shape_of
+from lcnn_compile.passes.targets import dtype_of, example, shape_of
 from lcnn_compile.torch_private import example_of_size
 
 
@@ -28,13 +28,14 @@ def choose_lowerings(gm: fx.GraphModule, device: str | None = None) -> fx.GraphM
             continue
         if not has_constant_weight(node):
             continue
-        lowering = node.args[13] if len(node.args) > 13 else node.kwargs.get("lowering", "lookup")
+        lowering = arguments_of(node).lowering
         if lowering == "auto":
             lowering = _cheapest(gm, node, device)
         if lowering in ("factored", "dense"):
             rewrite(gm, node, lowering)
         else:
-            rounding = {} if precision_of(node) == "float32" else {"precision": precision_of(node)}
+            precision = arguments_of(node).precision
+            rounding = {} if precision == "float32" else {"precision": precision}
             node.args, node.kwargs = (*node.args[:13], lowering), rounding
     eliminate_dead_code(gm)
     gm.graph.lint()
@@ -43,15 +44,14 @@ def choose_lowerings(gm: fx.GraphModule, device: str | None = None) -> fx.GraphM
 
 
 def _cheapest(gm: fx.GraphModule, node: fx.Node, device: str | None) -> str:
-    x: Any = node.args[0]
+    call, weight = arguments_of(node), weight_of(gm, node)
+    x: Any = call.input
     shape, dtype = shape_of(x), dtype_of(x)
     if shape is None or dtype is None or len(shape) != 4:
         return "auto"
     found = example(x)
     where = device or (found.device.type if found is not None else "cpu")
-    dictionary, coefficients = (attribute(gm, node.args[i].target) for i in (1, 2))  # type: ignore[union-attr]
     sizes = [example_of_size(value) for value in shape]
-    out_channels, kernel_size, stride, padding, dilation = cast(Any, node.args[8:13])
-    geometry = (out_channels, kernel_size, stride, padding, dilation)
-    problem = choose.problem_of(sizes, dictionary.shape, coefficients.shape, *geometry, where, dtype, precision_of(node))
+    shapes = (sizes, weight.dictionary.shape, weight.coefficients.shape)
+    problem = choose.problem_of(*shapes, call.geometry, where, dtype, call.precision)
     return choose.cheapest(problem, has_lookup_kernel(where, dtype), measure=True)

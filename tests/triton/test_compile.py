@@ -12,13 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from emulate import compiling, resources
 
+from lcnn_compile.kernels.arguments import Epilogue, Geometry
 from lcnn_compile.kernels.triton import backward as triton_backward
 from lcnn_compile.kernels.triton import tune as triton_tune
 from lcnn_compile.kernels.triton.dictionary import empty_planes, launch_dictionary
 from lcnn_compile.kernels.triton.forward import precision
 from lcnn_compile.kernels.triton.grouped import launch_grouped
 from lcnn_compile.kernels.triton.lookup import launch_lookup
-from lcnn_compile.kernels.triton.pack import Epilogue, geometry, pack
+from lcnn_compile.kernels.triton.pack import pack, sizes_of
 from lcnn_compile.kernels.triton.permute import launch_permute
 from lcnn_compile.lookup import LookupWeight, filter_table
 
@@ -53,8 +54,8 @@ class Layer:
             filters=filter_table(128, group_size),
             kernel_size=(3, 3),
         )
-        self.packed = pack(tuple(weight.tensors().values()), 3)
-        self.where = geometry(size, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), dtype.itemsize)
+        self.packed = pack(weight.operands(), 3)
+        self.where = sizes_of(size, Geometry(128, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)), dtype.itemsize)
         self.x = torch.zeros(2, 128, *size, dtype=dtype).contiguous(memory_format=format)
         self.y = torch.zeros_like(self.x)
         self.s = empty_planes(self.x, vectors, 2, self.where)

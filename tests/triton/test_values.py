@@ -22,13 +22,14 @@ from emulate import interpreting
 from triton.runtime.jit import JITFunction
 
 from lcnn_compile.kernels import backward, choose, reference, store
+from lcnn_compile.kernels.arguments import Arguments, Epilogue, Geometry, Weight
 from lcnn_compile.kernels.triton import backward as triton_backward
 from lcnn_compile.kernels.triton import choose as triton_choose
 from lcnn_compile.kernels.triton import forward as triton_forward
 from lcnn_compile.kernels.triton import ops as triton_ops
 from lcnn_compile.kernels.triton import store as triton_store
 from lcnn_compile.kernels.triton import tune as triton_tune
-from lcnn_compile.kernels.triton.pack import Epilogue, geometry, pack
+from lcnn_compile.kernels.triton.pack import pack, sizes_of
 from lcnn_compile.lookup import LookupWeight, filter_table
 from lcnn_compile.testing import assert_close, lookup_weights
 
@@ -84,25 +85,24 @@ class Case:
         args = (self.size, self.kernel, self.stride, self.padding, self.dilation)
         return (self.batch, self.out_channels, *reference.output_size(*args))
 
+    def geometry(self):
+        return Geometry(self.out_channels, self.kernel, self.stride, self.padding, self.dilation)
+
     def conv(self, x, w, bias=None):
         x = reference.pad_spatial(x, self.padding)
         return F.conv2d(x, w, bias, self.stride, 0, self.dilation, self.groups)
 
 
 def result_of(case, weight, x, bias=None, residual=None, activation="none", residual_last=False):
-    tensors = tuple(weight.tensors().values())
-    sizes = (case.kernel, case.stride, case.padding, case.dilation)
-    tail = (activation, residual, residual_last, case.format)
-    return triton_ops.forward(x, tensors, bias, case.shape(), *sizes, *tail)
+    call = Arguments(x, weight.operands(), case.geometry(), Epilogue(bias, residual, activation, residual_last))
+    return triton_ops.forward(call, case.shape(), case.format)
 
 
 def check(case, weight, x, y, bias=None, residual=None, activation="none", residual_last=False):
     """Compare with float64, allowing what a dense convolution of this dtype errs, and the rounding of S."""
     wide = weight.to(torch.float64)
-    tail = (None if residual is None else residual.double(), activation, residual_last)
-    truth = reference.apply_epilogue(
-        case.conv(x.double(), wide.dense_weight(), None if bias is None else bias.double()), None, *tail
-    )
+    tail = Epilogue(None, None if residual is None else residual.double(), activation, residual_last)
+    truth = reference.apply_epilogue(case.conv(x.double(), wide.dense_weight(), None if bias is None else bias.double()), *tail)
     scale = case.conv(x.double().abs(), reference.dense_weight(wide.dictionary.abs(), wide.lookup_tensor().abs()))
     step = torch.finfo(case.dtype).eps
     own = (truth + step * scale.max()).to(case.dtype)
@@ -182,10 +182,10 @@ def direct(case, weight, x, config, chunk=1 << 20, **epilogue):
     """The forward pass with this configuration."""
     tail = Epilogue(**{"bias": None, "residual": None, "activation": "relu", "residual_last": False, **epilogue})
     y = torch.empty(case.shape(), dtype=x.dtype, device=x.device, memory_format=case.format)
-    where = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, x.element_size())
+    where = sizes_of(case.size, case.geometry(), x.element_size())
     dictionary = triton_tune.dictionary_configs(case.vectors, x.element_size())[-1]
     form = triton_forward.ForwardConfig(dictionary, config, chunk)
-    return triton_forward.run(x, y, pack(tuple(weight.tensors().values()), case.kernel[1]), case.groups, tail, where, form)
+    return triton_forward.run(x, y, pack(weight.operands(), case.kernel[1]), case.groups, tail, where, form)
 
 
 @pytest.mark.parametrize(("group_size", "element_size", "config"), CONFIGS, ids=str)
@@ -210,10 +210,10 @@ def test_dictionary_configurations(dtype, index, monkeypatch):
 def test_batch_in_chunks(group_size):
     case = Case(group_size=group_size, batch=5)
     weight, x = case.tensors()
-    config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1).lookups
+    config = triton_tune.guess(x, pack(weight.operands(), 3), 1).lookups
     tail = {"residual": torch.randn(case.shape(), device=DEVICE), "bias": torch.randn(case.out_channels, device=DEVICE)}
     whole = direct(case, weight, x, config, **tail)
-    image = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, 4).image(case.vectors)
+    image = sizes_of(case.size, case.geometry(), 4).image(case.vectors)
     parts = direct(case, weight, x, config, chunk=2 * image * 4, **tail)
     check(case, weight, x, parts, activation="relu", **tail)
     # Which image a program works on must not matter; the interpreter's products of another shape may round otherwise.
@@ -224,7 +224,7 @@ def test_batch_in_chunks(group_size):
 def test_offsets_of_64_bits(group_size, monkeypatch):
     case = Case(group_size=group_size)
     weight, x = case.tensors()
-    config = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1).lookups
+    config = triton_tune.guess(x, pack(weight.operands(), 3), 1).lookups
     plain = direct(case, weight, x, config)
     monkeypatch.setattr(sys.modules["lcnn_compile.kernels.triton.tiles"], "INT32", 1)
     assert torch.equal(direct(case, weight, x, config), plain)
@@ -256,10 +256,8 @@ def test_gradient_of_coefficients(shape, group_size):
     case = replace(SHAPES[shape], group_size=group_size, format=FORMATS[shape % 2])
     weight, x = case.tensors()
     grad = torch.randn(case.shape(), device=DEVICE).contiguous(memory_format=FORMATS[group_size % 2])
-    sizes = (case.kernel, case.stride, case.padding, case.dilation)
-    tensors = tuple(weight.tensors().values())
-    found = triton_ops.coefficient_gradient(grad, x, tensors, *sizes)
-    again = triton_ops.coefficient_gradient(grad, x, tensors, *sizes)
+    found = triton_ops.coefficient_gradient(grad, x, weight.operands(), case.geometry())
+    again = triton_ops.coefficient_gradient(grad, x, weight.operands(), case.geometry())
     wide = weight.to(torch.float64)
     coefficients = wide.coefficients.requires_grad_()
     truth, *_ = torch.autograd.grad(case.conv(x.double(), wide.dense_weight()), coefficients, grad.double())
@@ -272,9 +270,11 @@ def test_gradients_of_the_operator():
     case = Case(group_size=16, groups=2, stride=(2, 1), in_channels=6, out_channels=20)
     weight, x = case.tensors()
     grad = torch.randn(case.shape(), device=DEVICE)
-    geometry = (case.out_channels, case.kernel, case.stride, case.padding, case.dilation)
-    args = (grad, x, *weight.tensors().values(), *geometry, [True, True, True])
-    ways = [torch.ops.lcnn.lookup_conv2d_backward(*args), backward._on_gpu(grad, args[1:8], geometry, [True] * 3)]
+    args = (grad, x, *weight.operands(), *case.geometry(), [True, True, True])
+    ways = [
+        torch.ops.lcnn.lookup_conv2d_backward(*args),
+        backward._on_gpu(grad, x, weight.operands(), case.geometry(), [True] * 3),
+    ]
     wide = weight.to(torch.float64)
     inputs = [t.requires_grad_() for t in (x.double(), wide.dictionary, wide.coefficients)]
     truth = torch.autograd.grad(case.conv(inputs[0], wide.dense_weight()), inputs, grad.double())
@@ -288,8 +288,8 @@ def test_many_splits_of_pixels_sum_to_the_same():
     case = Case(group_size=16, batch=4, size=(16, 16))
     weight, x = case.tensors()
     grad = torch.randn(case.shape(), device=DEVICE)
-    where = geometry(case.size, case.kernel, case.stride, case.padding, case.dilation, 4)
-    form = pack(tuple(weight.tensors().values()), 3)
+    where = sizes_of(case.size, case.geometry(), 4)
+    form = pack(weight.operands(), 3)
     dictionary = triton_tune.dictionary_configs(case.vectors, 4)[0]
     found = [
         triton_backward.coefficient_gradient(
@@ -304,7 +304,7 @@ def test_many_splits_of_pixels_sum_to_the_same():
 def test_packed_weights_die_with_the_weight(group_size):
     case = Case(group_size=group_size)
     weight, _ = case.tensors()
-    pack(tuple(weight.tensors().values()), 3)
+    pack(weight.operands(), 3)
     storages = [StorageWeakRef(t.untyped_storage()) for t in weight.tensors().values()]
     del weight
     assert all(storage.expired() for storage in storages)
@@ -325,7 +325,7 @@ def test_choices_survive_on_disk(tmp_path):
     path = tmp_path / "device.json"
     case = Case()
     weight, x = case.tensors()
-    choice = triton_tune.guess(x, pack(tuple(weight.tensors().values()), 3), 1)
+    choice = triton_tune.guess(x, pack(weight.operands(), 3), 1)
     other = choice._replace(chunk=3)
     for name, config in (("layer", choice), ("other", other)):
         store.remember(path, name, triton_tune._stored(config))
@@ -339,8 +339,8 @@ def test_choices_survive_on_disk(tmp_path):
 
 def test_lowering_is_chosen_by_measurement(tmp_path, monkeypatch):
     weight, _ = Case(group_size=3, out_channels=20).tensors()
-    problem = choose.problem_of((2, 10, 7, 9), weight.dictionary.shape, weight.coefficients.shape, 20, (3, 3), (1, 1),
-                                (1, 1, 1, 1), (1, 1), DEVICE, torch.float32)  # fmt: skip
+    problem = choose.problem_of((2, 10, 7, 9), weight.dictionary.shape, weight.coefficients.shape,
+                                Geometry(20, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)), DEVICE, torch.float32)  # fmt: skip
     times = {"lookup": 3.0, "factored": 1.0, "dense": 2.0}
 
     def run(arguments, lowering):
@@ -385,8 +385,7 @@ def test_second_call_neither_waits_for_the_device_nor_allocates_anything_else(gr
     for _ in range(3):
         with torch.inference_mode(inference), Recorder() as record, monkeypatch.context() as context:
             context.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
-            sizes = (case.kernel, case.stride, case.padding, case.dilation)
-            triton_ops.forward(x, tuple(tensors.values()), None, case.shape(), *sizes, "none", None, False, case.format)
+            triton_ops.forward(Arguments(x, Weight(**tensors), case.geometry()), case.shape(), case.format)
         found.append([call for call in record.calls if not any(view in call[0] for view in VIEWS)])
     first, second, third = found
     assert any("_local_scalar_dense" in name for name, _ in first)  # the weight is packed once

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from emulate import interpreting
 
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.arguments import Geometry
 from lcnn_compile.kernels.triton import chain_tune as triton_chain_tune
 from lcnn_compile.kernels.triton.chain import Tail, Window
 from lcnn_compile.kernels.triton.chain_pack import pack_bias, pack_next, pack_weight
@@ -73,7 +74,7 @@ def build(case: Case, device=DEVICE):
     x = torch.randn(3, case.channels, *case.size).to(device, case.dtype, memory_format=LAST)
     weight = (torch.randn(case.filters, case.channels, *case.kernel) / 9).to(device, case.dtype)
     bias = torch.randn(case.filters).to(device, case.dtype) if case.bias else None
-    y = reference.convolve(x.double(), weight.double(), case.stride, case.padding, case.dilation, 1)
+    y = reference.convolve(x.double(), weight.double(), Geometry(0, case.kernel, case.stride, case.padding, case.dilation), 1)
     residual = torch.randn(y.shape).to(device, case.dtype, memory_format=LAST) if case.residual else None
     wide = (None if t is None else t.double() for t in (bias, residual))
     y = reference.apply_epilogue(y, *wide, case.activation, case.residual_last)

@@ -18,6 +18,7 @@ from lcnn_compile.bench.gpu.layers import lookup_of
 from lcnn_compile.bench.gpu.machine import set_mode
 from lcnn_compile.bench.gpu.networks import wide
 from lcnn_compile.bench.networks import build, example_input
+from lcnn_compile.kernels.arguments import Epilogue, Geometry
 from lcnn_compile.kernels.reference import output_format
 
 
@@ -69,18 +70,18 @@ def wide_layers(network: str) -> list[Layer]:
 def _launches(call: Call) -> list[Callable[[], object]]:
     from lcnn_compile.kernels.triton import backward as triton_backward
     from lcnn_compile.kernels.triton import tune as triton_tune
-    from lcnn_compile.kernels.triton.pack import Epilogue, geometry, pack
+    from lcnn_compile.kernels.triton.pack import pack, sizes_of
 
     dtype = set_mode(call.mode)
     module = lookup_of(call.layer, call.sizes, "cpu", dtype)
-    form = pack(tuple(module.lookup_weight().tensors().values()), 3)
+    form = pack(module.lookup_weight().operands(), 3)
     x = torch.empty(call.layer.shape(call.batch), dtype=dtype, device="meta").contiguous(memory_format=FORMATS[call.format])
     side = -(-call.layer.side // call.layer.stride)
     shape = (call.batch, call.layer.filters, side, side)
     y = torch.empty(shape, dtype=dtype, device="meta", memory_format=output_format(x))
     stride = (call.layer.stride, call.layer.stride)
-    where = geometry(x.shape[2:], (3, 3), stride, (1, 1, 1, 1), (1, 1), dtype.itemsize)
-    epilogue = Epilogue(module.bias, None, "none", False)
+    where = sizes_of(x.shape[2:], Geometry(y.shape[1], (3, 3), stride, (1, 1, 1, 1), (1, 1)), dtype.itemsize)
+    epilogue = Epilogue(module.bias)
     launches = triton_tune.candidates(x, y, form, 1, epilogue, where)
     if not call.checked:
         return launches

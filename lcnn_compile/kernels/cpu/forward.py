@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels.arguments import Arguments, Weight
 from lcnn_compile.kernels.checks import check_call, check_weight
 from lcnn_compile.kernels.cpu import build as cpu_build
 from lcnn_compile.kernels.cpu.threads import thread_count
@@ -105,18 +106,10 @@ class PackedWeight:
         precision: "float32" or "bfloat16".
     """
 
-    def __init__(
-        self,
-        dictionary: Tensor,
-        coefficients: Tensor,
-        indices: Tensor,
-        positions: Tensor,
-        offsets: Tensor,
-        filters: Tensor,
-        size: tuple[int, int],
-        precision: str = "float32",
-    ):
-        check_weight("lookup_conv2d", dictionary, coefficients, indices, positions, offsets, filters, size)
+    def __init__(self, weight: Weight, size: tuple[int, int], precision: str = "float32"):
+        check_weight("lookup_conv2d", weight, size)
+        dictionary, coefficients, *integers = weight
+        filters = weight.filters
         library = cpu_build.library()
         if library is None:
             raise KernelError("lookup_conv2d: the C++ kernels are unavailable")
@@ -128,7 +121,7 @@ class PackedWeight:
         self._library = library
         self._plans: dict[tuple[object, ...], _Plan] = {}
         tensors = [t.detach().to(torch.float32).contiguous() for t in (dictionary, coefficients)]
-        tensors += [t.contiguous() for t in (indices, positions, offsets, filters)]
+        tensors += [t.contiguous() for t in integers]
         sizes = (ctypes.c_int64 * 8)(*dictionary.shape, *size, *filters.shape, precision == "bfloat16")
         packed = library.lcnn_weight_new(sizes, *[address_of(t) for t in tensors])
         self._handle = Handle(packed, library.lcnn_weight_free)
@@ -157,40 +150,28 @@ class PackedWeight:
         made = self._library.lcnn_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry), pooling)
         return Handle(made, self._library.lcnn_plan_free)
 
-    def __call__(
-        self,
-        input: Tensor,
-        dictionary: Tensor,
-        bias: Tensor | None,
-        out_channels: int,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        activation: str,
-        residual: Tensor | None,
-        residual_last: bool,
-    ) -> Tensor:
+    def __call__(self, call: Arguments) -> Tensor:
         """``activation(conv(input, P·D) + bias + residual)``, contiguous, in the input's dtype.
 
-        The arguments are those of the operator. What ``check_call`` says of them is remembered with the plan.
+        ``call`` is one of the operator with this weight. What ``check_call`` says of it is remembered with the plan.
         """
+        input, _, geometry, (bias, residual, activation, residual_last), _, _ = call
         x = input if input.dtype == torch.float32 else input.to(torch.float32)
         if x.stride(3) != 1:
             x = x.contiguous()
         threads = thread_count()
         key = (
-            *(input.dtype, x.shape, x.stride(), out_channels, *kernel_size, *stride, *padding, *dilation),
-            *(activation, residual_last, threads, self.precision == "bfloat16" and multiplies_pairs()),
+            *(input.dtype, x.shape, x.stride(), geometry, activation, residual_last, threads),
+            self.precision == "bfloat16" and multiplies_pairs(),
             None if bias is None else (bias.shape, bias.dtype, bias.device),
             None if residual is None else (residual.shape, residual.dtype, residual.device),
         )
         plan = self._plans.get(key)
         if plan is None:
+            out_channels, _, stride, padding, dilation = geometry
             if out_channels != self.out_channels:
                 raise KernelError(f"lookup_conv2d: out_channels is {out_channels}; the weight has {self.out_channels} filters")
-            call = (input, dictionary, bias, out_channels, kernel_size, stride, padding, dilation, activation, residual)
-            shape = check_call(*call)
+            shape = check_call(call)
             if len(self._plans) >= PLANS:
                 self._plans = {}
             made = self.plan(x.shape, x.stride(), shape, stride, dilation, padding, activation, residual_last, threads)
@@ -210,4 +191,4 @@ class PackedWeight:
         return y if input.dtype == torch.float32 else y.to(input.dtype)
 
 
-packed_weight = Prepared(PackedWeight)
+packed_weight = Prepared(lambda *given: PackedWeight(Weight(*given[:6]), *given[6:]))

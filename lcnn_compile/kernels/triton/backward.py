@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lcnn_compile.kernels.triton.dictionary import DictionaryConfig, launch_dictionary
 from lcnn_compile.kernels.triton.forward import precision
-from lcnn_compile.kernels.triton.pack import INT32, Geometry, Packed, vector
+from lcnn_compile.kernels.triton.pack import INT32, Packed, Sizes, vector
 from lcnn_compile.kernels.triton.tiles import output_arguments, output_pixels, tap_offsets
 
 CHUNK = 256 << 20
@@ -120,7 +120,7 @@ def coefficient_gradient(
     x: Tensor,
     weight: Packed,
     groups: int,
-    where: Geometry,
+    where: Sizes,
     dictionary: DictionaryConfig,
     config: BackwardConfig | None = None,
 ) -> Tensor:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcnn_compile.kernels.arguments import Geometry
 from lcnn_compile.kernels.triton.pack import vector
 from lcnn_compile.kernels.triton.tiles import activate, let_next_start, starts_early, wait_for_last
 
@@ -40,6 +41,12 @@ class Window(NamedTuple):
     stride: tuple[int, int]
     first: tuple[int, int]
     dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Window:
+        """That of a convolution."""
+        _, kernel, stride, padding, dilation = geometry
+        return cls(kernel, stride, (padding[0], padding[2]), dilation)
 
 
 class Tail(NamedTuple):

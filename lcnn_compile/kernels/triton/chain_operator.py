@@ -8,6 +8,7 @@ that a compiler sees nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.checks import LARGEST
 from lcnn_compile.kernels.library import TAGS, library
 from lcnn_compile.kernels.triton import ops as triton_ops
-from lcnn_compile.kernels.triton.chain_pack import filled, filled_next, unpack_weight
+from lcnn_compile.kernels.triton.chain_pack import Chain, filled, filled_next, unpack_weight
 
 HALVES = (torch.float16, torch.bfloat16)
 """Dtypes in which lookup convolutions run as chains."""
@@ -34,22 +35,11 @@ library.define(
 )
 
 
-def _check(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    next: Tensor | None,
-    out_channels: int,
-    next_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    keep: bool,
-) -> tuple[int, int, int, int]:
+def _check(call: Chain) -> tuple[int, int, int, int]:
     """Raise unless the call makes sense; the output's shape."""
+    input, weight, bias, residual, next, out_channels, next_channels, kernel_size, stride, padding, dilation, activation, *_ = (
+        call
+    )
     if input.dim() != 4 or input.layout != torch.strided:
         raise WeightError(f"chain: input is {input.layout} {tuple(input.shape)}; strided [N, C, H, W] is required")
     for key, values, size, least in (
@@ -68,7 +58,7 @@ def _check(
             f"chain: next has shape {tuple(next.shape)} for {next_channels} channels (at most {WIDEST}); "
             f"{(columns, filled_next(next_channels))} is required"
         )
-    if not keep and next is None:
+    if not call.keep and next is None:
         raise KernelError("chain: neither the output nor the product is wanted")
     if activation not in reference.ACTIVATIONS:
         raise KernelError(f"chain: activation is {activation!r}; allowed are {sorted(reference.ACTIVATIONS)}")
@@ -90,68 +80,40 @@ def _empty(input: Tensor, shape: Sequence[int], wanted: bool) -> Tensor:
     return torch.empty(tuple(shape), dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
 
 
-def _fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    next: Tensor | None,
-    out_channels: int,
-    next_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    residual_last: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    geometry = (kernel_size, stride, padding, dilation)
-    shape = _check(input, weight, bias, residual, next, out_channels, next_channels, *geometry, activation, keep)
-    s_shape = (shape[0], next_channels, *shape[2:])
-    return _empty(input, shape, keep), _empty(input, s_shape, next is not None)
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = Chain(*args)
+    shape = _check(call)
+    s_shape = (shape[0], call.next_channels, *shape[2:])
+    return _empty(call.input, shape, call.keep), _empty(call.input, s_shape, call.next is not None)
 
 
-def _chain(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    next: Tensor | None,
-    out_channels: int,
-    next_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    residual_last: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _chain(*args: Any) -> tuple[Tensor, Tensor]:
     """y [N, n, OH, OW] and the product [N, k, OH, OW], channels_last both; what is not wanted is empty, [0]."""
-    geometry = (kernel_size, stride, padding, dilation)
-    shape = _check(input, weight, bias, residual, next, out_channels, next_channels, *geometry, activation, keep)
+    call = Chain(*args)
+    shape = _check(call)
     last = torch.channels_last
-    input = input.contiguous(memory_format=last)
-    residual = None if residual is None else residual.contiguous(memory_format=last)
-    s_shape = (shape[0], next_channels, *shape[2:])
+    input = call.input.contiguous(memory_format=last)
+    residual = None if call.residual is None else call.residual.contiguous(memory_format=last)
+    call = call._replace(input=input, residual=residual)
+    s_shape = (shape[0], call.next_channels, *shape[2:])
     if input.numel() and triton_ops.usable(input.device.type, input.dtype):
-        tail = (bias, residual, activation, residual_last, next)
-        made = triton_ops.chain(input, weight, tail, geometry, shape, keep, next_channels)
+        made = triton_ops.chain(call, shape)
         if made is not None:
             y, s = made
             return (
-                y if y is not None and keep else _empty(input, shape, False),
+                y if y is not None and call.keep else _empty(input, shape, False),
                 s if s is not None else _empty(input, s_shape, False),
             )
-    weights = unpack_weight(weight, input.shape[1], out_channels, kernel_size)
-    y = reference.convolve(input, weights, stride, padding, dilation, 1)
-    y = reference.apply_epilogue(y, None if bias is None else bias[:out_channels], residual, activation, residual_last)
-    y = y.contiguous(memory_format=last)
-    if next is None:
+    weights = unpack_weight(call.weight, input.shape[1], call.out_channels, call.kernel_size)
+    bias = None if call.bias is None else call.bias[: call.out_channels]
+    y = reference.convolve(input, weights, call.geometry, 1)
+    y = reference.apply_epilogue(y, *call.epilogue._replace(bias=bias)).contiguous(memory_format=last)
+    if call.next is None:
         return y, _empty(input, s_shape, False)
-    product = F.conv2d(y, next[:out_channels, :next_channels].t()[:, :, None, None]).contiguous(memory_format=last)
-    return (y if keep else _empty(input, shape, False)), product
+    product = F.conv2d(y, call.next[: call.out_channels, : call.next_channels].t()[:, :, None, None]).contiguous(
+        memory_format=last
+    )
+    return (y if call.keep else _empty(input, shape, False)), product
 
 
 library.impl("chain", _chain, "CompositeExplicitAutograd")

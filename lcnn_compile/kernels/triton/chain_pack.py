@@ -1,4 +1,4 @@
-"""The matrices of a chain as its kernels read them.
+"""The arguments of a chain, and its matrices as kernels read them.
 
 | tensor | shape | meaning |
 | --- | --- | --- |
@@ -14,9 +14,41 @@ C′ is C filled up to a multiple of 16, n′ and k′ are filled up as :func:`f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lcnn_compile.kernels.arguments import Epilogue, Geometry
+
+
+class Chain(NamedTuple):
+    """The arguments of one call of ``lcnn::chain``, in the order of its schema; ``padding`` is (top, bottom, left, right)."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    next: Tensor | None
+    out_channels: int
+    next_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    activation: str
+    residual_last: bool
+    keep: bool
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of its convolution."""
+        return Geometry(self.out_channels, *map(tuple, self[7:11]))  # type: ignore[arg-type]
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """Of its convolution; the bias is filled up."""
+        return Epilogue(self.bias, self.residual, self.activation, self.residual_last)
 
 
 def filled(channels: int) -> int:

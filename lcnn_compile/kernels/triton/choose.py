@@ -6,12 +6,11 @@ pass over the output of a dense convolution for bias and activation: so that is 
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.arguments import Arguments, flat
 from lcnn_compile.kernels.measured import random_call
 from lcnn_compile.kernels.problem import Problem
 from lcnn_compile.kernels.store import known, remember
@@ -23,23 +22,16 @@ from lcnn_compile.torch_private import without_modes
 _measured: dict[Problem, dict[str, float]] = {}
 
 
-def _milliseconds(arguments: tuple[object, ...], lowering: str) -> float:
-    def call() -> Tensor:
-        y: Tensor = torch.ops.lcnn.lookup_conv2d_inference(*arguments, lowering)
-        return y
-
-    assert isinstance(arguments[0], Tensor)
-    return triton_store.milliseconds(call, arguments[0].device)
+def _milliseconds(call: Arguments, lowering: str) -> float:
+    arguments = flat(call._replace(lowering=lowering))
+    return triton_store.milliseconds(lambda: torch.ops.lcnn.lookup_conv2d_inference(*arguments), call.input.device)
 
 
-def _chain_milliseconds(arguments: tuple[object, ...]) -> float:
+def _chain_milliseconds(call: Arguments) -> float:
     """S by a kernel of its own, which the layer before may save, and the convolution with P, bias and ReLU."""
-    x, dictionary, coefficients, indices, positions, offsets, filters = cast(Any, arguments[:7])
-    out_channels, kernel_size, stride, padding, dilation = cast(Any, arguments[8:13])
-    vectors = pad_rows(dictionary[0], 16)
-    lookups = reference.lookup_tensor(
-        coefficients, indices, positions, offsets, filters, out_channels, dictionary.shape[1], kernel_size
-    )
+    x, weight, geometry = call[:3]
+    vectors = pad_rows(weight.dictionary[0], 16)
+    lookups = reference.lookup_tensor(*weight.lookups, geometry.out_channels, weight.dictionary.shape[1], geometry.kernel_size)
     first, second = pack_weight(vectors[:, :, None, None]), pack_weight(pad_rows(lookups.transpose(0, 1), 16).transpose(0, 1))
     bias = x.new_zeros(second.shape[1])
     point = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), "none", False, True)
@@ -49,20 +41,20 @@ def _chain_milliseconds(arguments: tuple[object, ...]) -> float:
         return s
 
     s = product()
-    rest = (out_channels, 0, kernel_size, stride, padding, dilation, "relu", False, True)
+    rest = (geometry.out_channels, 0, *geometry[1:], "relu", False, True)
     return triton_store.milliseconds(product, x.device) + triton_store.milliseconds(
         lambda: torch.ops.lcnn.chain(s, second, bias, None, None, *rest), x.device
     )
 
 
-def _times(problem: Problem, arguments: tuple[object, ...]) -> dict[str, float]:
+def _times(problem: Problem, call: Arguments) -> dict[str, float]:
     planes = -(-problem.dictionary_size // 16) * 16
     if problem.dtype not in HALVES or problem.groups > 1 or planes > WIDEST:
-        return {name: _milliseconds(arguments, name) for name in ("lookup", "factored", "dense")}
-    x = cast(Tensor, arguments[0])
+        return {name: _milliseconds(call, name) for name in ("lookup", "factored", "dense")}
+    x = call.input
     y = torch.empty(problem.batch, problem.out_channels, problem.out_pixels // problem.batch, dtype=x.dtype, device=x.device)
     after = triton_store.milliseconds(lambda: torch.relu(y), x.device)
-    return {"lookup": _chain_milliseconds(arguments), "dense": _milliseconds(arguments, "dense") + after}
+    return {"lookup": _chain_milliseconds(call), "dense": _milliseconds(call, "dense") + after}
 
 
 def measured(problem: Problem) -> dict[str, float] | None:
@@ -76,8 +68,7 @@ def measured(problem: Problem) -> dict[str, float] | None:
     if found is None:
         try:
             with torch.no_grad(), without_modes():
-                arguments = random_call(problem, device)
-                found = _times(problem, arguments)
+                found = _times(problem, random_call(problem, device))
         except torch.OutOfMemoryError:
             return None
         remember(path, key, found)

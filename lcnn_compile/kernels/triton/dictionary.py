@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton.pack import INT32, Geometry, vector
+from lcnn_compile.kernels.triton.pack import INT32, Sizes, vector
 from lcnn_compile.kernels.triton.tiles import let_next_start, starts_early
 
 
@@ -164,7 +164,7 @@ def dictionary_kernel(
     store_shifted(s, p_s, planes, n, r, column, m_k, m_p, image, ROWS * PITCH, PITCH, KW, STRIDE_W, DILATION_W, WIDE_S)
 
 
-def input_vector(x: Tensor, where: Geometry) -> int:
+def input_vector(x: Tensor, where: Sizes) -> int:
     """Pixels of a row of x that one aligned load may read: 1 where its channels are innermost."""
     if x.stride(3) != 1 or where.width == 1:
         return 1
@@ -173,7 +173,7 @@ def input_vector(x: Tensor, where: Geometry) -> int:
 
 
 def launch_dictionary(
-    x: Tensor, dictionary: Tensor, s: Tensor, groups: int, where: Geometry, precision: str, config: DictionaryConfig
+    x: Tensor, dictionary: Tensor, s: Tensor, groups: int, where: Sizes, precision: str, config: DictionaryConfig
 ) -> None:
     """Write S [images, planes, kw, rows, pitch] from x [images, m, H, W] and D [groups·k, m/groups], all of one dtype."""
     planes, channels = dictionary.shape
@@ -215,6 +215,6 @@ def launch_dictionary(
     )
 
 
-def empty_planes(x: Tensor, planes: int, images: int, where: Geometry) -> Tensor:
+def empty_planes(x: Tensor, planes: int, images: int, where: Sizes) -> Tensor:
     """Room for S of ``images`` images."""
     return torch.empty(images * where.image(planes), dtype=x.dtype, device=x.device)

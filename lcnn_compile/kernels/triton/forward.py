@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcnn_compile.kernels.arguments import Epilogue
 from lcnn_compile.kernels.triton.dictionary import DictionaryConfig, empty_planes, launch_dictionary
 from lcnn_compile.kernels.triton.grouped import GroupedConfig, launch_grouped
 from lcnn_compile.kernels.triton.lookup import LookupConfig, launch_lookup
-from lcnn_compile.kernels.triton.pack import INT32, Epilogue, Geometry, Packed
+from lcnn_compile.kernels.triton.pack import INT32, Packed, Sizes
 from lcnn_compile.kernels.triton.permute import launch_permute
 
 CHUNK = 24 << 20
@@ -27,7 +28,7 @@ class ForwardConfig(NamedTuple):
     chunk: int
 
 
-def images_at_once(x: Tensor, planes: int, where: Geometry, chunk: int) -> int:
+def images_at_once(x: Tensor, planes: int, where: Sizes, chunk: int) -> int:
     """Images whose S takes at most ``chunk`` bytes and offsets of 32 bits; at least one."""
     image = where.image(planes)
     return max(1, min(x.shape[0], chunk // (image * x.element_size()), (INT32 - 1) // image))
@@ -45,7 +46,7 @@ def launch_lookups(
     weight: Packed,
     y: Tensor,
     epilogue: Epilogue,
-    where: Geometry,
+    where: Sizes,
     digits: str,
     config: LookupConfig | GroupedConfig,
 ) -> None:
@@ -70,7 +71,7 @@ def run(
     weight: Packed,
     groups: int,
     epilogue: Epilogue,
-    where: Geometry,
+    where: Sizes,
     config: ForwardConfig,
 ) -> Tensor:
     """Write y [N, n, H, W], contiguous or channels_last, and return it."""

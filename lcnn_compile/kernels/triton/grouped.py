@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton.pack import Epilogue, Geometry, Packed, vector
+from lcnn_compile.kernels.arguments import Epilogue
+from lcnn_compile.kernels.triton.pack import Packed, Sizes, flags, vector
 from lcnn_compile.kernels.triton.tiles import (
     output_arguments,
     output_pixels,
@@ -137,7 +138,7 @@ def channel_vector(size: int, y: Tensor) -> int:
 
 
 def launch_grouped(
-    s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, where: Geometry, precision: str, config: GroupedConfig
+    s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, where: Sizes, precision: str, config: GroupedConfig
 ) -> None:
     """Write y [images, n, H, W] from S of as many images; g must be more than 1."""
     count, padded = weight.taps.filters.shape
@@ -159,7 +160,7 @@ def launch_grouped(
         weight.group_size,
         **output_arguments(y, where, image),
         ORDERED=weight.taps.ordered,
-        **epilogue.flags(y),
+        **flags(epilogue, y),
         VEC_C=channel_vector(weight.group_size, y),
         PRECISION=precision,
         G=padded,

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton.pack import Epilogue, Geometry, Packed
+from lcnn_compile.kernels.arguments import Epilogue
+from lcnn_compile.kernels.triton.pack import Packed, Sizes, flags
 from lcnn_compile.kernels.triton.tiles import output_arguments, output_pixels, store_tile, tap_offsets
 
 
@@ -99,7 +100,7 @@ def lookup_kernel(
     store_tile(acc, p_y, p_bias, p_residual, channels, m_c, y_c, o_y, m_p, RESIDUAL_LAST, ACTIVATION, VEC)
 
 
-def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, where: Geometry, config: LookupConfig) -> None:
+def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, where: Sizes, config: LookupConfig) -> None:
     """Write y [images, n, H, W] from S of as many images; g must be 1."""
     count = weight.taps.filters.shape[0]
     pixels = y.shape[0] * where.out_height * where.pitch
@@ -116,7 +117,7 @@ def launch_lookup(s: Tensor, weight: Packed, y: Tensor, epilogue: Epilogue, wher
         count,
         **output_arguments(y, where, image),
         ORDERED=weight.taps.ordered,
-        **epilogue.flags(y),
+        **flags(epilogue, y),
         B_F=config.block_filters,
         B_P=config.block_pixels,
         UNROLL=config.unroll,

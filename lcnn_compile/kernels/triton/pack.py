@@ -1,4 +1,4 @@
-"""What the Triton kernels read instead of the operator's tensors: a packed weight, and the geometry of one call.
+"""What the Triton kernels read instead of the operator's tensors: a packed weight, and the sizes of one call.
 
 S lies as ``[images, groups·k, kw, rows, pitch]``: one copy per kernel column, already shifted (and strided) by it, so that a
 tap is one offset, a row of output pixels is contiguous, and every load of 16 bytes is aligned whatever the column.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcnn_compile.kernels.arguments import Epilogue, Geometry, Weight
 from lcnn_compile.kernels.prepared import Prepared
 from lcnn_compile.kernels.reference import output_size, tap_filter_groups
 
@@ -117,8 +118,8 @@ _prepared_taps = Prepared(_taps)
 _prepared_coefficients = Prepared(_coefficients)
 
 
-def pack(weight: tuple[Tensor, ...], kernel_width: int) -> Packed:
-    """Pack (dictionary, coefficients, indices, positions, offsets, filters); each part once until its tensors change.
+def pack(weight: Weight, kernel_width: int) -> Packed:
+    """Pack a weight; each part once until its tensors change.
 
     Only new integers make the host wait for the device; new coefficients do not, so training steps can be captured. Cached
     values are copies: a view would keep the tensors alive whose death ends the entry.
@@ -134,7 +135,7 @@ def pack(weight: tuple[Tensor, ...], kernel_width: int) -> Packed:
     return Packed(dictionary.flatten(0, 1).contiguous(), values, taps, coefficients.shape[1])
 
 
-class Geometry(NamedTuple):
+class Sizes(NamedTuple):
     """Sizes of one call. Rows and columns of S are those that some tap reads; ``padded_width`` is W with its padding."""
 
     height: int
@@ -165,18 +166,12 @@ def vector(element_size: int) -> int:
     return 16 // element_size
 
 
-def geometry(
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    element_size: int,
-) -> Geometry:
-    """The geometry of a call on images of ``size`` (height, width) whose elements take ``element_size`` bytes."""
+def sizes_of(size: Sequence[int], geometry: Geometry, element_size: int) -> Sizes:
+    """The sizes of a call on images of ``size`` (height, width) whose elements take ``element_size`` bytes."""
+    _, kernel_size, stride, padding, dilation = geometry
     high, wide = output_size(size, kernel_size, stride, padding, dilation)
     lanes = vector(element_size)
-    return Geometry(
+    return Sizes(
         height=size[0],
         width=size[1],
         out_height=high,
@@ -192,15 +187,7 @@ def geometry(
     )
 
 
-class Epilogue(NamedTuple):
-    """What follows the lookups: ``activation(y + bias + residual)``, or the residual after it; strides as the output's."""
-
-    bias: Tensor | None
-    residual: Tensor | None
-    activation: str
-    residual_last: bool
-
-    def flags(self, y: Tensor) -> dict[str, Any]:
-        """Compile-time arguments of :func:`lcnn_compile.kernels.triton.tiles.store_tile`."""
-        aligned = gcd(vector(y.element_size()), y.shape[3], *y.stride()[:3]) if y.stride(3) == 1 else 1
-        return {"RESIDUAL_LAST": self.residual_last, "ACTIVATION": self.activation, "VEC": aligned}
+def flags(epilogue: Epilogue, y: Tensor) -> dict[str, Any]:
+    """Compile-time arguments of :func:`lcnn_compile.kernels.triton.tiles.store_tile`; the residual's strides are those of y."""
+    aligned = gcd(vector(y.element_size()), y.shape[3], *y.stride()[:3]) if y.stride(3) == 1 else 1
+    return {"RESIDUAL_LAST": epilogue.residual_last, "ACTIVATION": epilogue.activation, "VEC": aligned}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcnn_compile.kernels.triton.pack import Epilogue
+from lcnn_compile.kernels.arguments import Epilogue
 from lcnn_compile.kernels.triton.tiles import activate
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lcnn_compile.kernels.triton.pack import INT32, ROW_BITS, Geometry, vector
+from lcnn_compile.kernels.triton.pack import INT32, ROW_BITS, Sizes, vector
 
 
 def starts_early(x: Tensor) -> bool:
@@ -35,7 +35,7 @@ def wait_for_last(EARLY: tl.constexpr):
         gdc_wait()
 
 
-def output_arguments(y: Tensor, where: Geometry, image: int) -> dict[str, int | bool]:
+def output_arguments(y: Tensor, where: Sizes, image: int) -> dict[str, int | bool]:
     """Arguments of a kernel that goes over the pixels of y [images, n, OH, OW] and reads ``image`` elements of S for each image."""
     strides = dict(zip(("y_n", "y_c", "y_h", "y_w"), y.stride(), strict=True))
     return {

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from lcnn_compile.kernels.arguments import Epilogue
 from lcnn_compile.kernels.store import known, remember
 from lcnn_compile.kernels.triton.dictionary import DictionaryConfig, empty_planes, input_vector, launch_dictionary
 from lcnn_compile.kernels.triton.forward import CHUNK, WHOLE, ForwardConfig, images_at_once, launch_lookups, precision, run
 from lcnn_compile.kernels.triton.grouped import GroupedConfig
 from lcnn_compile.kernels.triton.lookup import LookupConfig
-from lcnn_compile.kernels.triton.pack import Epilogue, Geometry, Packed, padded_group
+from lcnn_compile.kernels.triton.pack import Packed, Sizes, flags, padded_group
 from lcnn_compile.kernels.triton.store import may_measure, milliseconds, store_of
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ def _fastest(configs: Iterable[T], launch: Callable[[T], object], device: torch.
     return min(configs, key=lambda config: _milliseconds(lambda: launch(config), device))
 
 
-def measure(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry) -> ForwardConfig:
+def measure(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Sizes) -> ForwardConfig:
     """The fastest configuration for this call; overwrites y. S by its kernel alone, lookups right after it, then whole calls by chunk."""
     first, second = _candidates(x, weight, groups)
     planes = weight.dictionary.shape[0]
@@ -103,9 +104,7 @@ def measure(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogu
     return _fastest(whole, lambda config: run(x, y, weight, groups, epilogue, where, config), x.device)
 
 
-def candidates(
-    x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry
-) -> list[Callable[[], object]]:
+def candidates(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Sizes) -> list[Callable[[], object]]:
     """Launches of every kernel that :func:`measure` may try for this call, to have them compiled before."""
     first, second = _candidates(x, weight, groups)
     forms: list[ForwardConfig] = [ForwardConfig(dictionary, second[0], WHOLE) for dictionary in first]
@@ -126,7 +125,7 @@ def _restored(stored: list[Any], group_size: int) -> ForwardConfig:
 _chosen: dict[tuple[Any, ...], ForwardConfig] = {}
 
 
-def configuration(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Geometry) -> ForwardConfig:
+def configuration(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: Epilogue, where: Sizes) -> ForwardConfig:
     """The configuration for this call; the first of its kind on a device measures, where it can.
 
     Calls whose number of pixels has as many bits are of one kind, so images of any size need few measurements; nor does the
@@ -135,7 +134,7 @@ def configuration(x: Tensor, y: Tensor, weight: Packed, groups: int, epilogue: E
     taps = weight.taps
     pixels = (x.shape[0] * where.out_height * where.out_width).bit_length()
     sizes = (weight.dictionary.shape, groups, taps.filters.shape, taps.longest, taps.ordered, pixels)
-    vectors = (input_vector(x, where), epilogue.flags(y)["VEC"], y.stride(3) == 1)
+    vectors = (input_vector(x, where), flags(epilogue, y)["VEC"], y.stride(3) == 1)
     key = (x.device, x.dtype, precision(x.dtype), *sizes, where.kernel_width, where.stride, where.dilation, *vectors)
     found = _chosen.get(key)
     if found is not None:
