@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lcnn_compile import LcnnError, LookupWeight
 from lcnn_compile.fitting.rounding import quantize_dense, quantize_lookup
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.arguments import Geometry
 from lcnn_compile.kernels.quantized import Range, convolve_bytes
 
 
@@ -36,7 +37,8 @@ def run(layer, ranges, x, residual=None):
 
 
 def truth_of(weight, bias, x, residual, activation, residual_last):
-    y = reference.convolve(x.double(), weight.double(), *GEOMETRY, x.shape[1] // weight.shape[1])
+    geometry = Geometry(weight.shape[0], weight.shape[2:], *GEOMETRY)
+    y = reference.convolve(x.double(), weight.double(), geometry, x.shape[1] // weight.shape[1])
     more = None if residual is None else residual.double()
     return reference.apply_epilogue(y, bias.double(), more, activation, residual_last)
 

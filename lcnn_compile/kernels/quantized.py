@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lcnn_compile.errors import WeightError
 from lcnn_compile.kernels import reference
+from lcnn_compile.kernels.arguments import Geometry, Weight
 from lcnn_compile.kernels.checks import check_weight
 
 MIDDLE = 128
@@ -137,7 +138,7 @@ class QuantizedLookup:
         identity = torch.zeros(1, 1, 1).expand(self.groups, self.vectors, self.vectors)
         dictionary = identity if self.dictionary is None else self.dictionary.float()
         structure = (self.indices, self.positions, self.offsets, self.filters)
-        check_weight(name, dictionary, self.coefficients.float(), *structure, self.kernel_size)
+        check_weight(name, Weight(dictionary, self.coefficients.float(), *structure), self.kernel_size)
         if tuple(dictionary.shape[:2]) != (self.groups, self.vectors):
             raise WeightError(
                 f"{name}: dictionary has shape {tuple(dictionary.shape)}; ({self.groups}, {self.vectors}, …) is required"
@@ -231,7 +232,9 @@ def convolve_bytes(
         s = (steps + MIDDLE).clamp(0, 255)
     top, bottom, left, right = padding
     padded = torch.nn.functional.pad(s.double(), (left, right, top, bottom), value=float(layer.middle))
-    sums = reference.convolve(padded, layer.lookups().double(), stride, (0, 0, 0, 0), dilation, layer.groups)
+    sizes = ((stride[0], stride[1]), (0, 0, 0, 0), (dilation[0], dilation[1]))
+    geometry = Geometry(layer.out_channels, layer.kernel_size, *sizes)
+    sums = reference.convolve(padded, layer.lookups().double(), geometry, layer.groups)
     sums = (sums + layer.bias.double()[:, None, None]).to(torch.int32)
     return finish_sums(layer.finish, layer.filter_factors, sums, residual)
 

@@ -22,7 +22,7 @@ from emulate import interpreting
 from triton.runtime.jit import JITFunction
 
 from lcnn_compile.kernels import backward, choose, reference, store
-from lcnn_compile.kernels.arguments import Arguments, Epilogue, Geometry, Weight
+from lcnn_compile.kernels.arguments import Arguments, Epilogue, Geometry, Weight, flat
 from lcnn_compile.kernels.triton import backward as triton_backward
 from lcnn_compile.kernels.triton import choose as triton_choose
 from lcnn_compile.kernels.triton import forward as triton_forward
@@ -343,8 +343,8 @@ def test_lowering_is_chosen_by_measurement(tmp_path, monkeypatch):
                                 Geometry(20, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)), DEVICE, torch.float32)  # fmt: skip
     times = {"lookup": 3.0, "factored": 1.0, "dense": 2.0}
 
-    def run(arguments, lowering):
-        torch.ops.lcnn.lookup_conv2d(*arguments, lowering)
+    def run(call, lowering):
+        torch.ops.lcnn.lookup_conv2d(*flat(call._replace(lowering=lowering)))
         return times[lowering]
 
     monkeypatch.setattr(triton_choose, "_milliseconds", run)
