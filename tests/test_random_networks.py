@@ -73,6 +73,14 @@ def test_a_layer_of_few_filters_keeps_the_memory_layout(lowering, kernel):
 
 
 @pytest.mark.parametrize("way", ["converted", "compiled", "compiled dense"])
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("padding", ["0", "(1, 0)"])
+def test_padding_modes_keep_the_memory_layout(mode, padding, way):
+    layer = f"self.m0 = nn.Conv2d(4, 6, 1, padding={padding}, padding_mode={mode!r})"
+    assert not wrong(SourceCase((layer,), "x", ("v = self.m0(x)",), "v", LAST), way)
+
+
+@pytest.mark.parametrize("way", ["converted", "compiled", "compiled dense"])
 @pytest.mark.parametrize("layer", ["Conv1d(8, 8, 1, 2)", "Conv1d(8, 8, 3, padding=1)", "ConvTranspose1d(8, 8, 3, 2)"])
 def test_rows_keep_the_memory_layout_whatever_that_of_the_input(layer, way):
     transposed = "(t(3, 8, 8).transpose(-1, -2).contiguous().transpose(-1, -2),), {}"

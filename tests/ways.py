@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from lcnn_compile import LookupConfig, convert, freeze
-from lcnn_compile.backend import entry as backend
+from lcnn_compile.backend import entry
 from lcnn_compile.batches import Inputs
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.export import export_pt2
@@ -50,18 +50,16 @@ def quiet():
 
 @contextlib.contextmanager
 def inductor(real):
-    """Inductor itself, with eager's random numbers; or in its place the graph as it is."""
+    """Inductor, with eager's random numbers; or in its place, where the backend calls it, the graph as it is."""
     torch.compiler.reset()
-    if real:
-        with torch._inductor.config.patch(fallback_random=True):
-            yield
-    else:
-        before = backend.compile_with_inductor
-        backend.compile_with_inductor = lambda graph, inputs, patches: graph
+    before = entry.compile_with_inductor
+    with torch._inductor.config.patch(fallback_random=True):
+        if not real:
+            entry.compile_with_inductor = lambda graph, inputs, patches: graph
         try:
             yield
         finally:
-            backend.compile_with_inductor = before
+            entry.compile_with_inductor = before
 
 
 def given(call):
@@ -145,12 +143,18 @@ class Frozen(Way):
         return freeze(same, given(case.call(0)), dynamic_batch=len(set(case.batches)) > 1)
 
     def reference(self, model, case):
+        return record(torch.compile(self.program(model, case)), case.calls())
+
+    def program(self, model, case):
         call = case.call(0)
         program = torch.export.export(model.eval(), call.args, call.kwargs, strict=False)
-        return record(program.run_decompositions({}).module(), case.calls())
+        return program.run_decompositions({}).module()
 
 
 class Exported(Frozen):
+    def reference(self, model, case):
+        return record(self.program(model, case), case.calls())
+
     def make(self, model, case, lowering):
         same = converted(model, case, lowering)
         with tempfile.TemporaryDirectory() as folder:

@@ -52,6 +52,8 @@ class LookupConv(LookupModule):
         """[N, C, H, W] padded as the mode asks, then the operator."""
         if self.padding_mode != "zeros" and any(self.geometry.padding):
             x = F.pad(x, self.geometry.padding, mode=self.padding_mode)
+        elif self.padding_mode == "circular":
+            x = x.contiguous()  # as circular padding by nothing returns it to dense layers
         return self._lookup(x, self.bias)
 
     def extra_repr(self) -> str:
