@@ -5,22 +5,22 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.program import Program, run_program
-from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Recipe, Step, View
+from lcnn_compile.kernels.cpu.steps import Recipe, Step
 from lcnn_compile.passes.effects import Effects, eliminate_dead_code, sort
-from lcnn_compile.passes.find import is_lookup, precision_of
+from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional
-from lcnn_compile.passes.steps import Steps, linear_weight, residual_of, steps_of
-from lcnn_compile.passes.targets import attribute, dimension_order
+from lcnn_compile.passes.step_form import Form
+from lcnn_compile.passes.steps import steps_of
+from lcnn_compile.passes.targets import dimension_order
 
 NAME = "lcnn_program"
 
@@ -134,7 +134,7 @@ def _hidden_items(gm: fx.GraphModule) -> Iterator[None]:
 
 def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
     steps = steps_of(gm, node)
-    return steps is not None and all(isinstance(step(0), View) for step in steps)
+    return steps is not None and steps.view
 
 
 def _split_views(gm: fx.GraphModule) -> None:
@@ -157,8 +157,9 @@ def _drop_views(gm: fx.GraphModule, nodes: dict[fx.Node, Any]) -> None:
     while True:
         roots: dict[fx.Node, fx.Node] = {}
         for node in sorted(nodes):
-            source = cast(fx.Node, node.args[0])
-            roots[node] = roots.get(source, source) if _is_view(gm, node) else node
+            view = _is_view(gm, node)
+            source = cast(fx.Node, node.args[0]) if view else node
+            roots[node] = roots.get(source, source)
         returned = [node for node in nodes if any(user not in nodes for user in node.users)]
         shared = [roots[node] for node in returned]
         wrong = [n for n in returned if n is not roots[n] and (roots[n] not in nodes or shared.count(roots[n]) > 1)]
@@ -170,27 +171,23 @@ def _drop_views(gm: fx.GraphModule, nodes: dict[fx.Node, Any]) -> None:
 
 def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
     """Replace the nodes of a region, in order, by one call of the operator."""
+    forms = {node: cast(Form, steps_of(gm, node)) for node in nodes}
     values: dict[fx.Node, int] = {}
-    for node in nodes:
-        for source in (node.args[0], residual_of(node)):
-            if isinstance(source, fx.Node) and source not in nodes:
-                values.setdefault(source, len(values))
+    for source in (source for form in forms.values() for source in form.inputs):
+        if source not in forms:
+            values.setdefault(source, len(values))
     inputs = list(values)
     steps: list[Step] = []
-    weights: list[tuple[cpu.PackedWeight | Tensor, Tensor | None]] = []
-    for node in nodes:
-        value = values[cast(fx.Node, node.args[0])]
-        for make in cast(Steps, steps_of(gm, node)):
-            step = make(value)
-            residual = residual_of(node)
-            if isinstance(step, LookUp):
-                weights.append(_weight(gm, node))
-                step = step if residual is None else replace(step, residual=values[residual])
-            elif isinstance(step, Linear):
-                weights.append(cast("tuple[Tensor, Tensor | None]", linear_weight(gm, node)))
-            steps.append(step)
-            value = len(inputs) + len(steps) - 1
-        values[node] = value
+    weights: list[tuple[Any, ...]] = []
+
+    def emit(step: Step, *own: Any) -> int:
+        steps.append(step)
+        if step.weighted:
+            weights.append(own)
+        return len(inputs) + len(steps) - 1
+
+    for node, form in forms.items():
+        values[node] = form.build(emit, [values[source] for source in form.inputs])
     returned = [node for node in nodes if any(user not in nodes for user in node.users)]
     recipe = Recipe(len(inputs), tuple(steps), tuple(values[node] for node in returned))
     gm.add_submodule(name, HeldProgram(Program(recipe, weights)))
@@ -225,10 +222,3 @@ def _restore_strides(gm: fx.GraphModule) -> None:
             restored.meta = dict(item.meta)
             for user in users:
                 user.replace_input_with(item, restored)
-
-
-def _weight(gm: fx.GraphModule, node: fx.Node) -> tuple[cpu.PackedWeight, Tensor | None]:
-    weight = tuple(attribute(gm, cast(fx.Node, a).target) for a in node.args[1:7])
-    bias = None if node.args[7] is None else attribute(gm, cast(fx.Node, node.args[7]).target)
-    packed = cpu.packed_weight(weight, tuple(cast(Any, node.args[9])), precision_of(node))
-    return packed, None if bias is None else bias.detach().to(torch.float32).contiguous()

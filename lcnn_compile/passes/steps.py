@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.forward import POSITIONS
-from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, Step, View, Window
-from lcnn_compile.passes.find import is_lookup
+from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, View, Window
+from lcnn_compile.passes.elementwise_steps import elementwise
+from lcnn_compile.passes.find import is_lookup, precision_of
+from lcnn_compile.passes.step_form import Emit, Form, Values, is_plain, is_value
 from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, example, is_get_attr, same_shape, shape_of
 
 VIEWS = (*RESHAPES, "contiguous", aten.contiguous.default)
@@ -30,49 +33,59 @@ WEIGHT_AND_GEOMETRY = (
     *("input", "dictionary", "coefficients", "indices", "positions", "offsets", "filters", "bias"),
     *("out_channels", "kernel_size", "stride", "padding", "dilation"),
 )
-Steps = list[Callable[[int], Step]]
-"""Each makes a step from the value before it."""
 
 
-def steps_of(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
-    """What computes a node's value from its first argument; None where a program cannot.
+def steps_of(gm: fx.GraphModule, node: fx.Node) -> Form | None:
+    """How a program computes a node's value; None where it cannot.
 
-    Shapes must be known, the batch may be symbolic. A residual's value is filled in by the caller.
+    Shapes must be known, the batch may be symbolic.
     """
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+    if node.op not in ("call_function", "call_method"):
         return None
     found = example(node)
-    if found is None or not _plain(found):
+    if found is None or not is_plain(found):
         return None
     if is_lookup(node):
         return _lookup(gm, node)
-    shape, out = shape_of(node.args[0]), shape_of(node)
-    if not shape or not out or not same_shape(shape[:1], out[:1]):
+    return elementwise(gm, node) or _of_one(gm, node)
+
+
+def _of_one(gm: fx.GraphModule, node: fx.Node) -> Form | None:
+    """What reads one value, its first argument."""
+    x = node.args[0] if node.args else None
+    shape, out = shape_of(x) if is_value(x) else None, shape_of(node)
+    if not is_value(x) or not shape or not out or not same_shape(shape[:1], out[:1]):
         return None
     if node.target in VIEWS or (node.target in DROPOUT and bound(node, ("x", "p", "training"), (None, 0.5, True))[2] is False):
-        return _view(out)
+        tail = tuple(out[1:])
+        return _step(x, lambda v: View(v, tail), view=True) if all(isinstance(v, int) for v in tail) else None
     if node.target in LINEAR:
         return _linear(gm, node, shape)
     if len(shape) != 4:
         return None
     if node.target in REDUCTIONS:
-        dims = bound(node, ("input", "dim"), (None, None))[1]
-        if not isinstance(dims, list | tuple) or sorted(d % 4 for d in dims) != [2, 3] or node.kwargs.get("dtype") is not None:
-            return None
-        view = _view(out)
-        pool: Callable[[int], Step] = lambda x: Pool(x, Window(REDUCTIONS[node.target]))  # noqa: E731
-        return None if view is None else [pool] if len(out) == 4 else [pool, *view]
+        return _reduction(node, x, out)
     window = _window(node, shape, out)
     if window is None or window.kernel_size is None:
-        return None if window is None else [lambda x: Pool(x, window)]
+        return None if window is None else _step(x, lambda v: Pool(v, window))
     # With ceil_mode there may be windows that leave the image, or are larger than it: their means count fewer pixels.
-    return [lambda x: Pool(x, window)] if same_shape(window.places(shape[2:]), out[2:]) else None
+    return _step(x, lambda v: Pool(v, window)) if same_shape(window.places(shape[2:]), out[2:]) else None
 
 
-def residual_of(node: fx.Node) -> fx.Node | None:
-    """The residual of a lookup convolution's epilogue."""
-    found = _epilogue(node)[2] if is_lookup(node) else None
-    return found if isinstance(found, fx.Node) else None
+def _step(x: fx.Node, make: Callable[[int], Any], view: bool = False) -> Form:
+    return Form((x,), lambda emit, values: emit(make(values[0])), view)
+
+
+def _reduction(node: fx.Node, x: fx.Node, out: tuple[Any, ...]) -> Form | None:
+    dims = bound(node, ("input", "dim"), (None, None))[1]
+    if not isinstance(dims, list | tuple) or sorted(d % 4 for d in dims) != [2, 3] or node.kwargs.get("dtype") is not None:
+        return None
+    window, tail = Window(REDUCTIONS[node.target]), tuple(out[1:])
+    if len(out) == 4:
+        return _step(x, lambda v: Pool(v, window))
+    if not all(isinstance(v, int) for v in tail):
+        return None
+    return Form((x,), lambda emit, values: emit(View(emit(Pool(values[0], window)), tail)))
 
 
 def _epilogue(node: fx.Node) -> list[Any]:
@@ -82,12 +95,7 @@ def _epilogue(node: fx.Node) -> list[Any]:
     return bound(node, (*WEIGHT_AND_GEOMETRY, *names), (*[None] * len(WEIGHT_AND_GEOMETRY), *defaults))[-5:-1]
 
 
-def _view(out: tuple[Any, ...]) -> Steps | None:
-    tail = tuple(out[1:])
-    return [lambda x: View(x, tail)] if all(isinstance(v, int) for v in tail) else None
-
-
-def _lookup(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
+def _lookup(gm: fx.GraphModule, node: fx.Node) -> Form | None:
     args = node.args
     lowering, activation, residual, residual_last = _epilogue(node)
     if lowering != "lookup" or len(args) < len(WEIGHT_AND_GEOMETRY):
@@ -103,31 +111,30 @@ def _lookup(gm: fx.GraphModule, node: fx.Node) -> Steps | None:
     if math.prod(kernel_size) > POSITIONS:
         return None
     sizes = (groups * per_group, out_channels, kernel_size, stride, padding, dilation)
-    source = None if residual is None else -1
-    return [lambda x: LookUp(x, source, *sizes, activation, bool(residual_last))]
-
-
-def linear_weight(gm: fx.GraphModule, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Weight [n, m] and bias [n] or None of a call of a linear layer; None where they are not attributes."""
-    _, weight, bias = bound(node, ("input", "weight", "bias"), (None, None, None))
-    if not is_get_attr(weight) or not (bias is None or is_get_attr(bias)):
+    inputs = (args[0],) if residual is None else (args[0], residual)
+    if not all(is_value(x) for x in inputs):
         return None
-    return attribute(gm, weight.target), None if bias is None else attribute(gm, bias.target)
+    epilogue = (activation, bool(residual_last))
+
+    def build(emit: Emit, values: Values) -> int:
+        weight = tuple(attribute(gm, cast(fx.Node, a).target) for a in args[1:7])
+        packed = cpu.packed_weight(weight, kernel_size, precision_of(node))
+        found = None if bias is None else attribute(gm, cast(fx.Node, bias).target)
+        own = None if found is None else found.detach().to(torch.float32).contiguous()
+        return emit(LookUp(values[0], None if residual is None else values[1], *sizes, *epilogue), packed, own)
+
+    return Form(cast("tuple[fx.Node, ...]", inputs), build)
 
 
-def _linear(gm: fx.GraphModule, node: fx.Node, shape: tuple[Any, ...]) -> Steps | None:
-    found = linear_weight(gm, node)
-    if found is None or len(shape) != 2 or not isinstance(shape[1], int):
+def _linear(gm: fx.GraphModule, node: fx.Node, shape: tuple[Any, ...]) -> Form | None:
+    x, weight, bias = bound(node, ("input", "weight", "bias"), (None, None, None))
+    if not is_get_attr(weight) or not (bias is None or is_get_attr(bias)) or len(shape) != 2 or not isinstance(shape[1], int):
         return None
-    weight = found[0]
-    if weight.dim() != 2 or not 0 < weight.numel() <= LARGEST_LINEAR or any(t is not None and not _plain(t) for t in found):
+    found = (attribute(gm, weight.target), None if bias is None else attribute(gm, bias.target))
+    if found[0].dim() != 2 or not 0 < found[0].numel() <= LARGEST_LINEAR or any(t is not None and not is_plain(t) for t in found):
         return None
-    out_features, in_features = weight.shape
-    return [lambda x: Linear(x, in_features, out_features)]
-
-
-def _plain(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    out_features, in_features = found[0].shape
+    return Form((x,), lambda emit, values: emit(Linear(values[0], in_features, out_features), *found))
 
 
 def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Window | None:

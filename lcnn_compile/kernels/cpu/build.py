@@ -41,6 +41,8 @@ SOURCES = (
     "gradients.h",
     "program.h",
     "linear.h",
+    "map.h",
+    "functions.h",
     "pool.h",
     "run.h",
     "bfloat16_stages.h",

@@ -138,14 +138,22 @@ class PackedWeight:
         residual_last: bool,
         threads: int,
         pool: Pooling | None = None,
+        out_image: int | None = None,
+        residual_image: int | None = None,
     ) -> Handle:
         """What the kernels work out once for all calls of the same geometry; the input's rows have stride 1.
 
-        ``out_shape`` is the convolution's; ``pool`` is done with it before it is written.
+        ``out_shape`` is the convolution's; ``pool`` is done with it before it is written. From one image of the output and of the
+        residual to the next there are ``out_image`` and ``residual_image`` elements, where they are not contiguous.
         """
+        area = math.prod(out_shape[2:])
+        images = (
+            self.out_channels * (area if pool is None else pool.out_height * pool.out_width) if out_image is None else out_image,
+            self.out_channels * area if residual_image is None else residual_image,
+        )
         numbers = [*stride, *dilation, padding[0], padding[2], ACTIVATION_CODES[activation], int(residual_last), threads]
         numbers.append(self.precision == "bfloat16" and multiplies_pairs())
-        geometry = [shape[0], *shape[2:], *strides, *out_shape[2:], *numbers]
+        geometry = [shape[0], *shape[2:], *strides, *out_shape[2:], *images, *numbers]
         pooling = None if pool is None else ctypes.byref(pool)
         made = self._library.lcnn_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry), pooling)
         return Handle(made, self._library.lcnn_plan_free)

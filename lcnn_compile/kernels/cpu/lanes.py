@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, Recipe, Shape, Step, Turn, View, Window
+from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Map, Pool, Recipe, Shape, Step, Turn, View, Window
 
 IMAGES = {"avx2": 8, "avxvnni": 8}
 """Images side by side, by instruction set: where it has been found to pay."""
@@ -49,28 +49,33 @@ def side_by_side(recipe: Recipe, shapes: Sequence[Shape], images: int) -> Recipe
             steps.append(replace(step, x=turned_back(step.x)))
             back[result] = recipe.inputs + len(steps) - 1
             continue
-        if step.x not in place:
+        if any(x not in place for x in step.reads):
             return None
-        moved = replace(step, x=place[step.x])
+        moved = step.renumbered(place)
         if isinstance(step, LookUp) and isinstance(moved, LookUp):
             top, bottom, left, right = moved.padding
             moved = replace(
                 moved,
-                residual=None if moved.residual is None else place[moved.residual],
                 padding=(top, bottom, left * images, right * images),
                 dilation=(moved.dilation[0], moved.dilation[1] * images),
                 pool=None if moved.pool is None else _widened(moved.pool, step.convolved(shapes), images),
             )
-        elif isinstance(moved, Pool):
+        elif isinstance(step, Pool) and isinstance(moved, Pool):
             moved = replace(moved, window=_widened(moved.window, shapes[step.x], images))
-        elif isinstance(moved, View):
+        elif isinstance(moved, View) and len(shapes[result]) > 1 and shapes[result][0] == images:
             moved = replace(moved, tail=(*moved.tail[:-1], moved.tail[-1] * images))
-        else:
+        elif not isinstance(step, Map) or not _alike(step, shapes, shapes[result]):
             return None
         steps.append(moved)
         place[result] = recipe.inputs + len(steps) - 1
     outputs = tuple(turned_back(value) for value in recipe.outputs)
     return Recipe(recipe.inputs, tuple(steps), outputs)
+
+
+def _alike(step: Map, shapes: Sequence[Shape], out: Shape) -> bool:
+    """Whether the operands have the same columns as the result, or say nothing about columns and images."""
+    alone = all(not shape or (shape[-1] == 1 and (len(shape) < len(out) or shape[0] == 1)) for shape in step.constants)
+    return alone and all(len(shapes[x]) == len(out) and shapes[x][-1] == out[-1] for x in step.inputs)
 
 
 def _widened(window: Window, shape: Shape, images: int) -> Window:

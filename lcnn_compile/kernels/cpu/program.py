@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import math
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,27 +19,17 @@ from torch import Tensor
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu import build as cpu_build
+from lcnn_compile.kernels.cpu.arena import Placement, place
+from lcnn_compile.kernels.cpu.elementwise import Weights, merged
 from lcnn_compile.kernels.cpu.lanes import IMAGES, LARGEST, side_by_side
-from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, Recipe, Shape, Step, Turn, View, Window, pooled
+from lcnn_compile.kernels.cpu.step import MOST_READ, Shape, Site, Step
+from lcnn_compile.kernels.cpu.steps import LookUp, Recipe, pooled
 from lcnn_compile.kernels.cpu.threads import thread_count
 from lcnn_compile.kernels.library import library
 
-LINE = 16
-"""Floats in a cache line."""
 INSTANCES = 32
 POOL_FROM = 2 << 20
 """Elements of an output that would push everything else out of the caches before it is pooled."""
-LOOK_UP, POOL, TURN, LINEAR = range(4)
-"""lcnn::Kind."""
-
-
-class _Linear(ctypes.Structure):
-    """lcnn::Linear."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        *((name, ctypes.c_int64) for name in ("images", "inputs", "outputs")),
-    )
 
 
 class _Step(ctypes.Structure):
@@ -48,12 +37,17 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         ("kind", ctypes.c_int64),
-        ("plan", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("x", "residual", "y")),
-        ("pool", cpu.Pooling),
-        ("linear", _Linear),
+        ("of", ctypes.c_void_p),
+        ("y", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("x", ctypes.c_int64 * MOST_READ),
     )
+
+
+class _Place(ctypes.Structure):
+    """lcnn::Place."""
+
+    _fields_ = (("tensor", ctypes.c_int64), ("offset", ctypes.c_int64))
 
 
 class _Instance(NamedTuple):
@@ -63,6 +57,7 @@ class _Instance(NamedTuple):
     recipe: Recipe  # as it is run
     copied: list[int]  # the inputs that must be made contiguous
     shapes: list[Shape]  # of the outputs
+    of: list[int]  # the number of the step that each call of the library belongs to
     owned: list[Any]  # what the library's program points to
     turned: bool  # the images lie side by side in between
 
@@ -72,8 +67,7 @@ class Program:
 
     Args:
         recipe: the steps.
-        weights: of each lookup convolution and linear layer, in order: the packed weight, or the weight [n, m], and the bias
-            [n] or None; float32 on the CPU. Tensors are copied.
+        weights: an entry for each step that has weights, in order: what the step's class says; float32 on the CPU. Tensors are copied.
 
     Attributes:
         handle: a number by which the operator finds it for as long as it lives.
@@ -83,16 +77,13 @@ class Program:
         KernelError: the C++ kernels are unavailable.
     """
 
-    def __init__(self, recipe: Recipe, weights: Sequence[tuple[cpu.PackedWeight | Tensor, Tensor | None]]):
+    def __init__(self, recipe: Recipe, weights: Sequence[tuple[cpu.PackedWeight | Tensor | None, ...]]):
         found = cpu_build.library()
         if found is None:
             raise KernelError("a program needs the C++ kernels, which are unavailable")
         self.recipe = recipe
         self._library = found
-        self._weights = [
-            (_own(weight) if isinstance(weight, Tensor) else weight, None if bias is None else _own(bias))
-            for weight, bias in weights
-        ]
+        self._weights = [tuple(_own(part) if isinstance(part, Tensor) else part for part in entry) for entry in weights]
         self._instances: dict[tuple[Any, ...], _Instance] = {}
         self._images = IMAGES.get(cpu_build.instruction_set(), 0)
         self.runs = 0
@@ -115,13 +106,16 @@ class Program:
         self._run(inputs, None)
         images = self._side_by_side(inputs)
         inputs = tuple(x[:images] for x in inputs) if images else inputs
-        recipe = self._instance(inputs).recipe
-        steps = [(i, step) for i, step in enumerate(recipe.steps) if not isinstance(step, View)]
-        seconds = (ctypes.c_double * len(steps))()
+        instance = self._instance(inputs)
+        seconds = (ctypes.c_double * len(instance.of))()
         for _ in range(calls):
             self._run(inputs, seconds)
+        recipe = instance.recipe
         shapes = recipe.shapes([x.shape for x in inputs])[recipe.inputs :]
-        return [(step, shapes[i], total / calls) for (i, step), total in zip(steps, seconds, strict=True)]
+        totals: dict[int, float] = {}
+        for number, total in zip(instance.of, seconds, strict=True):
+            totals[number] = totals.get(number, 0.0) + total
+        return [(recipe.steps[number], shapes[number], total / calls) for number, total in totals.items()]
 
     def _instance(self, inputs: tuple[Tensor, ...]) -> _Instance:
         threads = thread_count()
@@ -178,117 +172,43 @@ class Program:
         known = self.recipe.shapes(given)
         turned = side_by_side(self.recipe, known, self._images) if self._images else None
         recipe = pooled(self.recipe, known, POOL_FROM) if turned is None else pooled(turned, turned.shapes(given), LARGEST)
+        steps, outputs, weights = merged(recipe.steps, recipe.inputs, recipe.outputs, self._weights, recipe.shapes(given))
+        recipe = Recipe(recipe.inputs, steps, outputs)
         shapes = recipe.shapes(given)
         # Lookups read any strides but that of a row, everything else reads contiguous tensors.
         strided = {s.x for s in recipe.steps if isinstance(s, LookUp)} - {
-            value for s in recipe.steps for value in ([s.residual] if isinstance(s, LookUp) else [s.x]) if value is not None
+            value for s in recipe.steps for value in (s.reads[1:] if isinstance(s, LookUp) else s.reads)
         }
         copied = [i for i, x in enumerate(inputs) if not (x.is_contiguous() or (i in strided and x.stride(3) == 1))]
-        strides = {i: inputs[i].stride() if i not in copied else None for i in strided if i < len(inputs)}
-        places, arena = allocate(recipe, shapes)
-        steps, owned = self._steps(recipe, shapes, strides, threads)
-        array, numbers = (_Step * len(steps))(*steps), (ctypes.c_int64 * len(places))(*places)
-        address = self._library.lcnn_program_new(array, len(steps), numbers, len(places), arena, threads)
+        strides = {i: inputs[i].stride() for i in strided if i < len(inputs) and i not in copied}
+        placement = place(recipe, shapes)
+        calls, of, owned = self._calls(recipe, shapes, placement, strides, weights, threads)
+        places = (_Place * len(shapes))(*map(_Place, placement.tensors, placement.offsets))
+        array = (_Step * len(calls))(*calls)
+        address = self._library.lcnn_program_new(array, len(calls), places, len(places), placement.size, threads)
         handle = cpu.Handle(address, self._library.lcnn_program_free)
-        return _Instance(handle, recipe, copied, [shapes[v] for v in recipe.outputs], owned, turned is not None)
+        return _Instance(handle, recipe, copied, [shapes[v] for v in recipe.outputs], of, owned, turned is not None)
 
-    def _steps(self, recipe: Recipe, shapes: list[Shape], strides: dict[int, Any], threads: int) -> tuple[list[_Step], list[Any]]:
-        """The library's steps and the objects that must outlive them; views take none."""
-        steps, owned = [], []
-        weights = iter(self._weights)
+    def _calls(
+        self, recipe: Recipe, shapes: list[Shape], placement: Placement, strides: dict[int, Any], weights: Weights, threads: int
+    ) -> tuple[list[_Step], list[int], list[Any]]:
+        """The library's steps, the steps that each belongs to, and the objects that must outlive them."""
+        calls, of, owned = [], [], []
+        entries = iter(weights)
         for number, step in enumerate(recipe.steps):
+            own = next(entries) if step.weighted else ()
             y = recipe.inputs + number
-            if isinstance(step, LookUp):
-                packed, bias = next(weights)
-                assert isinstance(packed, cpu.PackedWeight)
-                x, strides_of_x = shapes[step.x], strides.get(step.x) or contiguous_strides(shapes[step.x])
-                epilogue = (step.activation, step.residual_last)
-                convolved = step.convolved(shapes)
-                pool = None if step.pool is None else _pooling(step.pool, convolved)
-                geometry = (step.stride, step.dilation, step.padding)
-                plan = packed.plan(x, strides_of_x, convolved, *geometry, *epilogue, threads, pool)
-                owned.append(plan)
-                bias_address = None if bias is None else bias.data_ptr()
-                residual = -1 if step.residual is None else step.residual
-                steps.append(_Step(LOOK_UP, plan.address, bias_address, step.x, residual, y))
-            elif isinstance(step, Pool):
-                steps.append(_Step(POOL, None, None, step.x, -1, y, _pooling(step.window, shapes[step.x])))
-            elif isinstance(step, Linear):
-                weight, bias = next(weights)
-                assert isinstance(weight, Tensor)
-                bias_address = None if bias is None else bias.data_ptr()
-                layer = _Linear(weight.data_ptr(), bias_address, shapes[y][0], step.in_features, step.out_features)
-                steps.append(_Step(LINEAR, None, None, step.x, -1, y, linear=layer))
-            elif isinstance(step, Turn):
-                rows = step.images if step.inside else math.prod(shapes[y][1:])
-                matrix = cpu.Pooling(planes=rows, width=math.prod(shapes[y]) // rows)
-                steps.append(_Step(TURN, None, None, step.x, -1, y, matrix))
-        return steps, owned
+            for made in step.native(Site(y, shapes, placement.images, strides, own, threads, ())):
+                reads = (ctypes.c_int64 * MOST_READ)(*made.reads)
+                calls.append(_Step(made.kind, ctypes.addressof(made.of), y, len(made.reads), reads))
+                of.append(number)
+                owned.append(made)
+        return calls, of, owned
 
 
 def _own(tensor: Tensor) -> Tensor:
     """A contiguous copy, without its history."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _pooling(window: Window, shape: Shape) -> cpu.Pooling:
-    batch, channels, height, width = shape
-    pair = ctypes.c_int64 * 2
-    kernel = pair(*(window.kernel_size or (height, width)))
-    high, wide = window.shape(shape)[2:]
-    # A single window may be said to tile its plane.
-    stride = pair(
-        *(size if out == 1 else step for size, out, step in zip(kernel, (high, wide // window.lanes), window.stride, strict=True))
-    )
-    sizes = (batch * channels, height, width, high, wide)
-    top, left = window.padding
-    return cpu.Pooling(*sizes, kernel, stride, top, left * window.lanes, int(window.mean), window.lanes)
-
-
-def contiguous_strides(shape: Shape) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, in elements."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)
-
-
-def allocate(recipe: Recipe, shapes: Sequence[Shape]) -> tuple[list[int], int]:
-    """The place of every value, and the floats of the arena: values share memory where their lives do not overlap.
-
-    An offset in the arena, or -1 - i for tensor i of the caller's inputs and outputs. A view lies where its source lies.
-    """
-    root = list(range(len(shapes)))
-    last = [0] * len(shapes)
-    for number, step in enumerate(recipe.steps):
-        if isinstance(step, View):
-            root[recipe.inputs + number] = root[step.x]
-        for value in (step.x, getattr(step, "residual", None)):
-            if value is not None:
-                last[root[value]] = number
-    places: dict[int, int] = {i: -1 - i for i in range(recipe.inputs)}
-    for i, value in enumerate(recipe.outputs):
-        if root[value] in places:
-            raise KernelError("a program may not return an input, nor a value twice")
-        places[root[value]] = -1 - recipe.inputs - i
-    live: list[tuple[int, int, int]] = []  # offset, end, last use
-    arena = 0
-    for number in range(len(recipe.steps)):
-        value = recipe.inputs + number
-        if root[value] != value or value in places:
-            continue
-        live = sorted(entry for entry in live if entry[2] >= number)
-        size = math.prod(shapes[value])
-        size = -(-size // LINE) * LINE
-        offset = 0
-        for start, end, _ in live:
-            if start - offset >= size:
-                break
-            offset = max(offset, end)
-        places[value] = offset
-        live.append((offset, offset + size, last[value]))
-        arena = max(arena, offset + size)
-    return [places[root[value]] for value in range(len(shapes))], arena
 
 
 _numbers = itertools.count(1)

@@ -54,7 +54,7 @@ int lcnn_gradients(const lcnn::GradientProblem* problem, const lcnn::GradientTen
   return 1;
 }
 
-void* lcnn_program_new(const lcnn::Step* steps, int64_t count, const int64_t* places, int64_t values, int64_t arena,
+void* lcnn_program_new(const lcnn::Step* steps, int64_t count, const lcnn::Place* places, int64_t values, int64_t arena,
                        int64_t threads) try {
   return new lcnn::Program{{steps, steps + count}, {places, places + values}, arena, threads};
 } catch (const std::exception&) {
@@ -65,7 +65,7 @@ void lcnn_program_free(void* program) { delete static_cast<lcnn::Program*>(progr
 
 // `tensors`: the caller's inputs and outputs, in the order that the places of the program name.
 // `seconds`: null, or one sum for each step to which its time is added.
-int lcnn_program_run(const void* program, float* const* tensors, double* seconds) try {
+int lcnn_program_run(const void* program, void* const* tensors, double* seconds) try {
   static_cast<const lcnn::Program*>(program)->run(tensors, seconds);
   return 0;
 } catch (const std::exception&) {

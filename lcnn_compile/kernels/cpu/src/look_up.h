@@ -45,14 +45,15 @@ inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t first_row
                                               w.coefficients.data() + block.coefficients + taps.first * block.size,
                                               taps.end - taps.first, sums);
         for (int i = 0; i < size; ++i) {
-          const int64_t to_filter = p.connected ? 1 : to.plane, target = p.connected ? (begin + i) * w.n : begin + i;
+          const int64_t to_filter = p.connected ? 1 : to.plane, target = p.connected ? (begin + i) * p.g.out_image : begin + i;
+          const int64_t added = p.connected ? (begin + i) * p.g.residual_image : begin + i;
           float values[BLOCK + LANES] = {};
           for (int f = 0; f < block.size; ++f) values[f] = sums[i * block.size + f] + biases[f];
           if (to.residual && !to.epilogue.residual_last)
-            for (int f = 0; f < block.size; ++f) values[f] += to.residual[target + filters[f] * to_filter];
+            for (int f = 0; f < block.size; ++f) values[f] += to.residual[added + filters[f] * to_filter];
           for (int f = 0; f < block.size; f += LANES) store(values + f, to.epilogue(load(values + f)));
           if (to.residual && to.epilogue.residual_last)
-            for (int f = 0; f < block.size; ++f) values[f] += to.residual[target + filters[f] * to_filter];
+            for (int f = 0; f < block.size; ++f) values[f] += to.residual[added + filters[f] * to_filter];
           for (int f = 0; f < block.size; ++f) to.y[target + filters[f] * to_filter] = values[f];
         }
       });

@@ -13,6 +13,7 @@ struct Geometry {
   int64_t batch, height, width;
   int64_t stride_n, stride_c, stride_h, stride_w;
   int64_t out_height, out_width;
+  int64_t out_image, residual_image;  // from one image of the output, and of the residual, to the next
   int64_t stride[2], dilation[2];
   int64_t top, left;
   int64_t activation, residual_last;
@@ -160,7 +161,8 @@ inline Plan::Plan(const Weight& weight, const Geometry& geometry, const Pool* af
   by_rows = whole(g.out_width) * band <= vectors(band, read_pitch);
   const int64_t out_bytes = 4 * w.n * g.out_height * g.out_width;
   fetch = !pool && out_bytes > L2_BYTES / 2;
-  stream = !pool && !bytes && by_rows && g.out_width % (halves ? 2 * LANES : LANES) == 0 && out_bytes > STREAM_ABOVE;
+  stream = !pool && !bytes && by_rows && g.out_width % (halves ? 2 * LANES : LANES) == 0 && g.out_image % LANES == 0 &&
+           out_bytes > STREAM_ABOVE;
   find_offsets();
   find_kernel_rows();
 }

@@ -1,50 +1,67 @@
-// Several operations in one call: lookup convolutions, poolings and linear layers whose values stay in one arena of memory.
+// Several operations in one call: their values stay in one arena of memory.
 #pragma once
 
 #include <chrono>
 
 #include "linear.h"
+#include "map.h"
 #include "pool.h"
 #include "run.h"
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR };
+enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP };
 
-// Values are numbered; no residual is -1.
+constexpr int MOST_READ = 8;
+
+// Values are numbered. `of` is what the kind needs to know; it belongs to the caller and outlives the program.
 struct Step {
   int64_t kind;
-  const Plan* plan;   // of a lookup convolution
-  const float* bias;  // of a lookup convolution, or null
-  int64_t x, residual, y;
-  Pool pool;  // of what is turned: `planes` rows of `width` become columns
-  Linear linear;
+  const void* of;
+  int64_t y, count;
+  int64_t x[MOST_READ];
 };
 
-// Where a value lies: at an offset in the arena, or in the caller's tensor -1 - place.
+// Where a value begins: bytes from the start of the caller's tensor of that number, or of the arena (-1).
+struct Place {
+  int64_t tensor, offset;
+};
+
+struct LookUpStep {  // reads x, and a residual
+  const Plan* plan;
+  const float* bias;  // or null
+};
+
+// Planes that follow each other in an image, and the distances between images.
+struct PoolStep {
+  Pool pool;
+  int64_t images, x_image, y_image;
+};
+
+struct Turn {
+  int64_t rows, columns;  // of x, which become columns and rows
+};
+
 struct Program {
   std::vector<Step> steps;
-  std::vector<int64_t> places;
-  int64_t arena;  // floats
+  std::vector<Place> places;
+  int64_t arena;  // bytes
   int64_t threads;
 
   // Where `seconds` is given, each step's time is added to it.
-  void run(float* const* tensors, double* seconds) const {
+  void run(void* const* tensors, double* seconds) const {
     thread_local Memory memory;
-    float* const base = memory.at_least(arena);
-    const auto value = [&](int64_t v) { return places[v] >= 0 ? base + places[v] : tensors[-1 - places[v]]; };
+    char* const base = reinterpret_cast<char*>(memory.at_least(ceil_div(arena, int64_t(sizeof(float)))));
+    const auto value = [&](int64_t v) {
+      const Place& at = places[v];
+      return reinterpret_cast<float*>((at.tensor < 0 ? base : static_cast<char*>(tensors[at.tensor])) + at.offset);
+    };
     for (size_t i = 0; i < steps.size(); ++i) {
       const Step& step = steps[i];
       const auto start = seconds ? Clock::now() : Clock::time_point{};
-      if (step.kind == LOOK_UP)
-        lcnn::run({*step.plan, value(step.x), step.bias, step.residual < 0 ? nullptr : value(step.residual), value(step.y)},
-                  int(step.plan->g.threads));
-      else if (step.kind == POOL)
-        pool(step, value(step.x), value(step.y));
-      else if (step.kind == LINEAR)
-        linear(step.linear, threads, value(step.x), value(step.y));
-      else
-        turn(step.pool.planes, step.pool.width, value(step.x), value(step.y));
+      const float* x[MOST_READ] = {};
+      for (int64_t j = 0; j < step.count; ++j) x[j] = value(step.x[j]);
+      run(step, x, value(step.y));
       if (seconds) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
     }
     memory.give_back_above(KEPT_FLOATS);
@@ -55,25 +72,40 @@ struct Program {
   static constexpr int64_t KEPT_FLOATS = 64 << 20;  // kept for the next call
   static constexpr int64_t ALONE = 1 << 15;         // floats of x that one thread pools faster than several
 
-  static void turn(int64_t rows, int64_t columns, const float* x, float* y) {
-    for (int64_t column = 0; column < columns; ++column)
-      for (int64_t row = 0; row < rows; ++row) *y++ = x[row * columns + column];
+  void run(const Step& step, const float* const* x, float* y) const {
+    switch (step.kind) {
+      case LOOK_UP: {
+        const LookUpStep& s = *static_cast<const LookUpStep*>(step.of);
+        return lcnn::run({*s.plan, x[0], s.bias, x[1], y}, int(s.plan->g.threads));
+      }
+      case POOL: return pool(*static_cast<const PoolStep*>(step.of), x[0], y);
+      case LINEAR: return linear(*static_cast<const Linear*>(step.of), threads, x[0], y);
+      case MAP: return map(*static_cast<const Map*>(step.of), threads, x, y);
+      case TURN: return turn(*static_cast<const Turn*>(step.of), x[0], y);
+    }
   }
 
-  void pool(const Step& step, const float* x, float* y) const {
+  static void turn(const Turn& t, const float* x, float* y) {
+    for (int64_t column = 0; column < t.columns; ++column)
+      for (int64_t row = 0; row < t.rows; ++row) *y++ = x[row * t.columns + column];
+  }
+
+  void pool(const PoolStep& step, const float* x, float* y) const {
     const Pool& p = step.pool;
     // Windows that tile their planes tile a plane made of them all; small planes are then not begun one by one.
     const bool tiled = !p.top && p.kernel[0] == p.stride[0] && p.height == p.out_height * p.stride[0];
-    const int64_t area = p.height * p.width, out_area = p.out_height * p.out_width;
-    const int64_t team = p.planes * area > ALONE ? std::min(threads, p.planes) : 1, row = round_up(p.row_floats(), LANES);
+    const int64_t area = p.height * p.width, out_area = p.out_height * p.out_width, planes = p.planes * step.images;
+    const int64_t team = planes * area > ALONE ? std::min(threads, planes) : 1, row = round_up(p.row_floats(), LANES);
     float* const rows = run_scratch(team * row);
 #pragma omp parallel for num_threads(int(team)) schedule(static)
     for (int64_t part = 0; part < team; ++part)
-      for (int64_t i = p.planes * part / team, end = p.planes * (part + 1) / team; i < end; ++i) {
+      for (int64_t i = planes * part / team, end = planes * (part + 1) / team; i < end;) {
+        const int64_t image = i / p.planes, plane = i % p.planes, some = tiled ? std::min(end - i, p.planes - plane) : 1;
         Pool q = p;
-        if (tiled) q.height *= end - i, q.out_height *= end - i;
-        pool_rows(q, 0, q.out_height, x + i * area, 0, rows + part * row, y + i * out_area);
-        if (tiled) break;
+        q.height *= some, q.out_height *= some;
+        pool_rows(q, 0, q.out_height, x + image * step.x_image + plane * area, 0, rows + part * row,
+                  y + image * step.y_image + plane * out_area);
+        i += some;
       }
   }
 };

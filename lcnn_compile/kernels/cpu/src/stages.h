@@ -41,14 +41,15 @@ inline void Call::pool_band(int64_t image, int64_t first, int64_t end, const flo
   const Pool& pool = *p.pool;
   for (int64_t f = p.w.n * team.rank / team.size; f < p.w.n * (team.rank + 1) / team.size; ++f)
     pool_rows(pool, first, end, from + f * p.pool_plane, p.first_row(first), row,
-              y + ((image * p.w.n + f) * pool.out_height + first) * pool.out_width);
+              y + image * p.g.out_image + (f * pool.out_height + first) * pool.out_width);
 }
 
 inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Team team) const {
   const int64_t first = index * p.band_rows, end = std::min(first + p.band_rows, p.rows);
   const int64_t first_row = p.first_row(first), rows = p.end_row(end) - first_row, area = p.g.out_height * p.g.out_width;
   float* const unpooled = s + p.scratch() - p.pooled();
-  const int64_t start = image * p.w.n * area + first_row * p.g.out_width;
+  const int64_t start = image * p.g.out_image + first_row * p.g.out_width;
+  const int64_t residual_start = image * p.g.residual_image + first_row * p.g.out_width;
   for (int64_t group = 0; group < p.w.groups; ++group) {
     if (group > 0) team.wait();
     dictionary_stage(image, group, first_row, rows, s, packed, team);
@@ -62,7 +63,7 @@ inline void Call::band(int64_t image, int64_t index, float* s, float* packed, Te
     if (p.pool)
       lookup_stage(group, first_row, rows, read, unpooled, nullptr, p.pool_plane, team);
     else
-      lookup_stage(group, first_row, rows, read, y + start, residual ? residual + start : nullptr, area, team);
+      lookup_stage(group, first_row, rows, read, y + start, residual ? residual + residual_start : nullptr, area, team);
     if (p.stream) fence();
   }
   if (p.pool) {

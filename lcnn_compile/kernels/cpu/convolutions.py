@@ -1,0 +1,126 @@
+"""Steps that multiply with weights: lookup convolutions and linear layers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels.cpu.forward import PackedWeight
+from lcnn_compile.kernels.cpu.step import LINEAR, LOOK_UP, Native, Shape, Site, Step, contiguous_strides
+from lcnn_compile.kernels.cpu.windows import Window
+from lcnn_compile.kernels.reference import output_size
+
+
+class _LookUp(ctypes.Structure):
+    """lcnn::LookUpStep."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("plan", "bias"))
+
+
+@dataclass(frozen=True)
+class LookUp(Step):
+    """A lookup convolution of value ``x`` [N, C, H, W] with the epilogue of the operator; ``residual`` is a value or None.
+
+    ``pool`` is done with the output before it is written; then there is no residual. Weights: the packed weight, the bias or None.
+    """
+
+    x: int
+    residual: int | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    activation: str = "none"
+    residual_last: bool = False
+    pool: Window | None = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """``x``, and the residual."""
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
+    def renumbered(self, place: Mapping[int, int] | Sequence[int]) -> LookUp:
+        """The same with other numbers."""
+        return replace(self, x=place[self.x], residual=None if self.residual is None else place[self.residual])
+
+    @property
+    def weighted(self) -> bool:
+        """Always."""
+        return True
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, n, H', W']."""
+        shape = self.convolved(shapes)
+        return shape if self.pool is None else self.pool.shape(shape)
+
+    def convolved(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, n, H', W'] before pooling."""
+        x = shapes[self.x]
+        if len(x) != 4 or x[1] != self.in_channels:
+            raise KernelError(f"a program's lookup convolution got an input of shape {tuple(x)}; [N, {self.in_channels}, H, W]")
+        high, wide = output_size(x[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        shape = (x[0], self.out_channels, high, wide)
+        if high < 1 or wide < 1:
+            raise KernelError(f"a program's {self.kernel_size} kernel does not fit its input of shape {tuple(x)}")
+        if self.residual is not None and tuple(shapes[self.residual]) != shape:
+            raise KernelError(f"a program's residual has shape {tuple(shapes[self.residual])}; the output has {shape}")
+        return shape
+
+    def native(self, site: Site) -> list[Native]:
+        """One call."""
+        packed, bias = site.weights
+        assert isinstance(packed, PackedWeight)
+        x = site.shapes[self.x]
+        strides = site.strides.get(self.x) or (site.images[self.x], *contiguous_strides(x)[1:])
+        convolved = self.convolved(site.shapes)
+        pool = None if self.pool is None else self.pool.pooling(convolved, convolved[0] * convolved[1])
+        geometry = (self.stride, self.dilation, self.padding, self.activation, self.residual_last, site.threads, pool)
+        images = (site.images[site.y], None if self.residual is None else site.images[self.residual])
+        plan = packed.plan(x, strides, convolved, *geometry, *images)
+        made = _LookUp(plan.address, None if bias is None else bias.data_ptr())
+        return [Native(LOOK_UP, made, self.reads, (plan, bias))]
+
+
+class _Linear(ctypes.Structure):
+    """lcnn::Linear."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("images", "rows", "inputs", "outputs", "x_image", "y_image")),
+    )
+
+
+@dataclass(frozen=True)
+class Linear(Step):
+    """A dense linear layer of ``x`` [N, *, m]. Weights: [n, m], and the bias [n] or None."""
+
+    x: int
+    in_features: int
+    out_features: int
+
+    @property
+    def weighted(self) -> bool:
+        """Always."""
+        return True
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, *, n]."""
+        x = shapes[self.x]
+        if len(x) < 2 or x[-1] != self.in_features:
+            raise KernelError(f"a program's linear layer got an input of shape {tuple(x)}; [N, {self.in_features}] is required")
+        return (*x[:-1], self.out_features)
+
+    def native(self, site: Site) -> list[Native]:
+        """One call."""
+        weight, bias = site.weights
+        rows = 1
+        for size in site.shapes[self.x][1:-1]:
+            rows *= size
+        sizes = (site.shapes[self.x][0], rows, self.in_features, self.out_features)
+        images = (site.images[self.x], site.images[site.y])
+        made = _Linear(weight.data_ptr(), None if bias is None else bias.data_ptr(), *sizes, *images)
+        return [Native(LINEAR, made, (self.x,), (weight, bias))]

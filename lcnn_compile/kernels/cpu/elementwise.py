@@ -1,0 +1,246 @@
+"""The element-wise step: a chain of functions of one or two operands, in one pass through memory."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels.cpu.step import MAP, Native, Shape, Site, Step, broadcast, contiguous_strides, numbers
+
+FUNCTIONS = {
+    **dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum"), 2),
+    **dict.fromkeys(("neg", "abs", "square", "sqrt", "rsqrt", "reciprocal", "exp", "log", "sigmoid", "tanh", "erf"), 1),
+    **dict.fromkeys(("relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "hardswish", "hardsigmoid", "clamp", "mish"), 1),
+    **{"softplus": 1, "prelu": 2, "logsigmoid": 1, "softsign": 1},
+}
+"""Functions and how many operands they take, in the order of lcnn::Function. Parameters: of ``add`` and ``sub`` the factor of the
+second operand, of ``leaky_relu`` the slope, of ``elu`` alpha and scale, of ``clamp`` both bounds, of ``softplus`` beta and threshold."""
+CODES = {name: code for code, name in enumerate(FUNCTIONS)}
+PARAMETERS = {"add": (1.0,), "sub": (1.0,)}
+DIMENSIONS, OPERANDS, OPERATIONS = 6, 8, 32
+"""lcnn::MAP_DIMENSIONS and so on."""
+
+Operation = tuple[str, tuple[int, ...], tuple[float, ...]]
+"""A function, the registers of its operands, its parameters."""
+
+
+class _Operation(ctypes.Structure):
+    """lcnn::Operation."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("function", "a", "b", "to")),
+        *((name, ctypes.c_double) for name in ("u", "v")),
+    )
+
+
+class _Map(ctypes.Structure):
+    """lcnn::Map."""
+
+    _fields_ = (
+        ("sizes", numbers(DIMENSIONS)),
+        ("to", numbers(DIMENSIONS)),
+        ("operands", ctypes.c_int64),
+        ("strides", numbers(DIMENSIONS) * OPERANDS),
+        ("constants", ctypes.c_void_p * OPERANDS),
+        ("count", ctypes.c_int64),
+        ("buffers", ctypes.c_int64),
+        ("operations", _Operation * OPERATIONS),
+    )
+
+
+@dataclass(frozen=True)
+class Map(Step):
+    """Functions of values, constants and numbers that are broadcast against each other; the last one's result is the value.
+
+    Registers are numbered: the ``inputs`` (values), the constants, the numbers, the result of each operation. Weights: the
+    constants, tensors of these shapes.
+    """
+
+    inputs: tuple[int, ...]
+    constants: tuple[Shape, ...]
+    numbers: tuple[float, ...]
+    operations: tuple[Operation, ...]
+
+    def __post_init__(self) -> None:
+        operands = len(self.inputs) + len(self.constants) + len(self.numbers)
+        if not self.inputs or operands > OPERANDS or not 0 < len(self.operations) <= OPERATIONS:
+            raise KernelError(f"an element-wise step takes 1 to {OPERANDS} operands and {OPERATIONS} operations; it has {self}")
+        for i, (name, registers, parameters) in enumerate(self.operations):
+            if name not in FUNCTIONS or len(registers) != FUNCTIONS[name] or len(parameters) > 2:
+                raise KernelError(f"{name!r} of {registers} is no element-wise operation; allowed are {sorted(FUNCTIONS)}")
+            if not all(0 <= register < operands + i for register in registers):
+                raise KernelError(f"an element-wise {name!r} reads register {registers}; there are {operands + i}")
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The inputs."""
+        return self.inputs
+
+    def renumbered(self, place: Mapping[int, int] | Sequence[int]) -> Map:
+        """The same with other numbers."""
+        return replace(self, inputs=tuple(place[x] for x in self.inputs))
+
+    @property
+    def weighted(self) -> bool:
+        """Where it has constants."""
+        return bool(self.constants)
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """That of the operands broadcast."""
+        found = broadcast([*(shapes[x] for x in self.inputs), *self.constants])
+        if len(found) > DIMENSIONS:
+            raise KernelError(
+                f"a program's element-wise step would make a value of shape {found}; {DIMENSIONS} dimensions at most"
+            )
+        return found
+
+    def native(self, site: Site) -> list[Native]:
+        """One call."""
+        y = site.shapes[site.y]
+        held = [ctypes.c_float(number) for number in self.numbers]
+        addresses = [None] * len(self.inputs) + [constant.data_ptr() for constant in site.weights]
+        addresses += [ctypes.addressof(number) for number in held]
+        strides = [_broadcast_strides(site.shapes[x], y, site.images[x]) for x in self.inputs]
+        strides += [_broadcast_strides(shape, y, None) for shape in self.constants] + [(0,) * len(y)] * len(held)
+        to = (site.images[site.y], *contiguous_strides(y)[1:]) if y else ()
+        sizes, (target, *sources) = coalesced(y, [to, *strides])
+        operations, buffers = self._registers()
+        made = _Map(
+            (ctypes.c_int64 * DIMENSIONS)(*sizes),
+            (ctypes.c_int64 * DIMENSIONS)(*target),
+            len(sources),
+            count=len(operations),
+            buffers=buffers,
+        )
+        for i, (row, address) in enumerate(zip(sources, addresses, strict=True)):
+            made.strides[i] = (ctypes.c_int64 * DIMENSIONS)(*row)
+            made.constants[i] = address
+        for i, operation in enumerate(operations):
+            made.operations[i] = operation
+        return [Native(MAP, made, self.inputs, (*held, *site.weights))]
+
+    def _registers(self) -> tuple[list[_Operation], int]:
+        """The operations with a buffer for each result, used again once nobody reads it any more; and how many there are."""
+        operands = len(self.inputs) + len(self.constants) + len(self.numbers)
+        last = {register: i for i, (_, registers, _) in enumerate(self.operations) for register in registers}
+        place = {i: i for i in range(operands)}
+        free: list[int] = []
+        made, buffers = [], 0
+        for i, (name, registers, parameters) in enumerate(self.operations):
+            a, b = (place[registers[0]], place[registers[-1]])
+            free += {place[r] for r in registers if r >= operands and last[r] == i}
+            if not free:
+                free.append(operands + buffers)
+                buffers += 1
+            place[operands + i] = free.pop()
+            u, v = (*(parameters or PARAMETERS.get(name, ())), 0.0, 0.0)[:2]
+            made.append(_Operation(CODES[name], a, b, place[operands + i], u, v))
+        return made, buffers
+
+
+def _broadcast_strides(shape: Shape, out: Shape, image: int | None) -> tuple[int, ...]:
+    """Strides by which a value, or a contiguous constant, is read as one of shape ``out``."""
+    strides = list(contiguous_strides(shape)) if shape else []
+    if image is not None and strides:
+        strides[0] = image
+    return (0,) * (len(out) - len(shape)) + tuple(0 if size == 1 else step for size, step in zip(shape, strides, strict=True))
+
+
+def coalesced(
+    sizes: Shape, strides: Sequence[tuple[int, ...]], dimensions: int = DIMENSIONS
+) -> tuple[list[int], list[list[int]]]:
+    """Sizes and several strides over them with as few dimensions as say the same, filled up to ``dimensions`` in front."""
+    found: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for i, size in enumerate(sizes):
+        if size == 1:
+            continue
+        if found and all(row[-1] == given[i] * size for row, given in zip(steps, strides, strict=True)):
+            found[-1] *= size
+            for row, given in zip(steps, strides, strict=True):
+                row[-1] = given[i]
+            continue
+        found.append(size)
+        for row, given in zip(steps, strides, strict=True):
+            row.append(given[i])
+    missing = dimensions - len(found)
+    if missing < 0:
+        raise KernelError(f"a program's value of shape {tuple(sizes)} has more than {dimensions} dimensions")
+    return [1] * missing + found, [[0] * missing + row for row in steps]
+
+
+Weights = Sequence[tuple[Any, ...]]
+
+
+def merged(steps: Sequence[Step], inputs: int, outputs: Sequence[int], weights: Weights, shapes: Sequence[Shape]) -> Any:
+    """The same steps, outputs and weights with chains of element-wise steps joined where nothing else reads what is in between."""
+    readers: dict[int, set[int]] = {}
+    for number, step in enumerate(steps):
+        for x in step.reads:
+            readers.setdefault(x, set()).add(number)
+    left: list[tuple[Step, tuple[Any, ...]] | None] = []
+    given = iter(weights)
+    for number, step in enumerate(steps):
+        own = next(given) if step.weighted else ()
+        while isinstance(step, Map):
+            joined = None
+            for x in step.inputs:
+                before = left[x - inputs] if x >= inputs else None
+                alone = readers[x] == {number} and x not in outputs
+                if before is not None and isinstance(before[0], Map) and alone and shapes[x] == shapes[inputs + number]:
+                    joined = _joined(before[0], before[1], x, step, own)
+                    if joined is not None:
+                        left[x - inputs] = None
+                        for source in before[0].inputs:
+                            readers[source] = readers[source] - {x - inputs} | {number}
+                        break
+            if joined is None:
+                break
+            step, own = joined
+        left.append((step, own))
+    place = {x: x for x in range(inputs)}
+    kept: list[Step] = []
+    held: list[tuple[Any, ...]] = []
+    for number, entry in enumerate(left):
+        if entry is None:
+            continue
+        kept.append(entry[0].renumbered(place))
+        if entry[0].weighted:
+            held.append(entry[1])
+        place[inputs + number] = inputs + len(kept) - 1
+    return tuple(kept), tuple(place[y] for y in outputs), held
+
+
+def _joined(first: Map, first_weights: Sequence[Tensor], x: int, second: Map, second_weights: Sequence[Tensor]) -> Any:
+    """One step that does both, the second of which reads the first as value ``x``; None where it would be too large."""
+    inputs = list(dict.fromkeys([*first.inputs, *(v for v in second.inputs if v != x)]))
+    numbers = list(dict.fromkeys([*first.numbers, *second.numbers]))
+    constants = [*first.constants, *second.constants]
+    operands = len(inputs) + len(constants) + len(numbers)
+    if operands > OPERANDS or len(first.operations) + len(second.operations) > OPERATIONS:
+        return None
+
+    def registers(step: Map, constants_before: int, operations_before: int) -> list[int]:
+        result = operands + len(first.operations) - 1
+        found = [result if v == x and step is second else inputs.index(v) for v in step.inputs]
+        found += [len(inputs) + constants_before + i for i in range(len(step.constants))]
+        found += [len(inputs) + len(constants) + numbers.index(v) for v in step.numbers]
+        return found + [operands + operations_before + i for i in range(len(step.operations))]
+
+    operations: list[Operation] = []
+    for step, before, done in ((first, 0, 0), (second, len(first.constants), len(first.operations))):
+        place = registers(step, before, done)
+        operations += [(name, tuple(place[r] for r in read), parameters) for name, read, parameters in step.operations]
+    made = Map(tuple(inputs), tuple(constants), tuple(numbers), tuple(operations))
+    return made, (*first_weights, *second_weights)
+
+
+def same_memory(step: Step, x: int, shapes: Sequence[Shape], y: int) -> bool:
+    """Whether a step may write its result over value ``x``: it reads each element of it before it writes that one."""
+    return isinstance(step, Map) and math.prod(shapes[x]) == math.prod(shapes[y]) and tuple(shapes[x]) == tuple(shapes[y])
