@@ -148,12 +148,10 @@ class Lowered:
         structure = (unbound.derived, kept, [program.recipe for program in held])
         alone = single_program(unbound.gm)
         if alone is not None:
-            [program], (sources, returned) = held, alone
-            places = [kept[i] for i in sources]
+            [program], places = held, [kept[i] for i in alone.inputs]
 
             def run_alone(*inputs: Any) -> Any:
-                outputs = program(*[inputs[i] for i in places])
-                return [outputs[i] for i in returned]
+                return alone.returned(program(*[inputs[i] for i in places]))
 
             return _State(marks, structure, held, None, run_alone)
         known = before.compiled if before is not None and before.structure == structure else None

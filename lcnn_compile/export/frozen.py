@@ -80,7 +80,7 @@ class Frozen:
         self._program: Program | None = None
         self._rest: Callable[..., Any] | None = None
         if alone is not None:
-            [self._program], (self._sources, self._returned) = programs(gm), alone
+            [self._program], self._alone = programs(gm), alone
         else:
             options: dict[str, Any] | None = None if stateful else {"freezing": True}
             self._rest = torch.compile(gm, options=options, dynamic=False)
@@ -134,8 +134,7 @@ class Frozen:
                 raise ExportError(f"the model is frozen for other arguments: {found}; freeze it again")
         self._check(leaves)
         if self._program is not None:
-            outputs = self._program(*[leaves[i] for i in self._sources])
-            found_outputs = [outputs[i] for i in self._returned]
+            found_outputs = self._alone.returned(self._program(*[leaves[i] for i in self._alone.inputs]))
         else:
             assert self._rest is not None
             with torch.no_grad(), plain_dtypes():

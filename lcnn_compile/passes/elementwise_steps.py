@@ -34,6 +34,8 @@ def elementwise(gm: fx.GraphModule, node: fx.Node) -> Form | None:
     if found is None:
         return None
     name, arguments = found
+    if "input" not in arguments:
+        return None
     operands = [arguments.pop("input")]
     for key in ("other", "weight"):
         if key in arguments:

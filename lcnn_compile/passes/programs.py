@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx, nn
@@ -14,13 +14,14 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.program import Program, run_program
-from lcnn_compile.kernels.cpu.steps import Recipe, Step
+from lcnn_compile.kernels.cpu.steps import Permute, Recipe, Step
 from lcnn_compile.passes.effects import Effects, eliminate_dead_code, sort
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional
-from lcnn_compile.passes.step_form import Form
+from lcnn_compile.passes.signatures import PARTS, operation_of, part_sizes
+from lcnn_compile.passes.step_form import Form, is_value
 from lcnn_compile.passes.steps import steps_of
-from lcnn_compile.passes.targets import dimension_order
+from lcnn_compile.passes.targets import dimension_order, shape_of
 
 NAME = "lcnn_program"
 
@@ -39,19 +40,37 @@ def programs(gm: fx.GraphModule) -> list[Program]:
     return [module.program for module in gm.children() if isinstance(module, HeldProgram)]
 
 
-def single_program(gm: fx.GraphModule) -> tuple[list[int], list[int]] | None:
-    """The inputs that the program of a graph takes and which of its outputs the graph returns, where it does nothing else."""
+class Alone(NamedTuple):
+    """A graph that does nothing but run a program.
+
+    Attributes:
+        inputs: the inputs of the graph that the program takes.
+        outputs: which of the program's outputs the graph returns, and in which order of dimensions; None as they are.
+    """
+
+    inputs: list[int]
+    outputs: list[tuple[int, tuple[int, ...] | None]]
+
+    def returned(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the graph returns for the program's outputs."""
+        return [outputs[i] if order is None else outputs[i].permute(order) for i, order in self.outputs]
+
+
+def single_program(gm: fx.GraphModule) -> Alone | None:
+    """How a graph runs its program, where it does nothing else."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     rest = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     calls = [node for node in rest if node.target is run_program]
     returned = gm.graph.output_node().args[0]
     if len(calls) != 1 or not isinstance(returned, list | tuple):
         return None
-    items = {node: node.args[1] for node in rest if node.target is operator.getitem and node.args[0] is calls[0]}
+    items = {node: (node.args[1], None) for node in rest if node.target is operator.getitem and node.args[0] is calls[0]}
+    turned = {node: (items[node.args[0]][0], node.args[1]) for node in rest if node.target == "permute" and node.args[0] in items}
     inputs = cast("list[fx.Node]", calls[0].args[0])
-    if len(items) + 1 != len(rest) or any(x not in placeholders for x in inputs) or any(y not in items for y in returned):
+    known: Any = items | turned
+    if len(known) + 1 != len(rest) or any(x not in placeholders for x in inputs) or any(y not in known for y in returned):
         return None
-    return [placeholders.index(x) for x in inputs], [cast(int, items[cast(fx.Node, y)]) for y in returned]
+    return Alone([placeholders.index(x) for x in inputs], [known[y] for y in returned])
 
 
 class _Among(OperatorSupportBase):
@@ -73,6 +92,7 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
     autocast = torch.is_autocast_enabled("cpu") or any("autocast" in str(node.target) for node in gm.graph.nodes)
     if autocast or not cpu.is_available() or not any(is_lookup(node) for node in gm.graph.nodes):
         return gm
+    _name_parts(gm)
     _split_views(gm)
     effects = Effects(gm)
     edges = effects.order_edges()
@@ -81,9 +101,9 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
         regions = _regions(gm, effects, every_write)
         if sort(gm, edges, regions):
             break
+    gathered = {node for region in regions for node in region}
     for number, region in enumerate(regions):
-        _rewrite(gm, region, f"{NAME}_{number}")
-    _restore_strides(gm)
+        _rewrite(gm, region, f"{NAME}_{number}", gathered)
     eliminate_dead_code(gm)
     gm.graph.lint()
     gm.recompile()
@@ -132,9 +152,34 @@ def _hidden_items(gm: fx.GraphModule) -> Iterator[None]:
             node.target = operator.getitem
 
 
-def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _is_alias(gm: fx.GraphModule, node: fx.Node) -> bool:
     steps = steps_of(gm, node)
-    return steps is not None and steps.view
+    return steps is not None and steps.alias
+
+
+def _name_parts(gm: fx.GraphModule) -> None:
+    """Parts of what is split become slices, views as they were; their places must be known."""
+    for node in list(gm.graph.nodes):
+        found = operation_of(node) if node.op in ("call_function", "call_method") else None
+        if found is None or found[0] not in PARTS or any(user.target is not operator.getitem for user in node.users):
+            continue
+        given = found[1]
+        source, dim = given["input"], given["dim"]
+        shape = shape_of(source) if is_value(source) else None
+        if not shape or not isinstance(dim, int) or not isinstance(shape[dim], int) or not node.users:
+            continue
+        sizes = part_sizes(found[0], given, shape[dim])
+        if sizes is None or any(not isinstance(user.args[1], int) or user.args[1] >= len(sizes) for user in node.users):
+            continue
+        for user in list(node.users):
+            start = sum(sizes[: user.args[1] % len(sizes)])
+            arguments = (source, dim, start) if found[0] == "unbind" else (source, dim, start, sizes[user.args[1]])
+            with gm.graph.inserting_before(user):
+                part = gm.graph.call_function(torch.select if found[0] == "unbind" else torch.narrow, arguments)
+            part.meta = dict(user.meta)
+            user.replace_all_uses_with(part)
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
 
 
 def _split_views(gm: fx.GraphModule) -> None:
@@ -145,7 +190,7 @@ def _split_views(gm: fx.GraphModule) -> None:
     effects = Effects(gm)
     written = frozenset().union(*map(effects.written, effects.writers()))
     for node in reversed(list(gm.graph.nodes)):
-        if len(node.users) > 1 and _is_view(gm, node) and not effects.memory(node) & written:
+        if len(node.users) > 1 and _is_alias(gm, node) and not effects.memory(node) & written:
             for user in list(node.users)[1:]:
                 with gm.graph.inserting_before(user):
                     twin = gm.graph.node_copy(node)
@@ -157,7 +202,7 @@ def _drop_views(gm: fx.GraphModule, nodes: dict[fx.Node, Any]) -> None:
     while True:
         roots: dict[fx.Node, fx.Node] = {}
         for node in sorted(nodes):
-            view = _is_view(gm, node)
+            view = _is_alias(gm, node)
             source = cast(fx.Node, node.args[0]) if view else node
             roots[node] = roots.get(source, source)
         returned = [node for node in nodes if any(user not in nodes for user in node.users)]
@@ -169,7 +214,7 @@ def _drop_views(gm: fx.GraphModule, nodes: dict[fx.Node, Any]) -> None:
             del nodes[node]
 
 
-def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
+def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str, gathered: Container[fx.Node]) -> None:
     """Replace the nodes of a region, in order, by one call of the operator."""
     forms = {node: cast(Form, steps_of(gm, node)) for node in nodes}
     values: dict[fx.Node, int] = {}
@@ -189,7 +234,13 @@ def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
     for node, form in forms.items():
         values[node] = form.build(emit, [values[source] for source in form.inputs])
     returned = [node for node in nodes if any(user not in nodes for user in node.users)]
-    recipe = Recipe(len(inputs), tuple(steps), tuple(values[node] for node in returned))
+    orders = [_order_outside(node, nodes, gathered) for node in returned]
+    inside = [order is not None and order[0] == 0 for order in orders]  # as the program's last steps
+    outputs = [
+        emit(Permute(values[node], cast("tuple[int, ...]", order))) if last else values[node]
+        for node, order, last in zip(returned, orders, inside, strict=True)
+    ]
+    recipe = Recipe(len(inputs), tuple(steps), tuple(outputs))
     gm.add_submodule(name, HeldProgram(Program(recipe, weights)))
     with gm.graph.inserting_after(nodes[-1]):
         handle = gm.graph.get_attr(f"{name}.handle")
@@ -198,27 +249,33 @@ def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
     for i, node in reversed(list(enumerate(returned))):
         with gm.graph.inserting_after(call):
             item = gm.graph.call_function(operator.getitem, (call, i))
+        order = orders[i]
+        if order is not None:
+            item = _turned(gm, item, order, inside[i])
         item.meta = dict(node.meta)
         node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in nodes)
     for node in reversed(nodes):
         gm.graph.erase_node(node)
 
 
-def _restore_strides(gm: fx.GraphModule) -> None:
-    """Give what programs return the order of dimensions in memory that it had: strides, views and the caller depend on it."""
-    for call in gm.graph.find_nodes(op="call_function", target=run_program):
-        for item in list(call.users):
-            order = dimension_order(item)
-            if order is None or order == sorted(order) or all(user.target is run_program for user in item.users):
-                continue
-            back = [order.index(i) for i in range(len(order))]
-            users = list(item.users)
-            with gm.graph.inserting_after(item):
-                turned = gm.graph.call_method("permute", (item, order))
-            with gm.graph.inserting_after(turned):
-                copied = gm.graph.call_method("contiguous", (turned,))
-            with gm.graph.inserting_after(copied):
-                restored = gm.graph.call_method("permute", (copied, back))
-            restored.meta = dict(item.meta)
-            for user in users:
-                user.replace_input_with(item, restored)
+def _order_outside(node: fx.Node, region: Container[fx.Node], gathered: Container[fx.Node]) -> tuple[int, ...] | None:
+    """The order of a returned value's dimensions in memory where it is another one than their own, and somebody can tell.
+
+    Strides, views and the caller depend on it; programs do not.
+    """
+    order = dimension_order(node)
+    if order is None or order == sorted(order):
+        return None
+    outside = [user for user in node.users if user not in region]
+    return None if all(user in gathered or user.target is run_program for user in outside) else tuple(order)
+
+
+def _turned(gm: fx.GraphModule, item: fx.Node, order: tuple[int, ...], inside: bool) -> fx.Node:
+    """A returned value in the strides that it had; ``inside``: the program has put it in the order of memory already."""
+    if not inside:
+        with gm.graph.inserting_after(item):
+            item = gm.graph.call_method("permute", (item, order))
+        with gm.graph.inserting_after(item):
+            item = gm.graph.call_method("contiguous", (item,))
+    with gm.graph.inserting_after(item):
+        return gm.graph.call_method("permute", (item, tuple(order.index(d) for d in range(len(order)))))

@@ -34,12 +34,40 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "clamp_min": {**_X, "min": REQUIRED},
     "clamp_max": {**_X, "max": REQUIRED},
     "softplus": {**_X, "beta": 1, "threshold": 20},
+    "cat": {"tensors": REQUIRED, "dim": 0},
+    "stack": {"tensors": REQUIRED, "dim": 0},
+    "narrow": {**_X, "dim": REQUIRED, "start": REQUIRED, "length": REQUIRED},
+    "select": {**_X, "dim": REQUIRED, "index": REQUIRED},
+    "permute": {**_X, "dims": REQUIRED},
+    "transpose": {**_X, "dim0": REQUIRED, "dim1": REQUIRED},
+    "movedim": {**_X, "source": REQUIRED, "destination": REQUIRED},
+    "expand": {**_X, "size": REQUIRED},
+    "flip": {**_X, "dims": REQUIRED},
+    "pixel_shuffle": {**_X, "upscale_factor": REQUIRED},
+    "pixel_unshuffle": {**_X, "downscale_factor": REQUIRED},
+    "channel_shuffle": {**_X, "groups": REQUIRED},
+    "clone": {**_X, "memory_format": None},
+    "slice": {**_X, "dim": 0, "start": None, "end": None, "step": 1},
 }
+_SPLIT = {"split": "split_size_or_sections", "chunk": "chunks", "tensor_split": "indices_or_sections"}
+SIGNATURES |= {name: {**_X, key: REQUIRED, "dim": 0} for name, key in _SPLIT.items()} | {"unbind": {**_X, "dim": 0}}
+PARTS = frozenset((*_SPLIT, "unbind"))
+"""Operations that return parts of their input in a row."""
+VARIADIC = {"permute": "dims", "expand": "size", "flip": "dims"}
+"""Methods that take a list as several arguments too."""
 """Arguments of Python's functions and methods, and what they are where they are left out; an operator of ATen has its schema."""
 _OTHER_NAMES = {
     **{"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "truediv": "div", "negative": "neg"},
     **{"absolute": "abs", "clip": "clamp", "logsigmoid": "logsigmoid", "log_sigmoid": "logsigmoid"},
     **{"__add__": "add", "__sub__": "sub", "__mul__": "mul", "__truediv__": "div", "__neg__": "neg", "__pow__": "pow"},
+    **{
+        "concat": "cat",
+        "concatenate": "cat",
+        "swapaxes": "transpose",
+        "swapdims": "transpose",
+        "moveaxis": "movedim",
+        "split_with_sizes": "split",
+    },
     **{"__radd__": "add", "__rmul__": "mul", "__rsub__": "rsub"},
 }
 
@@ -50,9 +78,10 @@ def _targets() -> dict[Any, str]:
     for spelled, name in names.items():
         for holder in (F, torch, torch._C._nn, operator):
             target = getattr(holder, spelled, None)
-            if callable(target):
+            if callable(target) and target is not slice:
                 found[target] = name
-        found[spelled] = name
+        if spelled not in ("slice", "cat", "stack"):
+            found[spelled] = name
         packet = getattr(torch.ops.aten, spelled, None)
         if packet is not None and not spelled.startswith("__"):
             found |= {getattr(packet, overload): name for overload in packet.overloads()}
@@ -64,7 +93,7 @@ _BY_TARGET = _targets()
 
 
 def operation_of(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
-    """The name and the arguments, those left out too, of a call that computes something element by element; None for others."""
+    """The name and the arguments, those left out too, of a call of an operation in the tables; None for others."""
     if node.op not in ("call_function", "call_method"):
         return None
     name = _BY_TARGET.get(node.target)
@@ -72,7 +101,9 @@ def operation_of(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
         return None
     if isinstance(node.target, OpOverload):
         return name, _of_schema(node)
-    known = SIGNATURES[name]
+    known, args = SIGNATURES[name], node.args
+    if name in VARIADIC and len(args) > 1 and not isinstance(args[1], list | tuple):
+        return (name, {"input": args[0], VARIADIC[name]: list(args[1:])}) if not node.kwargs else None
     if len(node.args) > len(known) or not node.kwargs.keys() <= known.keys():
         return None
     arguments = dict(zip(known, bound(node, tuple(known), tuple(known.values())), strict=True))
@@ -85,3 +116,23 @@ def _of_schema(node: fx.Node) -> dict[str, Any]:
         value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
         found["input" if argument.name == "self" else argument.name] = value
     return found
+
+
+def part_sizes(name: str, arguments: dict[str, Any], size: int) -> list[int] | None:
+    """The sizes of the parts that an operation of ``PARTS`` cuts a dimension of ``size`` into; None where they are not known."""
+    if name == "unbind":
+        return [1] * size
+    how = next((value for key, value in arguments.items() if key not in ("input", "dim")), None)
+    if isinstance(how, list | tuple):
+        if not all(isinstance(value, int) for value in how):
+            return None
+        if name == "split":
+            return list(how)
+        ends = [min(max(0, value), size) if value >= 0 else max(0, size + value) for value in (*how, size)]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)] if ends == sorted(ends) else None
+    if not isinstance(how, int) or how < 1:
+        return None
+    if name == "tensor_split":
+        return [size // how + (i < size % how) for i in range(how)]
+    length = how if name == "split" else -(-size // how)
+    return [min(length, size - start) for start in range(0, size, length)] if length else None

@@ -30,12 +30,17 @@ class Form:
     Attributes:
         inputs: the nodes whose values it reads.
         build: emits the steps for those values; returns the last one's value.
-        view: whether the value lies where the first input's lies.
+        view: whether the value is the first input's, of another shape.
+        alias: whether PyTorch's value lies in the first input's memory.
     """
 
     inputs: tuple[fx.Node, ...]
     build: Callable[[Emit, Values], int]
     view: bool = False
+    alias: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alias", self.alias or self.view)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.forward import POSITIONS
 from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, View, Window
 from lcnn_compile.passes.elementwise_steps import elementwise
 from lcnn_compile.passes.find import is_lookup, precision_of
+from lcnn_compile.passes.moving_steps import moving
 from lcnn_compile.passes.step_form import Emit, Form, Values, is_plain, is_value
 from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, example, is_get_attr, same_shape, shape_of
 
@@ -47,18 +49,19 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Form | None:
         return None
     if is_lookup(node):
         return _lookup(gm, node)
-    return elementwise(gm, node) or _of_one(gm, node)
+    return elementwise(gm, node) or moving(node) or _of_one(gm, node)
 
 
 def _of_one(gm: fx.GraphModule, node: fx.Node) -> Form | None:
     """What reads one value, its first argument."""
     x = node.args[0] if node.args else None
     shape, out = shape_of(x) if is_value(x) else None, shape_of(node)
-    if not is_value(x) or not shape or not out or not same_shape(shape[:1], out[:1]):
+    if not is_value(x) or not shape or not out:
         return None
     if node.target in VIEWS or (node.target in DROPOUT and bound(node, ("x", "p", "training"), (None, 0.5, True))[2] is False):
-        tail = tuple(out[1:])
-        return _step(x, lambda v: View(v, tail), view=True) if all(isinstance(v, int) for v in tail) else None
+        return _view(x, shape, out)
+    if not same_shape(shape[:1], out[:1]):
+        return None
     if node.target in LINEAR:
         return _linear(gm, node, shape)
     if len(shape) != 4:
@@ -74,6 +77,17 @@ def _of_one(gm: fx.GraphModule, node: fx.Node) -> Form | None:
 
 def _step(x: fx.Node, make: Callable[[int], Any], view: bool = False) -> Form:
     return Form((x,), lambda emit, values: emit(make(values[0])), view)
+
+
+def _view(x: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Form | None:
+    tail = tuple(out[1:])
+    if not all(isinstance(v, int) for v in tail):
+        return None
+    try:
+        known = same_shape(View(0, tail).shape([shape]), out)
+    except KernelError:
+        return None
+    return _step(x, lambda v: View(v, tail), view=True) if known else None
 
 
 def _reduction(node: fx.Node, x: fx.Node, out: tuple[Any, ...]) -> Form | None:

@@ -42,6 +42,7 @@ SOURCES = (
     "program.h",
     "linear.h",
     "map.h",
+    "move.h",
     "functions.h",
     "pool.h",
     "run.h",

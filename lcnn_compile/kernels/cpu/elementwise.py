@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels.cpu.step import MAP, Native, Shape, Site, Step, broadcast, contiguous_strides, numbers
+from lcnn_compile.kernels.cpu.step import MAP, Native, Shape, Site, Step, broadcast, coalesced, contiguous_strides, numbers
 
 FUNCTIONS = {
     **dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum"), 2),
@@ -109,7 +109,7 @@ class Map(Step):
         strides = [_broadcast_strides(site.shapes[x], y, site.images[x]) for x in self.inputs]
         strides += [_broadcast_strides(shape, y, None) for shape in self.constants] + [(0,) * len(y)] * len(held)
         to = (site.images[site.y], *contiguous_strides(y)[1:]) if y else ()
-        sizes, (target, *sources) = coalesced(y, [to, *strides])
+        sizes, (target, *sources) = coalesced(y, [to, *strides], DIMENSIONS)
         operations, buffers = self._registers()
         made = _Map(
             (ctypes.c_int64 * DIMENSIONS)(*sizes),
@@ -150,29 +150,6 @@ def _broadcast_strides(shape: Shape, out: Shape, image: int | None) -> tuple[int
     if image is not None and strides:
         strides[0] = image
     return (0,) * (len(out) - len(shape)) + tuple(0 if size == 1 else step for size, step in zip(shape, strides, strict=True))
-
-
-def coalesced(
-    sizes: Shape, strides: Sequence[tuple[int, ...]], dimensions: int = DIMENSIONS
-) -> tuple[list[int], list[list[int]]]:
-    """Sizes and several strides over them with as few dimensions as say the same, filled up to ``dimensions`` in front."""
-    found: list[int] = []
-    steps: list[list[int]] = [[] for _ in strides]
-    for i, size in enumerate(sizes):
-        if size == 1:
-            continue
-        if found and all(row[-1] == given[i] * size for row, given in zip(steps, strides, strict=True)):
-            found[-1] *= size
-            for row, given in zip(steps, strides, strict=True):
-                row[-1] = given[i]
-            continue
-        found.append(size)
-        for row, given in zip(steps, strides, strict=True):
-            row.append(given[i])
-    missing = dimensions - len(found)
-    if missing < 0:
-        raise KernelError(f"a program's value of shape {tuple(sizes)} has more than {dimensions} dimensions")
-    return [1] * missing + found, [[0] * missing + row for row in steps]
 
 
 Weights = Sequence[tuple[Any, ...]]

@@ -19,7 +19,7 @@ from torch import Tensor
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu import build as cpu_build
-from lcnn_compile.kernels.cpu.arena import Placement, place
+from lcnn_compile.kernels.cpu.arena import Placement, place, settled
 from lcnn_compile.kernels.cpu.elementwise import Weights, merged
 from lcnn_compile.kernels.cpu.lanes import IMAGES, LARGEST, side_by_side
 from lcnn_compile.kernels.cpu.step import MOST_READ, Shape, Site, Step
@@ -175,6 +175,8 @@ class Program:
         steps, outputs, weights = merged(recipe.steps, recipe.inputs, recipe.outputs, self._weights, recipe.shapes(given))
         recipe = Recipe(recipe.inputs, steps, outputs)
         shapes = recipe.shapes(given)
+        recipe = settled(recipe, shapes)
+        shapes = recipe.shapes(given)
         # Lookups read any strides but that of a row, everything else reads contiguous tensors.
         strided = {s.x for s in recipe.steps if isinstance(s, LookUp)} - {
             value for s in recipe.steps for value in (s.reads[1:] if isinstance(s, LookUp) else s.reads)
@@ -198,7 +200,8 @@ class Program:
         for number, step in enumerate(recipe.steps):
             own = next(entries) if step.weighted else ()
             y = recipe.inputs + number
-            for made in step.native(Site(y, shapes, placement.images, strides, own, threads, ())):
+            site = Site(y, shapes, placement.images, strides, own, threads, placement.copied.get(y, ()), placement.elements)
+            for made in step.native(site):
                 reads = (ctypes.c_int64 * MOST_READ)(*made.reads)
                 calls.append(_Step(made.kind, ctypes.addressof(made.of), y, len(made.reads), reads))
                 of.append(number)

@@ -13,7 +13,7 @@ Shape = tuple[Any, ...]
 """Sizes, ints or symbolic ones."""
 BYTES = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1, "int8": 1}
 """Of the types that the elements of a value may have."""
-LOOK_UP, POOL, TURN, LINEAR, MAP = range(5)
+LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK = range(7)
 """lcnn::Kind."""
 MOST_READ = 8
 """Values that one call of the library reads."""
@@ -30,6 +30,7 @@ class Site(NamedTuple):
         weights: of this step.
         threads: that work on it.
         copied: of a concatenation, the parts that do not lie in it already.
+        elements: the type of each value's elements.
     """
 
     y: int
@@ -39,6 +40,12 @@ class Site(NamedTuple):
     weights: tuple[Any, ...]
     threads: int
     copied: tuple[int, ...]
+    elements: Sequence[str]
+
+    def strides_of(self, value: int) -> tuple[int, ...]:
+        """Of a value that is contiguous inside of its images."""
+        strides = contiguous_strides(self.shapes[value]) if self.shapes[value] else ()
+        return (self.images[value], *strides[1:])
 
 
 class Native(NamedTuple):
@@ -120,3 +127,24 @@ def broadcast(shapes: Sequence[Shape]) -> Shape:
             elif isinstance(size, int) and isinstance(out[i], int) and size not in (1, out[i]):
                 raise KernelError(f"a program's operands have shapes {[tuple(s) for s in shapes]}, which do not fit each other")
     return tuple(out)
+
+
+def coalesced(sizes: Shape, strides: Sequence[tuple[int, ...]], dimensions: int) -> tuple[list[int], list[list[int]]]:
+    """Sizes and several strides over them with as few dimensions as say the same, filled up to ``dimensions`` in front."""
+    found: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for i, size in enumerate(sizes):
+        if size == 1:
+            continue
+        if found and all(row[-1] == given[i] * size for row, given in zip(steps, strides, strict=True)):
+            found[-1] *= size
+            for row, given in zip(steps, strides, strict=True):
+                row[-1] = given[i]
+            continue
+        found.append(size)
+        for row, given in zip(steps, strides, strict=True):
+            row.append(given[i])
+    missing = dimensions - len(found)
+    if missing < 0:
+        raise KernelError(f"a program's value of shape {tuple(sizes)} has more than {dimensions} dimensions")
+    return [1] * missing + found, [[0] * missing + row for row in steps]

@@ -15,13 +15,30 @@ from typing import Any
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels.cpu.convolutions import Linear, LookUp
 from lcnn_compile.kernels.cpu.elementwise import Map
-from lcnn_compile.kernels.cpu.moves import Turn, View
+from lcnn_compile.kernels.cpu.moves import Concat, Copy, Expand, Permute, Slice, Turn, View
 from lcnn_compile.kernels.cpu.step import Shape, Step
 from lcnn_compile.kernels.cpu.windows import Pool, Window
 
-__all__ = ["Linear", "LookUp", "Map", "Pool", "Recipe", "Shape", "Step", "Turn", "View", "Window", "pooled"]
+__all__ = [
+    "Concat",
+    "Copy",
+    "Expand",
+    "Linear",
+    "LookUp",
+    "Map",
+    "Permute",
+    "Pool",
+    "Recipe",
+    "Shape",
+    "Slice",
+    "Step",
+    "Turn",
+    "View",
+    "Window",
+    "pooled",
+]
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LookUp, Pool, Linear, View, Map)}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LookUp, Pool, Linear, View, Map, Copy, Permute, Slice, Expand, Concat)}
 """By name in the text form; a turn has none, it is made for a batch."""
 
 

@@ -5,12 +5,13 @@
 
 #include "linear.h"
 #include "map.h"
+#include "move.h"
 #include "pool.h"
 #include "run.h"
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP };
+enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK };
 
 constexpr int MOST_READ = 8;
 
@@ -81,6 +82,8 @@ struct Program {
       case POOL: return pool(*static_cast<const PoolStep*>(step.of), x[0], y);
       case LINEAR: return linear(*static_cast<const Linear*>(step.of), threads, x[0], y);
       case MAP: return map(*static_cast<const Map*>(step.of), threads, x, y);
+      case MOVE: return move(*static_cast<const Move*>(step.of), threads, x[0], y);
+      case PICK: return pick(*static_cast<const Pick*>(step.of), threads, x[0], y);
       case TURN: return turn(*static_cast<const Turn*>(step.of), x[0], y);
     }
   }
