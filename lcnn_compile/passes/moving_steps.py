@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from lcnn_compile.kernels.cpu.moves import MOVE_DIMENSIONS
-from lcnn_compile.kernels.cpu.steps import Concat, Copy, Expand, Permute, Slice, View
+from lcnn_compile.kernels.cpu.steps import Concat, Copy, Expand, Map, Permute, Slice, View
 from lcnn_compile.passes.signatures import operation_of
 from lcnn_compile.passes.step_form import Emit, Form, Values, is_value
 from lcnn_compile.passes.targets import same_shape, shape_of
@@ -229,6 +229,16 @@ def _shuffled(given: dict[str, Any], shape: tuple[Any, ...], out: tuple[Any, ...
     return lambda emit, value: emit(View(emit(Permute(emit(View(value, apart)), order)), tail))
 
 
+def _glu(given: dict[str, Any], shape: tuple[Any, ...], out: tuple[Any, ...]) -> Move | None:
+    """One half times the sigmoid of the other."""
+    dim = given["dim"] % len(shape) if isinstance(given["dim"], int) else 0
+    half = out[dim]
+    if not dim or not isinstance(half, int) or not half:
+        return None
+    gate = (("sigmoid", (1,), ()), ("mul", (0, 2), ()))
+    return lambda emit, value: emit(Map((emit(Slice(value, dim, 0, half)), emit(Slice(value, dim, half, half))), (), (), gate))
+
+
 def _copied(given: dict[str, Any], shape: tuple[Any, ...], out: tuple[Any, ...]) -> Move | None:
     return lambda emit, value: emit(Copy(value))
 
@@ -239,7 +249,9 @@ _MAKERS: dict[str, Callable[[dict[str, Any], tuple[Any, ...], tuple[Any, ...]], 
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), _shuffled),
     "movedim": _movedim,
     "expand": _expand,
+    "expand_as": _expand,
     "flip": _flip,
     "clone": _copied,
+    "glu": _glu,
 }
-_ALIASES = {"narrow", "select", "slice", "permute", "transpose", "movedim", "expand"}
+_ALIASES = {"narrow", "select", "slice", "permute", "transpose", "movedim", "expand", "expand_as"}

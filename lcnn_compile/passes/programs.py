@@ -15,6 +15,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.program import Program, run_program
 from lcnn_compile.kernels.cpu.steps import Permute, Recipe, Step
+from lcnn_compile.passes.constants import fold_constants
 from lcnn_compile.passes.effects import Effects, eliminate_dead_code, sort
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional
@@ -92,6 +93,7 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
     autocast = torch.is_autocast_enabled("cpu") or any("autocast" in str(node.target) for node in gm.graph.nodes)
     if autocast or not cpu.is_available() or not any(is_lookup(node) for node in gm.graph.nodes):
         return gm
+    fold_constants(gm)
     _name_parts(gm)
     _split_views(gm)
     effects = Effects(gm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import Any
 
@@ -15,6 +16,7 @@ from lcnn_compile.torch_private import OpOverload
 REQUIRED = object()
 _X = {"input": REQUIRED}
 _PAIR = {**_X, "other": REQUIRED}
+_AFFINE = {"weight": None, "bias": None}
 _ACTIVATION = {**_X, "inplace": False}
 SIGNATURES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("neg", "abs", "square", "sqrt", "rsqrt", "reciprocal", "exp", "log", "erf", "sigmoid", "tanh"), _X),
@@ -42,11 +44,30 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "transpose": {**_X, "dim0": REQUIRED, "dim1": REQUIRED},
     "movedim": {**_X, "source": REQUIRED, "destination": REQUIRED},
     "expand": {**_X, "size": REQUIRED},
+    "expand_as": _PAIR,
     "flip": {**_X, "dims": REQUIRED},
     "pixel_shuffle": {**_X, "upscale_factor": REQUIRED},
     "pixel_unshuffle": {**_X, "downscale_factor": REQUIRED},
     "channel_shuffle": {**_X, "groups": REQUIRED},
     "clone": {**_X, "memory_format": None},
+    "glu": {**_X, "dim": -1},
+    **{name: {**_X, "dim": REQUIRED, "keepdim": False, "dtype": None} for name in ("mean", "sum")},
+    **{name: {**_X, "dim": REQUIRED, "keepdim": False} for name in ("amax", "amin")},
+    **{name: {**_X, "dim": REQUIRED, "unbiased": True, "keepdim": False, "correction": None} for name in ("var", "std")},
+    "linalg_vector_norm": {**_X, "ord": 2, "dim": None, "keepdim": False, "dtype": None},
+    "normalize": {**_X, "p": 2.0, "dim": 1, "eps": 1e-12, "out": None},
+    **{name: {**_X, "dim": None, "dtype": None} for name in ("softmax", "log_softmax")},
+    "layer_norm": {**_X, "normalized_shape": REQUIRED, **_AFFINE, "eps": 1e-5},
+    "group_norm": {**_X, "num_groups": REQUIRED, **_AFFINE, "eps": 1e-5},
+    "instance_norm": {
+        **_X,
+        "running_mean": None,
+        "running_var": None,
+        **_AFFINE,
+        "use_input_stats": True,
+        "momentum": 0.1,
+        "eps": 1e-5,
+    },
     "slice": {**_X, "dim": 0, "start": None, "end": None, "step": 1},
 }
 _SPLIT = {"split": "split_size_or_sections", "chunk": "chunks", "tensor_split": "indices_or_sections"}
@@ -101,6 +122,15 @@ def operation_of(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
         return None
     if isinstance(node.target, OpOverload):
         return name, _of_schema(node)
+    if inspect.isfunction(node.target) and node.target.__module__ == F.__name__:
+        try:
+            given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        except TypeError:
+            return None
+        given.apply_defaults()
+        return name, dict(given.arguments)
+    if node.target is torch.instance_norm:
+        return None  # its arguments have another order
     known, args = SIGNATURES[name], node.args
     if name in VARIADIC and len(args) > 1 and not isinstance(args[1], list | tuple):
         return (name, {"input": args[0], VARIADIC[name]: list(args[1:])}) if not node.kwargs else None

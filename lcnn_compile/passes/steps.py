@@ -17,6 +17,7 @@ from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, View, Window
 from lcnn_compile.passes.elementwise_steps import elementwise
 from lcnn_compile.passes.find import is_lookup, precision_of
 from lcnn_compile.passes.moving_steps import moving
+from lcnn_compile.passes.reduction_steps import reducing
 from lcnn_compile.passes.step_form import Emit, Form, Values, is_plain, is_value
 from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, example, is_get_attr, same_shape, shape_of
 
@@ -49,7 +50,7 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Form | None:
         return None
     if is_lookup(node):
         return _lookup(gm, node)
-    return elementwise(gm, node) or moving(node) or _of_one(gm, node)
+    return elementwise(gm, node) or moving(node) or _of_one(gm, node) or reducing(gm, node)
 
 
 def _of_one(gm: fx.GraphModule, node: fx.Node) -> Form | None:
@@ -142,7 +143,7 @@ def _lookup(gm: fx.GraphModule, node: fx.Node) -> Form | None:
 
 def _linear(gm: fx.GraphModule, node: fx.Node, shape: tuple[Any, ...]) -> Form | None:
     x, weight, bias = bound(node, ("input", "weight", "bias"), (None, None, None))
-    if not is_get_attr(weight) or not (bias is None or is_get_attr(bias)) or len(shape) != 2 or not isinstance(shape[1], int):
+    if not is_get_attr(weight) or not (bias is None or is_get_attr(bias)) or len(shape) < 2 or not isinstance(shape[-1], int):
         return None
     found = (attribute(gm, weight.target), None if bias is None else attribute(gm, bias.target))
     if found[0].dim() != 2 or not 0 < found[0].numel() <= LARGEST_LINEAR or any(t is not None and not is_plain(t) for t in found):

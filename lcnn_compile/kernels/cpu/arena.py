@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lcnn_compile.kernels.cpu.elementwise import same_memory
 from lcnn_compile.kernels.cpu.moves import Concat, Copy, Slice, Turn, View
 from lcnn_compile.kernels.cpu.step import BYTES, Shape, Step
 from lcnn_compile.kernels.cpu.steps import Recipe
@@ -223,12 +222,12 @@ def _family(recipe: Recipe, shapes: Sequence[Shape]) -> _Family:
 def _over(recipe: Recipe, number: int, family: _Family, live: list[tuple[int, int, int]], last: dict[int, int]) -> int | None:
     """Where a step writes its result over a value that nobody reads later; the value's memory is given to the result."""
     step, y = recipe.steps[number], recipe.inputs + number
-    if family.root(y) != (y, 0) or family.elements(y) != math.prod(family.shapes[y][1:]):
+    if not step.in_place or family.root(y) != (y, 0):
         return None
     for x in step.reads:
         root = family.root(x)[0]
         others = [other for other in step.reads if family.root(other)[0] == root and family.shapes[other] != family.shapes[x]]
-        if not same_memory(step, x, family.shapes, y) or not family.whole(x) or others or last[root] != number:
+        if family.shapes[x] != family.shapes[y] or not family.whole(x) or others or last[root] != number:
             continue
         for i, (offset, _, owner) in enumerate(live):
             if owner == root:

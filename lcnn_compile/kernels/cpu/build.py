@@ -43,6 +43,7 @@ SOURCES = (
     "linear.h",
     "map.h",
     "move.h",
+    "reduce.h",
     "functions.h",
     "pool.h",
     "run.h",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,6 +89,11 @@ class Map(Step):
     def weighted(self) -> bool:
         """Where it has constants."""
         return bool(self.constants)
+
+    @property
+    def in_place(self) -> bool:
+        """Each element is read before it is written."""
+        return True
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """That of the operands broadcast."""
@@ -216,8 +220,3 @@ def _joined(first: Map, first_weights: Sequence[Tensor], x: int, second: Map, se
         operations += [(name, tuple(place[r] for r in read), parameters) for name, read, parameters in step.operations]
     made = Map(tuple(inputs), tuple(constants), tuple(numbers), tuple(operations))
     return made, (*first_weights, *second_weights)
-
-
-def same_memory(step: Step, x: int, shapes: Sequence[Shape], y: int) -> bool:
-    """Whether a step may write its result over value ``x``: it reads each element of it before it writes that one."""
-    return isinstance(step, Map) and math.prod(shapes[x]) == math.prod(shapes[y]) and tuple(shapes[x]) == tuple(shapes[y])

@@ -13,7 +13,7 @@ Shape = tuple[Any, ...]
 """Sizes, ints or symbolic ones."""
 BYTES = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1, "int8": 1}
 """Of the types that the elements of a value may have."""
-LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK = range(7)
+LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE = range(8)
 """lcnn::Kind."""
 MOST_READ = 8
 """Values that one call of the library reads."""
@@ -80,6 +80,11 @@ class Step:
     @property
     def weighted(self) -> bool:
         """Whether it has weights, an entry in the program's list."""
+        return False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it may write its result over a value of the same shape that it reads."""
         return False
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:

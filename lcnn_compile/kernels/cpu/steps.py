@@ -16,6 +16,7 @@ from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels.cpu.convolutions import Linear, LookUp
 from lcnn_compile.kernels.cpu.elementwise import Map
 from lcnn_compile.kernels.cpu.moves import Concat, Copy, Expand, Permute, Slice, Turn, View
+from lcnn_compile.kernels.cpu.reductions import Normalize, Reduce, Softmax
 from lcnn_compile.kernels.cpu.step import Shape, Step
 from lcnn_compile.kernels.cpu.windows import Pool, Window
 
@@ -26,11 +27,14 @@ __all__ = [
     "Linear",
     "LookUp",
     "Map",
+    "Normalize",
     "Permute",
     "Pool",
     "Recipe",
+    "Reduce",
     "Shape",
     "Slice",
+    "Softmax",
     "Step",
     "Turn",
     "View",

@@ -7,11 +7,12 @@
 #include "map.h"
 #include "move.h"
 #include "pool.h"
+#include "reduce.h"
 #include "run.h"
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK };
+enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE };
 
 constexpr int MOST_READ = 8;
 
@@ -84,6 +85,7 @@ struct Program {
       case MAP: return map(*static_cast<const Map*>(step.of), threads, x, y);
       case MOVE: return move(*static_cast<const Move*>(step.of), threads, x[0], y);
       case PICK: return pick(*static_cast<const Pick*>(step.of), threads, x[0], y);
+      case REDUCE: return reduce(*static_cast<const Reduce*>(step.of), threads, x[0], y);
       case TURN: return turn(*static_cast<const Turn*>(step.of), x[0], y);
     }
   }
