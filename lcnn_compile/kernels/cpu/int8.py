@@ -115,7 +115,8 @@ class PackedBytes:
         _, channels, height, width = shape
         strides = (channels * height * width, height * width, width, 1)
         rest = (*stride, *dilation, padding[0], padding[2], 0, 0, threads, 0)
-        geometry = [shape[0], height, width, *strides, *out_shape[2:], *rest]
+        image = math.prod(out_shape[1:])
+        geometry = [shape[0], height, width, *strides, *out_shape[2:], image, image, *rest]
         made = self._library.lcnn_bytes_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry))
         return Handle(made, self._library.lcnn_bytes_plan_free)
 
