@@ -1,7 +1,11 @@
 """What the distributions hold and what versions the project is built with."""
 
 import fnmatch
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -27,6 +31,47 @@ def test_everything_that_is_not_python_is_package_data():
     files = [str(f.relative_to(package)) for f in package.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")]
     assert {"py.typed", "kernels/cpu/src/interface.cpp"} <= set(files)
     assert [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in patterns)] == []
+
+
+ALONE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+from lcnn_compile.cli import app
+"""
+SERVED = """
+from pathlib import Path
+import torch, lcnn_compile
+assert Path(lcnn_compile.__file__).is_relative_to(Path.cwd())
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(5, 7, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(7, 6, 3)).eval()
+x = torch.randn(3, 5, 9, 7)
+config = lcnn_compile.LookupConfig(dictionary_size=1.0, sparsity=None)
+converted = lcnn_compile.convert(model, config, calibration=[x])
+lcnn_compile.save(converted, "model.lcnn")
+frozen = lcnn_compile.freeze(lcnn_compile.load(model, "model.lcnn"), x)
+with torch.no_grad():
+    torch.testing.assert_close(frozen(x), model(x), atol=1e-4, rtol=1e-4)
+assert not [name for name in sys.modules if name.startswith("lcnn_compile.bench")]
+"""
+
+
+def test_a_model_is_served_without_the_benchmarks(tmp_path):
+    """The package as it is, but for the folder that only ``lcnn-compile bench`` needs."""
+    shutil.copytree(ROOT / "lcnn_compile", tmp_path / "lcnn_compile", ignore=shutil.ignore_patterns("bench", "__pycache__"))
+
+    def run(*lines, words=()):
+        code = "\n".join((ALONE, *lines))
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    served = run(SERVED)
+    assert served.returncode == 0, served.stderr
+    shown = run("app()", words=["--help"])
+    assert shown.returncode == 0, shown.stderr
+    assert all(command in shown.stdout for command in ("convert", "export", "bench"))
+    refused = run("app()", words=["bench", "layers", "--quick"])
+    assert refused.returncode == 2, refused.stdout
+    assert "lcnn-compile[bench]" in refused.stderr
 
 
 def test_what_the_project_needs_is_pinned():

@@ -13,7 +13,7 @@ from types import FrameType
 import typer
 from rich.console import Console
 
-from lcnn_compile.bench.cli import app as bench
+from lcnn_compile.cli.bench import PASSED_ON, bench_command
 from lcnn_compile.cli.conversion import convert_command, explain_command
 from lcnn_compile.cli.exporting import export_command
 from lcnn_compile.cli.inspection import demo_command, info_command
@@ -31,7 +31,7 @@ cli.command("explain")(explain_command)
 cli.command("convert")(convert_command)
 cli.command("export")(export_command)
 cli.command("info")(info_command)
-cli.add_typer(bench, name="bench", help="Time lookup layers and networks against dense engines.")
+cli.command("bench", context_settings=PASSED_ON)(bench_command)
 cli.command("demo")(demo_command)
 
 

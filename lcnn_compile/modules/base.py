@@ -204,7 +204,7 @@ class LookupModule(HasTables):
         return DenseWeight.of(self) if plain else self.dense_weight()
 
     # In a graph of its own the weight would be a plain tensor, to which code that is not traced could write.
-    never_alone(weight.fget)  # type: ignore[arg-type]
+    never_alone(vars()["weight"].fget)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

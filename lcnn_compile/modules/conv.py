@@ -28,6 +28,29 @@ class LookupConv(LookupModule):
     dilation: tuple[int, ...]
     padding_mode: str
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        dictionary_size: int | float = 0.25,
+        sparsity: float | None = 6,
+        group_size: int = 8,
+        lowering: str = "auto",
+        precision: str = "float32",
+    ):
+        args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
+
     @classmethod
     def from_conv(cls, conv: Any, config: LayerConfig | None = None) -> Any:
         """Fit a lookup convolution to the weight of ``conv`` alone; ``convert`` with calibration data fits far better.
@@ -79,29 +102,6 @@ class LookupConv2d(LookupConv):
 
     dense_type = nn.Conv2d
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        dictionary_size: int | float = 0.25,
-        sparsity: float | None = 6,
-        group_size: int = 8,
-        lowering: str = "auto",
-        precision: str = "float32",
-    ):
-        args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
-
     def forward(self, input: Tensor) -> Tensor:
         """[N, m, H, W] or [m, H, W] of the module's dtype to [N, n, H', W'] or [n, H', W']."""
         batched = self._batched(input)
@@ -119,29 +119,6 @@ class LookupConv1d(LookupConv):
     """
 
     dense_type = nn.Conv1d
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: int | tuple[int] | str = 0,
-        dilation: int | tuple[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        dictionary_size: int | float = 0.25,
-        sparsity: float | None = 6,
-        group_size: int = 8,
-        lowering: str = "auto",
-        precision: str = "float32",
-    ):
-        args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, m, L] or [m, L] of the module's dtype to [N, n, L'] or [n, L']."""
@@ -164,29 +141,6 @@ class LookupConv3d(LookupConv):
 
     dense_type = nn.Conv3d
     geometry: Conv3dGeometry
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int, int],
-        stride: int | tuple[int, int, int] = 1,
-        padding: int | tuple[int, int, int] | str = 0,
-        dilation: int | tuple[int, int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        dictionary_size: int | float = 0.25,
-        sparsity: float | None = 6,
-        group_size: int = 8,
-        lowering: str = "auto",
-        precision: str = "float32",
-    ):
-        args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, m, D, H, W] or [m, D, H, W] of the module's dtype to [N, n, D', H', W'] or [n, D', H', W']."""

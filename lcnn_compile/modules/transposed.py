@@ -23,6 +23,30 @@ class LookupConvTranspose(LookupConv):
     geometry: TransposedGeometry
     output_padding: tuple[int, ...]
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, ...] = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        dictionary_size: int | float = 0.25,
+        sparsity: float | None = 6,
+        group_size: int = 8,
+        lowering: str = "auto",
+        precision: str = "float32",
+    ):
+        args = (in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
+
     def to_conv(self) -> Any:
         """The dense transposed convolution that computes the same function."""
         return self._fill(self._skeleton())
@@ -82,30 +106,6 @@ class LookupConvTranspose2d(LookupConvTranspose):
 
     dense_type = nn.ConvTranspose2d
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        output_padding: int | tuple[int, int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int, int] = 1,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        dictionary_size: int | float = 0.25,
-        sparsity: float | None = 6,
-        group_size: int = 8,
-        lowering: str = "auto",
-        precision: str = "float32",
-    ):
-        args = (in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)
-
 
 class LookupConvTranspose1d(LookupConvTranspose):
     """A drop-in ``nn.ConvTranspose1d`` with a lookup weight: [N, m, L] or [m, L] in, as ``nn.ConvTranspose1d`` out.
@@ -117,27 +117,3 @@ class LookupConvTranspose1d(LookupConvTranspose):
     """
 
     dense_type = nn.ConvTranspose1d
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: int | tuple[int] = 0,
-        output_padding: int | tuple[int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int] = 1,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        dictionary_size: int | float = 0.25,
-        sparsity: float | None = 6,
-        group_size: int = 8,
-        lowering: str = "auto",
-        precision: str = "float32",
-    ):
-        args = (in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
-        self._initialise(args, device, dtype, dictionary_size, sparsity, group_size, lowering, precision)

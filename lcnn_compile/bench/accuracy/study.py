@@ -147,8 +147,8 @@ class Study:
                 new = LookupConv2d(
                     conv.in_channels,
                     conv.out_channels,
-                    conv.kernel_size,  # type: ignore[arg-type]
-                    padding=conv.padding,  # type: ignore[arg-type]
+                    conv.kernel_size,
+                    padding=conv.padding,
                     bias=False,
                     dictionary_size=old.dictionary_size,
                     sparsity=None,

@@ -18,7 +18,7 @@ from torch import Tensor
 from lcnn_compile.kernels.triton.dictionary import DictionaryConfig, launch_dictionary
 from lcnn_compile.kernels.triton.forward import precision
 from lcnn_compile.kernels.triton.pack import INT32, Packed, Sizes, vector
-from lcnn_compile.kernels.triton.tiles import output_arguments, output_pixels, tap_offsets
+from lcnn_compile.kernels.triton.tiles import PIXELS, output_arguments, output_pixels, tap_offsets
 
 CHUNK = 256 << 20
 """Bytes of S at a time."""
@@ -34,23 +34,7 @@ class BackwardConfig(NamedTuple):
     stages: int
 
 
-@triton.jit(
-    do_not_specialize=[
-        "F",
-        "T",
-        "images",
-        "image",
-        "OH",
-        "OW",
-        "ROWS",
-        "PITCH",
-        "STRIDE_H",
-        "DILATION_H",
-        "pixel_blocks",
-        "tap_blocks",
-        "splits",
-    ]
-)
+@triton.jit(do_not_specialize=["F", "T", *PIXELS, "pixel_blocks", "tap_blocks", "splits"])
 def coefficients_kernel(
     p_s,
     p_codes,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcnn_compile.kernels.arguments import Geometry
 from lcnn_compile.kernels.triton.pack import vector
-from lcnn_compile.kernels.triton.tiles import activate, let_next_start, starts_early, wait_for_last
+from lcnn_compile.kernels.triton.tiles import finish, let_next_start, starts_early, wait_for_last
 
 
 class ChainConfig(NamedTuple):
@@ -206,11 +206,7 @@ def chain_kernel(
         o_y = o_p[:, None] * N + o_n[None, :]
         if p_bias is not None:
             acc += tl.load(p_bias + o_n).to(tl.float32)[None, :]
-        if p_residual is not None:
-            residual = tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
-            acc = activate(acc, ACTIVATION) + residual if RESIDUAL_LAST else activate(acc + residual, ACTIVATION)
-        else:
-            acc = activate(acc, ACTIVATION)
+        acc = finish(acc, p_residual, o_y, m_y, RESIDUAL_LAST, ACTIVATION)
         y = acc.to(p_x.dtype.element_ty)
         if p_y is not None:
             tl.store(p_y + o_y, y, mask=m_y)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lcnn_compile.kernels.arguments import Epilogue
 from lcnn_compile.kernels.triton.pack import Packed, Sizes, flags, vector
 from lcnn_compile.kernels.triton.tiles import (
+    PIXELS,
     output_arguments,
     output_pixels,
     starts_early,
@@ -64,7 +65,7 @@ def grouped_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["F", "images", "image", "OH", "OW", "ROWS", "PITCH", "STRIDE_H", "DILATION_H"])
+@triton.jit(do_not_specialize=["F", *PIXELS])
 def grouped_kernel(
     p_s,
     p_codes,

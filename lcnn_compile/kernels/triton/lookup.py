@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcnn_compile.kernels.arguments import Epilogue
 from lcnn_compile.kernels.triton.pack import Packed, Sizes, flags
-from lcnn_compile.kernels.triton.tiles import output_arguments, output_pixels, store_tile, tap_offsets
+from lcnn_compile.kernels.triton.tiles import PIXELS, output_arguments, output_pixels, store_tile, tap_offsets
 
 
 class LookupConfig(NamedTuple):
@@ -53,7 +53,7 @@ def lookup_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["images", "image", "OH", "OW", "ROWS", "PITCH", "STRIDE_H", "DILATION_H"])
+@triton.jit(do_not_specialize=PIXELS)
 def lookup_kernel(
     p_s,
     p_table,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lcnn_compile.kernels.arguments import Epilogue
-from lcnn_compile.kernels.triton.tiles import activate
+from lcnn_compile.kernels.triton.tiles import finish
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -38,11 +38,7 @@ def permute_kernel(
     o_y = o_p[:, None] * N + o_c[None, :]
     if p_bias is not None:
         y += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    if p_residual is not None:
-        residual = tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
-        y = activate(y, ACTIVATION) + residual if RESIDUAL_LAST else activate(y + residual, ACTIVATION)
-    else:
-        y = activate(y, ACTIVATION)
+    y = finish(y, p_residual, o_y, m_y, RESIDUAL_LAST, ACTIVATION)
     tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=m_y)
 
 

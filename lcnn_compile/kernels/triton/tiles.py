@@ -35,6 +35,10 @@ def wait_for_last(EARLY: tl.constexpr):
         gdc_wait()
 
 
+PIXELS = ["images", "image", "OH", "OW", "ROWS", "PITCH", "STRIDE_H", "DILATION_H"]
+"""Of :func:`output_arguments`, those that differ from call to call: no kernel is compiled anew for their values."""
+
+
 def output_arguments(y: Tensor, where: Sizes, image: int) -> dict[str, int | bool]:
     """Arguments of a kernel that goes over the pixels of y [images, n, OH, OW] and reads ``image`` elements of S for each image."""
     strides = dict(zip(("y_n", "y_c", "y_h", "y_w"), y.stride(), strict=True))
@@ -103,6 +107,17 @@ def activate(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def finish(acc, p_residual, o_y, m_y, RESIDUAL_LAST: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Activation and residual, if any, of a float32 tile that lies at o_y of the output."""
+    if p_residual is not None:
+        residual = tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+        acc = activate(acc, ACTIVATION) + residual if RESIDUAL_LAST else activate(acc + residual, ACTIVATION)
+    else:
+        acc = activate(acc, ACTIVATION)
+    return acc
+
+
+@triton.jit
 def store_tile(
     acc,
     p_y,
@@ -126,9 +141,5 @@ def store_tile(
     o_cy = o_c[:, None] + o_y[None, :]
     if p_bias is not None:
         acc += tl.load(p_bias + channels, mask=m_c, other=0.0).to(tl.float32)[:, None]
-    if p_residual is not None:
-        residual = tl.load(p_residual + o_cy, mask=m_y, other=0.0).to(tl.float32)
-        acc = activate(acc, ACTIVATION) + residual if RESIDUAL_LAST else activate(acc + residual, ACTIVATION)
-    else:
-        acc = activate(acc, ACTIVATION)
+    acc = finish(acc, p_residual, o_cy, m_y, RESIDUAL_LAST, ACTIVATION)
     tl.store(p_y + o_cy, acc.to(p_y.dtype.element_ty), mask=m_y)
