@@ -1,25 +1,30 @@
-"""The tables of docs/zoo.md, from results/zoo.json."""
+"""The tables of docs/zoo.md, from results/zoo-torch-*.json: the newest torch in full, others in the summary and among what is not right."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).resolve().parent / "results" / "zoo.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 WAYS = {"convert": "convert", "compile": "compile", "dense": "one line", "freeze": "freeze", "pt2": "export", "onnx": "ONNX"}
+COMPILED = ("compile", "dense", "freeze")
+"""The ways on which a compiler gets what lookups leave."""
 REASONS = {"depthwise": "depthwise", "linear layers": "linear"}
 """The beginnings of the commonest reasons, in a word; linear layers are not converted unless they are named."""
 
 Row = dict[str, Any]
 
 
-def record() -> Row:
-    """The results; empty before anything was run."""
-    found: Row = json.loads(FILE.read_text()) if FILE.exists() else {}
-    return found
+def records() -> list[Row]:
+    """The results of each version of torch, the newest first."""
+    found: list[Row] = [json.loads(path.read_text()) for path in RESULTS.glob("zoo-torch-*.json")]
+    return sorted(
+        found, key=lambda record: [int(part) for part in re.findall(r"\d+", record["versions"]["torch"])[:3]], reverse=True
+    )
 
 
 def ways_of(rows: list[Row]) -> list[str]:
@@ -34,19 +39,24 @@ def short(reason: str) -> str:
 
 
 def cell(found: Row | None) -> str:
-    """How one way went: seconds where the result is right."""
+    """How one way went: seconds where the result is right, with an i where Inductor compiled the rest."""
     if found is None:
         return "–"
     if found["state"] == "right":
-        return f"{found['seconds']:.0f} s"
+        return f"{found['seconds']:.0f} s" + (" i" if with_inductor(found) else "")
     return {"upstream": "upstream", "stopped": "too slow", "dense": "dense"}.get(found["state"], f"**{found['state']}**")
+
+
+def with_inductor(found: Row) -> bool:
+    """Whether Inductor compiled what lookups leave of a graph; a network that is one program needs no compiler."""
+    return found["way"] in COMPILED and found.get("compiler") == "inductor" and not found.get("alone")
 
 
 def table() -> str:
     """Every architecture: layers replaced, layers dense and why, whether it is one program, and each way's seconds."""
-    rows = record().get("rows", [])
-    if not rows:
+    if not records():
         return ""
+    rows = records()[0]["rows"]
     ways = ways_of(rows)
     headings = ["architecture", "family", "lookups", "dense", "one program", "worst error", *(WAYS[way] for way in ways)]
     lines = []
@@ -65,7 +75,7 @@ def table() -> str:
                 ", ".join(f"{count} {word}" for word, count in dense.most_common()) or "–",
                 {True: "yes", False: "no"}.get(frozen.get("alone"), "–"),  # type: ignore[call-overload]
                 f"{max(ratios):.1f}" if ratios else "–",
-                *(cell(seen.get(way)) for way in ways),
+                *(cell(seen[way] | {"way": way} if way in seen else None) for way in ways),
             ]
         )
     rule = ["---"] * 2 + ["---:"] + ["---"] * 2 + ["---:"] * (len(headings) - 5)
@@ -74,34 +84,39 @@ def table() -> str:
 
 def summary() -> str:
     """How many there are of each state, with what they were run."""
-    document = record()
-    rows = document.get("rows", [])
-    if not rows:
-        return ""
-    lines = []
+    return "\n\n".join(paragraph(record) for record in records()) + "\n"
+
+
+def paragraph(record: Row) -> str:
+    """The sum of one version's results."""
+    rows = record["rows"]
+    parts = []
     for way in ways_of(rows):
         states = Counter(row["ways"][way]["state"] for row in rows if way in row["ways"])
-        lines.append(f"{WAYS[way]}: " + ", ".join(f"{count} {state}" for state, count in states.most_common()))
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    compilers = Counter(
-        found.get("compiler") for row in rows for way, found in row["ways"].items() if way in ("compile", "dense")
+        parts.append(f"{WAYS[way]}: " + ", ".join(f"{count} {state}" for state, count in states.most_common()))
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    compiled = [
+        found | {"way": way} for row in rows for way, found in row["ways"].items() if way in COMPILED and "ratio" in found
+    ]
+    inductor = sum(map(with_inductor, compiled))
+    return (
+        f"**torch {record['versions']['torch'].partition('+')[0]}**: {len(rows)} architectures. {'; '.join(parts)}. "
+        f"Inductor compiled {inductor} of {len(compiled)} (i in the table), the others ran without it. {versions}; {record['date'][:10]}."
     )
-    eager = f" {compilers['eager']} of {compilers.total()} compilations ran without Inductor." if compilers["eager"] else ""
-    return f"{len(rows)} architectures. {'; '.join(lines)}.{eager} {versions}; {document['date'][:10]}.\n"
 
 
 def messages() -> str:
     """What is not right, and why."""
     lines = [
-        f"| {row['name']} | {WAYS[way]} | {found['state']} | {found.get('message', '').replace('|', '/')[:200]} |"
-        for row in record().get("rows", [])
+        f"| {record['versions']['torch'].partition('+')[0]} | {row['name']} | {WAYS[way]} | {found['state']} | "
+        f"{found.get('message', '').replace('|', '/')[:200]} |"
+        for record in records()
+        for row in record["rows"]
         for way, found in row["ways"].items()
         if found["state"] not in ("right", "dense")
     ]
-    return (
-        "\n".join(["| architecture | way | state | what PyTorch or lcnn_compile says |", "| --- | --- | --- | --- |", *lines])
-        + "\n"
-    )
+    head = ["| torch | architecture | way | state | what PyTorch or lcnn_compile says |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([*head, *lines]) + "\n" if lines else "Nothing.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {"zoo": table, "zoo-summary": summary, "zoo-messages": messages}

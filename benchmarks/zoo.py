@@ -7,8 +7,8 @@
 With k = m and all taps a lookup network is the dense network, so each result is held against float64 and may be at most a small factor
 farther from it than float32 PyTorch is. Ways: convert; compile the converted network at two shapes; compile the dense network in one
 line, until after calibration; freeze; export (pt2, onnx). Each architecture has a process, a limit of time and one of memory. Results are
-written after every step, so an interrupted run goes on; all go to ``benchmarks/results/zoo.json``. Where a way fails for the
-dense network without us too, it is "upstream".
+written after every step, so an interrupted run goes on; all go to ``benchmarks/results/zoo-torch-VERSION.json``. Where a way fails for
+the dense network without us too, it is "upstream".
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import resource
 import subprocess
 import sys
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ import zoo_models
 import zoo_ways
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
-ROWS = ROOT / "zoo-output"
+VERSION = torch.__version__.partition("+")[0]
+RESULTS = ROOT / "benchmarks" / "results" / f"zoo-torch-{VERSION}.json"
+ROWS = ROOT / "zoo-output" / VERSION
 
 
 def path_of(name: str) -> Path:
@@ -42,9 +44,17 @@ def path_of(name: str) -> Path:
 
 
 def read(name: str) -> dict[str, Any]:
-    """What is known of one architecture."""
+    """What is known of one architecture: from this run, or as committed."""
     path = path_of(name)
-    return json.loads(path.read_text()) if path.exists() else {"name": name, "ways": {}}
+    if path.exists():
+        return json.loads(path.read_text())
+    return next((row for row in committed() if row["name"] == name), {"name": name, "ways": {}})
+
+
+@cache
+def committed() -> list[dict[str, Any]]:
+    """The results of earlier runs."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
 
 
 def write(row: dict[str, Any]) -> None:
@@ -117,9 +127,8 @@ def collect() -> None:
     names = [case.name for case in zoo_models.CASES]
     rows = [read(case.name) | {"family": case.family} for case in zoo_models.CASES if path_of(case.name).exists()]
     rows = [row for row in rows if row["ways"]]
-    before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     known = {row["name"] for row in rows}
-    rows += [row for row in before if row["name"] not in known and row["name"] in names]
+    rows += [row for row in committed() if row["name"] not in known and row["name"] in names]
     rows.sort(key=lambda row: names.index(row["name"]))
     import timm
     import torchvision
@@ -151,7 +160,7 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=8, help="limit of one architecture, GiB")
     options = parser.parse_args()
     os.environ.setdefault("LCNN_TUNE", "0")
-    ROWS.mkdir(exist_ok=True)
+    ROWS.mkdir(parents=True, exist_ok=True)
     ways = options.ways.split(",")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     bad = 0
