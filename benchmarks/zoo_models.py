@@ -168,11 +168,11 @@ def _segmentation(name: str, size: int = 64) -> Case:
     return _vision(name, "segmentation", size, weights_backbone=None)
 
 
-def _detection(name: str, size: int, heads: bool = False, **options: Any) -> Case:
+def _detection(name: str, size: int, heads: bool = False, classes: int = 5, **options: Any) -> Case:
     def build() -> nn.Module:
         from torchvision.models import detection
 
-        made = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=5, **options)
+        made = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=classes, **options)
         return Heads(made) if heads else Detector(made)
 
     label = f"torchvision/{name}" + (" (heads)" if heads else "")
@@ -300,7 +300,7 @@ CASES: tuple[Case, ...] = (
     _segmentation("fcn_resnet50"),
     _detection("ssdlite320_mobilenet_v3_large", 96, heads=True),
     _detection("retinanet_resnet50_fpn", 96, heads=True),
-    _detection("ssdlite320_mobilenet_v3_large", 96, detections_per_img=20),
+    _detection("ssdlite320_mobilenet_v3_large", 96, classes=2, detections_per_img=20),
     _detection("retinanet_resnet50_fpn", 96, min_size=96, max_size=96, detections_per_img=20),
     _detection("fasterrcnn_mobilenet_v3_large_320_fpn", 96, min_size=96, max_size=96, box_detections_per_img=20),
     _detection("keypointrcnn_resnet50_fpn", 96, min_size=96, max_size=96, box_detections_per_img=20),
