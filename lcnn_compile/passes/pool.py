@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from lcnn_compile.passes.effects import Effects
-from lcnn_compile.passes.steps import MAX_POOL
+from lcnn_compile.passes.pooling_steps import MAX_POOL
 from lcnn_compile.passes.targets import CONV2D, activation_of, attribute, example, is_get_attr
 
 

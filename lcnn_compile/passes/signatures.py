@@ -50,6 +50,17 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "pixel_unshuffle": {**_X, "downscale_factor": REQUIRED},
     "channel_shuffle": {**_X, "groups": REQUIRED},
     "clone": {**_X, "memory_format": None},
+    "pad": {**_X, "pad": REQUIRED, "mode": "constant", "value": None},
+    "interpolate": {**_X, "size": None, "scale_factor": None, "mode": "nearest", "align_corners": None},
+    **{
+        name: {**_X, "padding": REQUIRED}
+        for name in ("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+    },
+    "constant_pad_nd": {**_X, "pad": REQUIRED, "value": 0},
+    **{
+        f"upsample_{kind}": {**_X, "output_size": None}
+        for kind in ("nearest1d", "nearest2d", "linear1d", "bilinear2d", "bicubic2d")
+    },
     "glu": {**_X, "dim": -1},
     **{name: {**_X, "dim": REQUIRED, "keepdim": False, "dtype": None} for name in ("mean", "sum")},
     **{name: {**_X, "dim": REQUIRED, "keepdim": False} for name in ("amax", "amin")},

@@ -17,15 +17,14 @@ from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, View, Window
 from lcnn_compile.passes.elementwise_steps import elementwise
 from lcnn_compile.passes.find import is_lookup, precision_of
 from lcnn_compile.passes.moving_steps import moving
+from lcnn_compile.passes.pooling_steps import pooling
 from lcnn_compile.passes.reduction_steps import reducing
+from lcnn_compile.passes.resampling_steps import resampling
 from lcnn_compile.passes.step_form import Emit, Form, Values, is_plain, is_value
 from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, example, is_get_attr, same_shape, shape_of
 
 VIEWS = (*RESHAPES, "contiguous", aten.contiguous.default)
 DROPOUT = (F.dropout, F.dropout2d, aten.dropout.default)
-MAX_POOL = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default)
-MEAN_POOL = (F.avg_pool2d, aten.avg_pool2d.default)
-ADAPTIVE = (F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default)
 REDUCTIONS = {
     **dict.fromkeys(("mean", torch.mean, aten.mean.dim), True),
     **dict.fromkeys(("amax", torch.amax, aten.amax.default), False),
@@ -50,7 +49,7 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Form | None:
         return None
     if is_lookup(node):
         return _lookup(gm, node)
-    return elementwise(gm, node) or moving(node) or _of_one(gm, node) or reducing(gm, node)
+    return elementwise(gm, node) or moving(node) or _of_one(gm, node) or reducing(gm, node) or resampling(node) or pooling(node)
 
 
 def _of_one(gm: fx.GraphModule, node: fx.Node) -> Form | None:
@@ -65,15 +64,9 @@ def _of_one(gm: fx.GraphModule, node: fx.Node) -> Form | None:
         return None
     if node.target in LINEAR:
         return _linear(gm, node, shape)
-    if len(shape) != 4:
-        return None
-    if node.target in REDUCTIONS:
+    if len(shape) == 4 and node.target in REDUCTIONS:
         return _reduction(node, x, out)
-    window = _window(node, shape, out)
-    if window is None or window.kernel_size is None:
-        return None if window is None else _step(x, lambda v: Pool(v, window))
-    # With ceil_mode there may be windows that leave the image, or are larger than it: their means count fewer pixels.
-    return _step(x, lambda v: Pool(v, window)) if same_shape(window.places(shape[2:]), out[2:]) else None
+    return None
 
 
 def _step(x: fx.Node, make: Callable[[int], Any], view: bool = False) -> Form:
@@ -150,38 +143,3 @@ def _linear(gm: fx.GraphModule, node: fx.Node, shape: tuple[Any, ...]) -> Form |
         return None
     out_features, in_features = found[0].shape
     return Form((x,), lambda emit, values: emit(Linear(values[0], in_features, out_features), *found))
-
-
-def _window(node: fx.Node, shape: tuple[Any, ...], out: tuple[Any, ...]) -> Window | None:
-    if node.target in MAX_POOL:
-        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        _, kernel, stride, padding, dilation, _, indices = bound(node, names, (None, None, None, 0, 1, False, False))
-        if indices or not _numbers(kernel, stride, padding, dilation) or _pair(dilation) != (1, 1):
-            return None
-        return Window(False, _pair(kernel), _pair(stride or kernel), _pair(padding))
-    if node.target in MEAN_POOL:
-        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        _, kernel, stride, padding, _, counted, divisor = bound(node, names, (None, None, None, 0, False, True, None))
-        if divisor is not None or not _numbers(kernel, stride, padding) or not (counted is True or _pair(padding) == (0, 0)):
-            return None
-        return Window(True, _pair(kernel), _pair(stride or kernel), _pair(padding))
-    if node.target in ADAPTIVE:
-        if tuple(out[2:]) == (1, 1):
-            return Window(True)
-        sizes = (*shape[2:], *out[2:])
-        if not all(isinstance(v, int) for v in sizes) or sizes[0] % sizes[2] or sizes[1] % sizes[3]:
-            return None
-        kernel = (sizes[0] // sizes[2], sizes[1] // sizes[3])
-        return Window(True, kernel, kernel)
-    return None
-
-
-def _numbers(*values: Any) -> bool:
-    """Whether a pooling's sizes are known: ints, pairs of them, or (a stride) left out."""
-    flat = [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
-    return all(v is None or isinstance(v, int) for v in flat)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return (int(values[0]), int(values[-1]))

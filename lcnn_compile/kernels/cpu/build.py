@@ -44,6 +44,7 @@ SOURCES = (
     "map.h",
     "move.h",
     "reduce.h",
+    "resize.h",
     "functions.h",
     "pool.h",
     "run.h",

@@ -86,6 +86,7 @@ class Pooling(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("planes", "height", "width", "out_height", "out_width")),
         *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride")),
         *((name, ctypes.c_int64) for name in ("top", "left", "mean", "lanes")),
+        ("dilation", ctypes.c_int64 * 2),
     )
 
 

@@ -60,7 +60,7 @@ def side_by_side(recipe: Recipe, shapes: Sequence[Shape], images: int) -> Recipe
                 dilation=(moved.dilation[0], moved.dilation[1] * images),
                 pool=None if moved.pool is None else _widened(moved.pool, step.convolved(shapes), images),
             )
-        elif isinstance(step, Pool) and isinstance(moved, Pool):
+        elif isinstance(step, Pool) and isinstance(moved, Pool) and step.window.plain:
             moved = replace(moved, window=_widened(moved.window, shapes[step.x], images))
         elif isinstance(moved, View) and len(shapes[result]) > 1 and shapes[result][0] == images:
             moved = replace(moved, tail=(*moved.tail[:-1], moved.tail[-1] * images))

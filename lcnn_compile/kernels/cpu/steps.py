@@ -17,6 +17,7 @@ from lcnn_compile.kernels.cpu.convolutions import Linear, LookUp
 from lcnn_compile.kernels.cpu.elementwise import Map
 from lcnn_compile.kernels.cpu.moves import Concat, Copy, Expand, Permute, Slice, Turn, View
 from lcnn_compile.kernels.cpu.reductions import Normalize, Reduce, Softmax
+from lcnn_compile.kernels.cpu.resampling import Pad, Resize
 from lcnn_compile.kernels.cpu.step import Shape, Step
 from lcnn_compile.kernels.cpu.windows import Pool, Window
 
@@ -28,10 +29,12 @@ __all__ = [
     "LookUp",
     "Map",
     "Normalize",
+    "Pad",
     "Permute",
     "Pool",
     "Recipe",
     "Reduce",
+    "Resize",
     "Shape",
     "Slice",
     "Softmax",
@@ -116,7 +119,7 @@ def pooled(recipe: Recipe, shapes: Sequence[Shape], least: int) -> Recipe:
     place = {value: value for value in range(recipe.inputs)}
     steps: list[Step] = []
     for number, step in enumerate(recipe.steps):
-        if isinstance(step, Pool) and uses[step.x] == 1 and math.prod(shapes[step.x]) >= least:
+        if isinstance(step, Pool) and step.window.plain and uses[step.x] == 1 and math.prod(shapes[step.x]) >= least:
             before = steps[place[step.x] - recipe.inputs] if place[step.x] >= recipe.inputs else None
             if isinstance(before, LookUp) and before.pool is None and before.residual is None:
                 steps[place[step.x] - recipe.inputs] = replace(before, pool=step.window)

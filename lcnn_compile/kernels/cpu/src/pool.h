@@ -13,16 +13,17 @@ struct Pool {
   int64_t planes, height, width, out_height, out_width;
   int64_t kernel[2], stride[2];
   int64_t top, left;
-  int64_t mean;   // or the maximum
+  int64_t mean;   // 1: the mean, 2: the sum; 0: the maximum
   int64_t lanes;  // images side by side in each pixel: widths and `left` count floats, windows pixels; else 1
+  int64_t dilation[2];
   int64_t first_row(int64_t h) const { return std::max<int64_t>(0, h * stride[0] - top); }
-  int64_t end_row(int64_t h) const { return std::min(height, h * stride[0] - top + kernel[0]); }
+  int64_t end_row(int64_t h) const { return std::min(height, h * stride[0] - top + (kernel[0] - 1) * dilation[0] + 1); }
   bool pairs() const {
     const bool two = kernel[0] == 2 && kernel[1] == 2 && stride[0] == 2 && stride[1] == 2;
-    return two && !top && !left && 2 * out_width == width && 2 * out_height <= height;
+    return two && dilation[0] == 1 && dilation[1] == 1 && !top && !left && 2 * out_width == width && 2 * out_height <= height;
   }
   // Of a row of maxima or sums with margins on both sides, read up to two vectors past the last window.
-  int64_t row_floats() const { return left + std::max(width, out_width * stride[1]) + kernel[1] + 3 * LANES; }
+  int64_t row_floats() const { return left + std::max(width, out_width * stride[1]) + kernel[1] * dilation[1] + 3 * LANES; }
 };
 
 // The larger, and NaN if either is, as torch has it.
@@ -59,12 +60,12 @@ static void pool_columns(const Pool& p, const float* row, float scale, float* y)
         return p.stride[1] == 1 ? load(from + c) : even_lanes(load(from + c), load(from + c + LANES));
       };
       Vec found = next(0);
-      for (int64_t c = 1; c < p.kernel[1]; ++c) found = Join::join(found, next(c));
+      for (int64_t c = 1; c < p.kernel[1]; ++c) found = Join::join(found, next(c * p.dilation[1]));
       store_first(y + x, found * scale, int(std::min<int64_t>(LANES, p.out_width - x)));
     }
   for (; x < p.out_width; ++x) {
     float found = row[x * p.stride[1]];
-    for (int64_t c = 1; c < p.kernel[1]; ++c) found = Join::join(found, row[x * p.stride[1] + c]);
+    for (int64_t c = 1; c < p.kernel[1]; ++c) found = Join::join(found, row[x * p.stride[1] + c * p.dilation[1]]);
     y[x] = found * scale;
   }
 }
@@ -132,11 +133,13 @@ static void pool_rows(const Pool& p, int64_t first, int64_t end, const float* x,
   std::fill_n(row, p.row_floats(), Join::START);
   float* const inside = row + p.left;
   for (int64_t h = first; h < end; ++h, y += p.out_width) {
-    const int64_t top = p.first_row(h), bottom = p.end_row(h);
+    int64_t top = h * p.stride[0] - p.top;
+    const int64_t bottom = p.end_row(h);
+    if (top < 0) top += ceil_div(-top, p.dilation[0]) * p.dilation[0];
     for (int64_t c = 0; c < p.width; c += LANES) {
       const int count = int(std::min<int64_t>(LANES, p.width - c));
       Vec found = splat(Join::START);
-      for (int64_t r = top; r < bottom; ++r) found = Join::join(found, load_first(x + (r - above) * p.width + c, count));
+      for (int64_t r = top; r < bottom; r += p.dilation[0]) found = Join::join(found, load_first(x + (r - above) * p.width + c, count));
       store_first(inside + c, found, count);
     }
     pool_columns<Join>(p, row, scale, y);
@@ -145,7 +148,7 @@ static void pool_rows(const Pool& p, int64_t first, int64_t end, const float* x,
 
 inline void pool_rows(const Pool& p, int64_t first, int64_t end, const float* x, int64_t above, float* row, float* y) {
   if (p.mean)
-    pool_rows<Sum>(p, first, end, x, above, 1.0f / float(p.kernel[0] * p.kernel[1]), row, y);
+    pool_rows<Sum>(p, first, end, x, above, p.mean == 1 ? 1.0f / float(p.kernel[0] * p.kernel[1]) : 1.0f, row, y);
   else
     pool_rows<Larger>(p, first, end, x, above, 1.0f, row, y);
 }

@@ -8,11 +8,12 @@
 #include "move.h"
 #include "pool.h"
 #include "reduce.h"
+#include "resize.h"
 #include "run.h"
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE };
+enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE, RESIZE };
 
 constexpr int MOST_READ = 8;
 
@@ -34,10 +35,12 @@ struct LookUpStep {  // reads x, and a residual
   const float* bias;  // or null
 };
 
-// Planes that follow each other in an image, and the distances between images.
+// Planes that follow each other in an image, and the distances between images. Sums that are divided by other numbers from place
+// to place have a factor for each row and column; else these are null.
 struct PoolStep {
   Pool pool;
   int64_t images, x_image, y_image;
+  const float *rows, *columns;
 };
 
 struct Turn {
@@ -86,6 +89,7 @@ struct Program {
       case MOVE: return move(*static_cast<const Move*>(step.of), threads, x[0], y);
       case PICK: return pick(*static_cast<const Pick*>(step.of), threads, x[0], y);
       case REDUCE: return reduce(*static_cast<const Reduce*>(step.of), threads, x[0], y);
+      case RESIZE: return resize(*static_cast<const Resize*>(step.of), threads, x[0], y);
       case TURN: return turn(*static_cast<const Turn*>(step.of), x[0], y);
     }
   }
@@ -98,7 +102,7 @@ struct Program {
   void pool(const PoolStep& step, const float* x, float* y) const {
     const Pool& p = step.pool;
     // Windows that tile their planes tile a plane made of them all; small planes are then not begun one by one.
-    const bool tiled = !p.top && p.kernel[0] == p.stride[0] && p.height == p.out_height * p.stride[0];
+    const bool tiled = !p.top && p.kernel[0] == p.stride[0] && p.height == p.out_height * p.stride[0] && p.dilation[0] == 1 && !step.rows;
     const int64_t area = p.height * p.width, out_area = p.out_height * p.out_width, planes = p.planes * step.images;
     const int64_t team = planes * area > ALONE ? std::min(threads, planes) : 1, row = round_up(p.row_floats(), LANES);
     float* const rows = run_scratch(team * row);
@@ -108,8 +112,10 @@ struct Program {
         const int64_t image = i / p.planes, plane = i % p.planes, some = tiled ? std::min(end - i, p.planes - plane) : 1;
         Pool q = p;
         q.height *= some, q.out_height *= some;
-        pool_rows(q, 0, q.out_height, x + image * step.x_image + plane * area, 0, rows + part * row,
-                  y + image * step.y_image + plane * out_area);
+        float* const to = y + image * step.y_image + plane * out_area;
+        pool_rows(q, 0, q.out_height, x + image * step.x_image + plane * area, 0, rows + part * row, to);
+        for (int64_t h = 0; step.rows && h < p.out_height; ++h)
+          for (int64_t w = 0; w < p.out_width; ++w) to[h * p.out_width + w] *= step.rows[h] * step.columns[w];
         i += some;
       }
   }

@@ -11,6 +11,9 @@
 
 namespace lcnn {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 // LANES floats per vector; FILTERS x VECTORS(FILTERS) accumulators must fit the registers beside the operands; so
 // many filters take part where there are `vectors` of pixels.
 #if defined(__AVX512F__)

@@ -11,9 +11,6 @@
 
 namespace lcnn {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 // Memory in whole cache lines, so that vectors of coefficients do not cross them.
 template <class T>
 struct Lines {
