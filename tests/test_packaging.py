@@ -90,6 +90,29 @@ def test_commits_are_checked_by_the_pinned_versions():
     assert {name: pins()[name] for name, _ in found} == dict(found)
 
 
+def test_the_architecture_page_has_every_room_in_the_order_of_the_contract():
+    contract = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+    layers = [[name.strip() for name in layer.split("|")] for layer in contract]
+    ground = layers.index(["batches"])
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)/?`(?:, `(\w+)`)? \|", page.split("\n## ")[1], re.MULTILINE)
+    assert [name for row in rows for name in row if name] == [name for layer in layers[:ground] for name in layer]
+    picture = (ROOT / "docs" / "images" / "architecture.svg").read_text()
+    for name in (name for layer in layers for name in layer if name not in ("progress", "timing")):
+        assert re.search(rf"\b{name}\b", picture), name
+
+
+def test_every_folder_says_what_it_may_import():
+    folders = [path for path in (ROOT / "lcnn_compile").rglob("__init__.py") if path.parent != ROOT / "lcnn_compile"]
+    assert len(folders) > 15
+    assert [str(path) for path in folders if "ay import" not in path.read_text().split('"""')[1]] == []
+
+
+def test_no_file_repeats_the_name_of_its_folder():
+    files = (ROOT / "lcnn_compile").rglob("*.*")
+    assert [str(path) for path in files if path.stem == path.parent.name or path.stem.startswith(f"{path.parent.name}_")] == []
+
+
 def test_the_version_is_in_the_changelog():
     first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
     assert first == lcnn_compile.__version__

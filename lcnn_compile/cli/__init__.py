@@ -2,6 +2,8 @@
 
 Exit codes: 0 all is well; 1 a benchmark failed; 2 a mistake in what was asked, named on standard error; 3 nothing was replaced and
 nothing written; 130 interrupted. Results go to standard output, everything else to standard error.
+A file for each command or two, ``sources`` and ``images`` for where models and batches come from. May import every room, ``bench`` only when
+its command runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Converted models for other runtimes: plain dense networks, torch.export programs, AOTInductor packages, ONNX files."""
+"""Converted models for other runtimes: plain dense networks, torch.export programs, AOTInductor packages, ONNX files.
+
+``capture`` makes a model one program, ``frozen`` runs it with constant weights, ``formats`` writes it. May import ``checkpoint`` and the rooms
+below it.
+"""
 
 from lcnn_compile.export.formats import (
     check_onnx,

@@ -1,4 +1,7 @@
-"""Layers of every kind as 2-d convolutions: the one place that knows padding, stride and dilation."""
+"""Layers of every kind as 2-d convolutions: the one place that knows padding, stride and dilation.
+
+``plane`` is nn.Conv2d and the base of the others; ``row``, ``depth`` and ``transposed`` derive from it. May import ``lookup`` and ``kernels``.
+"""
 
 import numbers
 import operator

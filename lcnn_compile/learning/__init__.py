@@ -1,4 +1,8 @@
-"""Learning dictionaries, taps and coefficients (LCNN, sections 3.2 and 3.3, with calibration data instead of labels)."""
+"""Learning dictionaries, taps and coefficients (LCNN, sections 3.2 and 3.3, with calibration data instead of labels).
+
+Here modules are trained: ``distill``, ``soft`` taps, dictionaries carried over (``transfer``). What is found by numbers alone is in ``fitting``. May import
+``checkpoint`` and the rooms below it.
+"""
 
 from lcnn_compile.conversion.sweep import SweepPoint, sweep
 from lcnn_compile.fitting.fitted import FittedLayer

@@ -1,4 +1,8 @@
-"""Lookup modules: drop-in, trainable layers whose weight is a lookup weight, one for each kind of dense layer."""
+"""Lookup modules: drop-in, trainable layers whose weight is a lookup weight, one for each kind of dense layer.
+
+``base`` is what they share, ``conv``, ``linear`` and ``transposed`` are the layers, ``weight`` what reads their dense weight, ``tables`` and ``tabled`` the index
+tables; ``swap`` puts one in a dense layer's place. May import ``fitting`` and the rooms below it.
+"""
 
 from lcnn_compile.modules.base import FACTORS, LookupModule, random_weight
 from lcnn_compile.modules.conv import LookupConv, LookupConv1d, LookupConv2d, LookupConv3d

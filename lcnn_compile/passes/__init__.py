@@ -3,6 +3,7 @@
 A usual order: ``lift_functional_convolutions``, ``find_convolutions``, ``replace_convolutions``, then for inference
 ``fold_batch_norm``, ``fold_factors``, ``narrow_convolutions``, ``choose_lowerings``, ``fuse_epilogues``,
 ``chain_lookups`` and ``pool_first`` on a GPU, ``gather_programs``. Each changes the GraphModule in place and returns it.
+``effects`` knows what a graph writes, ``targets`` and ``find`` what its nodes are. May import ``modules`` and the rooms below it.
 """
 
 from lcnn_compile.passes.chains import chain_lookups

@@ -9,6 +9,8 @@
         lookup = LookupConv2d.from_conv(case.conv, LookupConfig(dictionary_size=1.0, sparsity=None))
         assert_equivalent(case.conv, lookup, case.inputs)
 
+May import ``passes`` and the rooms below it.
+
 The rule everywhere: the result may not be farther from a float64 reference than PyTorch's own result, times a small factor.
 Whatever a strategy draws is described by a few plain values, so a failure prints a program that makes it again.
 Networks that write in place, keep state and take inputs of every kind come from :func:`source_networks`, as source text;
