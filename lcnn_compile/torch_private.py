@@ -26,6 +26,7 @@ from lcnn_compile.files import digest
 
 __all__ = [
     "DISPATCHED",
+    "NATIVE_FUNCTIONS",
     "BatchNorm",
     "ConvolutionBase",
     "DropoutBase",
@@ -97,6 +98,8 @@ NormBase = nn.modules.batchnorm._NormBase
 InstanceNormBase = nn.modules.instancenorm._InstanceNorm
 ConvolutionBase = nn.modules.conv._ConvNd
 DropoutBase = nn.modules.dropout._DropoutNd
+NATIVE_FUNCTIONS: Any = torch._C._nn
+"""Functions of torch.nn.functional that are not written in Python."""
 OpOverload, OpOverloadPacket = torch._ops.OpOverload, torch._ops.OpOverloadPacket
 DISPATCHED = "torch._jit_internal"
 """Where functions of torch.nn.functional live that choose between two by a flag, such as max_pool2d."""

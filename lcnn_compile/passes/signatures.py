@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lcnn_compile.passes.targets import bound
-from lcnn_compile.torch_private import OpOverload
+from lcnn_compile.torch_private import NATIVE_FUNCTIONS, OpOverload
 
 REQUIRED = object()
 _X = {"input": REQUIRED}
@@ -108,7 +108,7 @@ def _targets() -> dict[Any, str]:
     found: dict[Any, str] = {}
     names = {name: name for name in SIGNATURES} | _OTHER_NAMES
     for spelled, name in names.items():
-        for holder in (F, torch, torch._C._nn, operator):
+        for holder in (F, torch, NATIVE_FUNCTIONS, operator):
             target = getattr(holder, spelled, None)
             if callable(target) and target is not slice:
                 found[target] = name
