@@ -347,10 +347,17 @@ def written_twice(model, y):
     return y, early
 
 
+def statistic_then_counted(model, y):
+    early = y.std() * model.state.sum()
+    model.state.add_(1)
+    return y, early
+
+
 BETWEEN = {
     "a slice": lambda model, y: (y.index_fill(1, torch.tensor([0]), 0.0), y[:, :1].mul_(0.5)),
     "a stream": lambda model, y: (y + model.state, model.state.copy_(y)),
     "a counter": lambda model, y: (y, model.state.add_(1)),
+    "a statistic, then counted": statistic_then_counted,
     "a view kept": lambda model, y: (y.relu(), y.view(-1).mul_(2)),
     "written twice": written_twice,
     "shortcut, then written": lambda model, y: (model.convs[0](y), y.neg_()),
@@ -383,6 +390,61 @@ def test_regions_and_epilogues_respect_writes(name, tracer):
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
         held = model.state if tracer == "dynamo" else dict(gm.named_buffers())["state"]
         torch.testing.assert_close(held, after, atol=1e-4, rtol=1e-4)
+
+
+def relu_after_a_write(conv, x):
+    y = conv(x)
+    x.add_(1)
+    return y.relu()
+
+
+def sum_after_a_write(conv, x):
+    y = conv(x)
+    x.add_(1)
+    return y + x
+
+
+def relu_of_a_copy(conv, x):
+    y = conv(x)
+    flat = y.flatten(1)  # channels_last: a copy, which does not see what is written
+    y.mul_(2)
+    return flat.relu(), y
+
+
+@pytest.mark.parametrize("function", [relu_after_a_write, sum_after_a_write, relu_of_a_copy])
+def test_epilogues_do_not_cross_a_write(function):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = LookupConv2d(4, 4, 3, padding=1, dictionary_size=3, lowering="lookup")
+
+        def forward(self, x):
+            return function(self.conv, x)
+
+    net, x = Net().eval(), image().to(memory_format=torch.channels_last)
+    gm = fuse_epilogues(to_functional(fx.symbolic_trace(net)))
+    assert any(is_lookup(node) for node in gm.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x.clone()), net(x.clone()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_random_layers_keep_their_place_in_training(training):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Dropout(), nn.Dropout2d()
+
+        def forward(self, x):
+            self.first(x)
+            return self.second(x)
+
+    gm = fx.symbolic_trace(Net().train(training))
+    first, second = (n for n in gm.graph.nodes if n.op == "call_module")
+    effects = Effects(gm)
+    assert effects.conflict(first, second) == training
+    eliminate_dead_code(gm)
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == (["first", "second"] if training else ["second"])
 
 
 def test_a_write_elsewhere_does_not_part_a_region():
