@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lcnn_compile import LcnnError, LookupConfig, convert, load, save
-from lcnn_compile.checkpoint import MAX_HEADER, _digest, read_header
+from lcnn_compile.checkpoint import read_header
+from lcnn_compile.checkpoint.header import MAX_HEADER, digest_of
 
 SMALL = LookupConfig(dictionary_size=3, sparsity=2, group_size=4)
 
@@ -97,7 +98,7 @@ def rewritten(path, target, change_tensors=None, change_body=None, digest=True):
     if change_body:
         change_body(body)
     text = json.dumps(body, sort_keys=True)
-    save_file(tensors, target, {"lcnn": text, "digest": _digest(text, tensors) if digest else "0"})
+    save_file(tensors, target, {"lcnn": text, "digest": digest_of(text, tensors) if digest else "0"})
     return target
 
 
@@ -169,7 +170,7 @@ def test_wrong_checksum_and_foreign_files(saved, tmp_path):
 
 def test_a_description_nested_deeper_than_python_follows(saved, tmp_path):
     tensors, text = load_file(saved[1]), "[" * 200_000 + "]" * 200_000
-    save_file(tensors, tmp_path / "m", {"lcnn": text, "digest": _digest(text, tensors)})
+    save_file(tensors, tmp_path / "m", {"lcnn": text, "digest": digest_of(text, tensors)})
     with pytest.raises(LcnnError, match="not JSON"):
         load(SmallResNet(8), tmp_path / "m")
 

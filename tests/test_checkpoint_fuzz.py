@@ -17,7 +17,7 @@ from nets import SmallResNet, pictures, randomise
 from safetensors.torch import load_file, save_file
 
 from lcnn_compile import LcnnError, LookupConfig, convert, load, save
-from lcnn_compile.checkpoint import _digest
+from lcnn_compile.checkpoint.header import digest_of
 
 SMALL = LookupConfig(dictionary_size=3, sparsity=2, group_size=4)
 
@@ -151,7 +151,7 @@ def test_hostile_contents_behind_a_valid_checksum(saved, tmp_path):
             else:
                 text[rng.choice(list(text))] = other_value(text, rng)
         written = json.dumps(text)
-        save_file(changed, tmp_path / "m", {"lcnn": written, "digest": _digest(written, changed)})
+        save_file(changed, tmp_path / "m", {"lcnn": written, "digest": digest_of(written, changed)})
         try:
             found = load(skeleton, tmp_path / "m").eval()
         except LcnnError:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lcnn_compile import LcnnError, LookupConfig, convert, load, save
-from lcnn_compile.checkpoint import _digest
+from lcnn_compile.checkpoint.header import digest_of
 from lcnn_compile.checkpoint.stored import OTHERS
 
 SMALL = LookupConfig(dictionary_size=3, sparsity=2, group_size=4)
@@ -138,7 +138,7 @@ def rewrite(path, change):
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     change(header, tensors)
     body = json.dumps(header, sort_keys=True)
-    save_file(tensors, path, {"lcnn": body, "digest": _digest(body, tensors)})
+    save_file(tensors, path, {"lcnn": body, "digest": digest_of(body, tensors)})
 
 
 BROKEN = {

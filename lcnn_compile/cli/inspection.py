@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from lcnn_compile.checkpoint.archive import Header, read_header
+from lcnn_compile.checkpoint.header import Header, read_header
 from lcnn_compile.cli import options as given
 from lcnn_compile.cli.output import output
 from lcnn_compile.errors import LcnnError
