@@ -20,7 +20,7 @@ exclude_patterns = ["_build"]
 nitpicky = True
 # References to our own names must resolve. Types of other packages have no page here: the build works without a network.
 # Bases and settings that users never write have none either.
-_INNER = r"lcnn_compile\.modules\.(functional\.Settings|tabled\.HasTables)"
+_INNER = r"lcnn_compile\.modules\.(calls\.Settings|tabled\.HasTables)"
 nitpick_ignore_regex = [("py:.*", r"(?!lcnn_compile\b).*"), ("py:class", _INNER)]
 
 autodoc_member_order = "bysource"

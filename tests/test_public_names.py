@@ -54,3 +54,19 @@ def test_the_reference_takes_what_it_took_in_version_0_1():
     torch.testing.assert_close(made, lookups.double())
     fused = reference.apply_epilogue(truth, torch.ones(7).double(), truth, "relu", True)
     torch.testing.assert_close(fused, (truth + 1).relu() + truth)
+
+
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "Linear"])
+def test_constructors_can_be_read_and_take_the_dense_layers_positions(kind):
+    import inspect
+
+    from torch import nn
+
+    import lcnn_compile
+
+    dense, ours = (inspect.signature(getattr(nn, kind)), inspect.signature(getattr(lcnn_compile, f"Lookup{kind}")))
+    positional = [p for p in ours.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in dense.parameters.values()]
+    named = {p.name: p.default for p in ours.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    sizes = {"dictionary_size": 0.25, "sparsity": 6, "group_size": 8, "lowering": "auto", "precision": "float32"}
+    assert named == sizes

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lcnn_compile.conversion.intercept import outer_names, put_weight
 from lcnn_compile.errors import CheckpointError
 from lcnn_compile.modules import FunctionalWeight
-from lcnn_compile.modules.functional import FUNCTIONS, Settings, has_module, make_conv, options
+from lcnn_compile.modules.calls import FUNCTIONS, Settings, has_module, make_conv, options
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.torch_private import children_of, tensors_of
 

@@ -15,19 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from lcnn_compile.conversion.obstacles import DEPTHWISE, TRANSFORMED, obstacle
 from lcnn_compile.modules import FunctionalWeight, LookupModule
-from lcnn_compile.modules.functional import (
-    CASTS,
-    FUNCTIONS,
-    PLAIN_READS,
-    Settings,
-    arguments,
-    has_module,
-    make_conv,
-    name_of,
-    options,
-    settings_of,
-    whole,
-)
+from lcnn_compile.modules.calls import FUNCTIONS, Settings, arguments, has_module, make_conv, options, settings_of, whole
+from lcnn_compile.modules.functional import CASTS, PLAIN_READS, name_of
 from lcnn_compile.torch_private import inside_transform
 
 MOST_CALLS = 8

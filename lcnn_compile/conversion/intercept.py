@@ -13,7 +13,7 @@ from lcnn_compile.conversion.calls import Called
 from lcnn_compile.conversion.survey import Survey
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.modules import FunctionalWeight, LookupModule, replace_module
-from lcnn_compile.modules.functional import make_conv, options
+from lcnn_compile.modules.calls import make_conv, options
 from lcnn_compile.torch_private import children_of, pytree, tensors_of
 
 Orders = dict[str, list[str]]

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from lcnn_compile.geometry import kind_of
 from lcnn_compile.modules import FunctionalWeight
-from lcnn_compile.modules.functional import has_module, make_conv, settings_of
+from lcnn_compile.modules.calls import has_module, make_conv, settings_of
 from lcnn_compile.passes.effects import mark_written
 from lcnn_compile.passes.targets import CONVOLUTION, attribute, bound, convolution_of, is_get_attr, shape_of
 from lcnn_compile.torch_private import children_of, tensor_names
