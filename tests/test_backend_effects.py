@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from nets import pictures
 from torch import nn
 
 from lcnn_compile.backend import runtime
-from lcnn_compile.backend.sandbox import copies, random_state, record, same_modes
+from lcnn_compile.backend.sandbox import copies, record, same_modes, without_effects
+from lcnn_compile.conversion.untouched import random_state, untouched
 
 pytestmark = pytest.mark.usefixtures("backend_reset")
 LOSSLESS = {"dictionary_size": 1.0, "sparsity": None, "lowering": "lookup"}
@@ -295,6 +297,29 @@ def test_copies_keep_strides_values_and_shared_memory():
     with torch.inference_mode():
         inside = copies([torch.ones(2)])[0]
     assert not inside.is_inference()
+
+
+@pytest.mark.parametrize("quietly", [without_effects, lambda: untouched(nn.Conv2d(1, 1, 1))])
+def test_random_numbers_are_afterwards_as_before(quietly):
+    def draw():
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(5)
+    wanted = draw()
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(5)
+    with quietly():
+        assert draw() == wanted
+        draw()
+    assert draw() == wanted
+
+
+def test_calibration_runs_without_autocast_and_gradients():
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad(), without_effects():
+        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled()
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
 
 
 def test_a_recorded_call_is_the_same_each_time():

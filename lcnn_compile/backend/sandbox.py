@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lcnn_compile.conversion.untouched import random_state
 from lcnn_compile.torch_private import autocast_depth, storage_of
 
 Restore = Callable[[], None]
@@ -23,23 +22,6 @@ def plain_tensors() -> Iterator[None]:
     # In this order: leaving inference mode turns gradients on.
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def random_state() -> Restore:
-    """What puts the random numbers of PyTorch (every device in use), Python and NumPy back to where they are now."""
-    found: list[tuple[Callable[[Any], Any], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    found.append((random.setstate, random.getstate()))
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        found.append((numpy.random.set_state, numpy.random.get_state()))
-
-    def restore() -> None:
-        for put, state in found:
-            put(state)
-
-    return restore
 
 
 def _devices() -> list[str]:

@@ -26,7 +26,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Tensors keep their identity. Lazy layers stay as their first run has made them. What a model changes inside of objects of
     its own is not seen.
     """
-    restore = [_tensors(model), *map(_attributes, _python_modules(model)), _random_numbers()]
+    restore = [_tensors(model), *map(_attributes, _python_modules(model)), random_state()]
     try:
         yield
     finally:
@@ -111,19 +111,18 @@ def _refill(container: Any, before: Any) -> None:
         container.update(before)
 
 
-def _random_numbers() -> Callable[[], None]:
-    states: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-    ]
+def random_state() -> Callable[[], None]:
+    """What puts the random numbers of PyTorch (every device in use), Python and NumPy back to where they are now."""
+    found: list[tuple[Callable[[Any], Any], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+        found.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    found.append((random.setstate, random.getstate()))
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        states.append((numpy.random.set_state, numpy.random.get_state()))
+        found.append((numpy.random.set_state, numpy.random.get_state()))
 
     def restore() -> None:
-        for put, state in states:
+        for put, state in found:
             put(state)
 
     return restore
