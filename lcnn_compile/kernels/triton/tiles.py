@@ -36,7 +36,10 @@ def wait_for_last(EARLY: tl.constexpr):
 
 
 PIXELS = ["images", "image", "OH", "OW", "ROWS", "PITCH", "STRIDE_H", "DILATION_H"]
-"""Of :func:`output_arguments`, those that differ from call to call: no kernel is compiled anew for their values."""
+"""Of :func:`output_arguments`, those that differ from call to call: no kernel is compiled anew for their values.
+
+Every kernel lists them, for Triton compiles anew for numbers in a tuple (findings/triton_specializes_tuples.sh).
+"""
 
 
 def output_arguments(y: Tensor, where: Sizes, image: int) -> dict[str, int | bool]:
