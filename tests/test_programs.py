@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from torch import nn
+from ways import inductor, quiet
 
 import lcnn_compile
 from lcnn_compile import LookupConfig, LookupConv2d, convert, freeze
@@ -17,6 +18,7 @@ from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu import build as cpu_build
 from lcnn_compile.kernels.cpu import program
+from lcnn_compile.kernels.cpu import steps as step_kinds
 from lcnn_compile.kernels.cpu.arena import place
 from lcnn_compile.kernels.cpu.lanes import side_by_side
 from lcnn_compile.kernels.cpu.program import Program
@@ -225,6 +227,49 @@ def test_what_a_program_cannot_do_goes_to_the_compiler(exact):
     assert len(alive(before)) == 3
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b)
+
+
+STEPS = {
+    "softmax": lambda m, x: x.softmax(1),
+    "layer norm": lambda m, x: m.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+    "group norm": lambda m, x: F.group_norm(x, 3),
+    "standard deviation": lambda m, x: x - x.std((2, 3), keepdim=True),
+    "reflected": lambda m, x: F.pad(x, (2, 1, 0, 3), "reflect"),
+    "resized": lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "shuffled": lambda m, x: torch.cat([x[:, ::2], x[:, 1::2]], 1),
+    "gated": lambda m, x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_programs_of_every_step_in_a_larger_graph_and_at_a_second_shape(name, exact):
+    class Cut(nn.Module):
+        """What no program has a step for stands behind the step, which is then part of an operator's call."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.norm = layer(3, 12, padding=1), layer(12, 5, 1), nn.LayerNorm(12)
+
+        def forward(self, x):
+            return self.last(STEPS[name](self, self.first(x)).cumsum(2))
+
+    torch.manual_seed(4)
+    model = Cut().eval()
+    inputs = [torch.randn(2, 3, 13, 9), torch.randn(3, 3, 13, 17), torch.randn(1, 3, 7, 11)]
+    for x in inputs:
+        expected, model = exact(model, x)
+        x.expected = expected
+    before = set(program._alive)
+    with quiet(), inductor(real=False), torch.no_grad():
+        call = torch.compile(model, backend="lcnn")
+        for x in inputs:
+            assert_close(call(x), x.expected)
+    assert {type(step).__name__ for made in alive(before) for step in made.recipe.steps} > {"LookUp"}
+
+
+def test_every_kind_of_step_is_read_from_text():
+    kinds = {kind for kind in vars(step_kinds).values() if isinstance(kind, type) and issubclass(kind, step_kinds.Step)}
+    assert {kind.__name__ for kind in kinds - {step_kinds.Step, step_kinds.Turn}} == set(step_kinds._KINDS)
 
 
 def test_weights_batches_and_sizes_that_change(exact):

@@ -45,8 +45,14 @@ __all__ = [
     "pooled",
 ]
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LookUp, Pool, Linear, View, Map, Copy, Permute, Slice, Expand, Concat)}
-"""By name in the text form; a turn has none, it is made for a batch."""
+
+def _leaves(kind: type[Step]) -> list[type[Step]]:
+    below = kind.__subclasses__()
+    return [leaf for one in below for leaf in _leaves(one)] if below else [kind]
+
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in _leaves(Step) if kind is not Turn}
+"""By name in the text form: all that this file imports, so that none is forgotten; a turn has none, it is made for a batch."""
 
 
 @dataclass(frozen=True)
