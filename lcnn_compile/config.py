@@ -15,8 +15,8 @@ Lowering = Literal["auto", "lookup", "factored", "dense"]
 Budget = Literal["macs", "time"]
 LOWERING_CHOICES = ("auto", "lookup", "factored", "dense")
 BUDGETS = ("macs", "time")
-Precision = Literal["float32", "bfloat16"]
-PRECISION_CHOICES = ("float32", "bfloat16")
+Precision = Literal["float32", "bfloat16", "int8"]
+PRECISION_CHOICES = ("float32", "bfloat16", "int8")
 LAYER_FIELDS = ("dictionary_size", "sparsity", "group_size", "max_error", "lowering", "precision")
 
 
@@ -48,7 +48,8 @@ class LayerConfig:
         lowering: "auto" chooses by cost on this machine.
         precision: "bfloat16" lets lookups on a CPU round the dictionary, the coefficients, their inputs and S to bfloat16, which
             is faster where memory or, with instructions for it, arithmetic is what bounds a layer. Sums, bias and outputs
-            stay float32. The fit knows of it: ``error`` and ``max_error`` include the rounding.
+            stay float32. The fit knows of it: ``error`` and ``max_error`` include the rounding. "int8" computes in bytes, with sums
+            of 32 bits, in ranges that calibration finds; convolutions that stay dense do so too. ``error`` does not include that.
     """
 
     dictionary_size: int | float | Literal["auto"] = 0.25
@@ -179,6 +180,11 @@ class LookupConfig(LayerConfig):
             return LayerConfig(**{f: changes.get(f, getattr(self, f)) for f in LAYER_FIELDS})
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
+
+    @property
+    def precisions(self) -> set[str]:
+        """Those of the network and of single layers."""
+        return {self.precision, *(str(override["precision"]) for override in self.layers.values() if "precision" in override)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; types become "type:" rules."""

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from lcnn_compile import LcnnError, LookupWeight
-from lcnn_compile.fitting.rounding import quantize_dense, quantize_lookup
 from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.arguments import Geometry
 from lcnn_compile.kernels.quantized import Range, convolve_bytes
+from lcnn_compile.kernels.rounding import quantize_lookup
 
 
 def lookup_weight(seed, m, n, k, kernel, group_size, groups=1, taps=9):
@@ -23,6 +23,10 @@ def lookup_weight(seed, m, n, k, kernel, group_size, groups=1, taps=9):
     )
 
 
+def quantized(weight, *args, **kwargs):
+    return quantize_lookup(list(weight.tensors().values()), weight.kernel_size, *args, **kwargs)
+
+
 def range_of(x, signed):
     return Range(float(x.abs().max()) / 127, 128) if signed else Range(float(x.max()) / 255, 0)
 
@@ -31,7 +35,7 @@ GEOMETRY = ((2, 1), (1, 0, 2, 1), (1, 2))
 
 
 def run(layer, ranges, x, residual=None):
-    more = None if residual is None else ranges[2].to_bytes(residual)
+    more = None if residual is None else residual if layer.finish.residual[0] is None else ranges[2].to_bytes(residual)
     y = convolve_bytes(layer, ranges[0].to_bytes(x), *GEOMETRY, more)
     return y if ranges[1] is None else ranges[1].to_floats(y)
 
@@ -67,12 +71,13 @@ def test_a_rounded_layer_is_near_the_layer(seed):
         rng.choice([range_of(truth, float(truth.min()) < 0), None]),
         None if residual is None else range_of(residual, True),
     ]
-    rest = (activation, ranges[2], residual_last)
+    floats = residual is not None and rng.random() < 0.5
+    rest = (activation, "float32" if floats else ranges[2], residual_last)
     if dense:
-        layer = quantize_dense(filters, bias, *ranges[:2], groups, *rest)
-    else:
-        s = F.conv2d(x, reference.pointwise_weight(weight.dictionary), groups=groups)
-        layer = quantize_lookup(weight, bias, *ranges[:2], s.abs().amax((0, 2, 3)).view(groups, -1), *rest)
+        weight = LookupWeight.lossless(filters, groups=groups, group_size=4)
+    s = F.conv2d(x, reference.pointwise_weight(weight.dictionary), groups=groups)
+    layer = quantized(weight, bias, *ranges[:2], s.abs().amax((0, 2, 3)).view(groups, -1), *rest)
+    assert (layer.dictionary is None) == dense
     assert worst(run(layer, ranges, x, residual), truth) < 0.025
 
 
@@ -80,7 +85,7 @@ def test_scales_waste_no_step():
     """Every dictionary vector, and every filter's coefficients, use all 127 steps, whatever scales S has."""
     weight = lookup_weight(1, 12, 8, 7, (3, 3), 1)
     limits = torch.rand(1, 7) * 100 + 0.01
-    layer = quantize_lookup(weight, None, Range(0.1, 0), Range(0.1, 0), limits)
+    layer = quantized(weight, None, Range(0.1, 0), Range(0.1, 0), limits)
     assert (layer.dictionary.abs().amax(2) == 127).all()
     assert (layer.lookups().flatten(1).abs().amax(1) == 127).all()
 
@@ -89,7 +94,7 @@ def test_constant_channels_and_filters_without_taps_keep_their_bias():
     weight = lookup_weight(1, 12, 8, 7, (3, 3), 1)
     silent = LookupWeight.from_lookup_tensor(weight.dictionary * 0, weight.lookup_tensor() * 0)
     bias = torch.tensor([0.0, 1.0, -1.0, 1e-20, 1e4, 3.0, 0.5, -0.25])
-    layer = quantize_lookup(silent, bias, Range(0.1, 0), None, torch.zeros(1, 7))
+    layer = quantized(silent, bias, Range(0.1, 0), None, torch.zeros(1, 7))
     y = convolve_bytes(layer, torch.zeros(1, 12, 4, 4, dtype=torch.uint8), (1, 1), (0, 0, 0, 0), (1, 1))
     assert torch.allclose(y[0, :, 0, 0], bias, rtol=1e-6, atol=0)
 
@@ -100,11 +105,11 @@ def test_damaged_scales_are_refused(scale):
     limits = torch.ones(1, 7)
     for x, y, residual in ((scale, 1.0, 1.0), (1.0, scale, 1.0), (1.0, 1.0, scale)):
         with pytest.raises(LcnnError, match="first"):
-            quantize_lookup(weight, None, Range(x, 0), Range(y, 0), limits, residual=Range(residual, 0), name="first")
+            quantized(weight, None, Range(x, 0), Range(y, 0), limits, residual=Range(residual, 0), name="first")
     with pytest.raises(LcnnError, match="first"):
-        quantize_lookup(weight, torch.full((8,), float("nan")), Range(1.0, 0), Range(1.0, 0), limits, name="first")
+        quantized(weight, torch.full((8,), float("nan")), Range(1.0, 0), Range(1.0, 0), limits, name="first")
     with pytest.raises(LcnnError, match="vector_limits"):
-        quantize_lookup(weight, None, Range(1.0, 0), Range(1.0, 0), limits * float("nan"), name="first")
+        quantized(weight, None, Range(1.0, 0), Range(1.0, 0), limits * float("nan"), name="first")
 
 
 def test_bytes_of_values():

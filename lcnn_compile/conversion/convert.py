@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import nn
 
 from lcnn_compile.batches import call_model, conversion_inputs
 from lcnn_compile.config import LookupConfig
+from lcnn_compile.conversion.eight_bits import calibrate_ranges, take_dense
 from lcnn_compile.conversion.plan import Plan
 from lcnn_compile.conversion.untouched import untouched
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.fitting.model import fit_model
+from lcnn_compile.fitting.ranges import BATCHES
 from lcnn_compile.report import Report
 from lcnn_compile.torch_private import module_of
 
@@ -100,6 +102,9 @@ def convert_in_place(
     Its tensors are never changed, only its modules. Returns the model and the report.
     """
     example, batches = conversion_inputs(model, example_inputs, calibration)
+    kept: list[Any] = []
+    if batches is not None and "int8" in config.precisions:
+        batches = _keeping(batches, kept)
     plan = Plan(model, config, example)
     with untouched(plan.model):
         fitted = fit_model(
@@ -119,8 +124,30 @@ def convert_in_place(
         )
     report = Report(tuple(plan.row(name, fitted.get(name)) for name in plan.names()), title=title)
     result = plan.replace(plan.model, fitted)
+    if "int8" in config.precisions:
+        result = _in_eight_bits(result, plan, config, kept)
     log.info("%s\n%s", report.title, report)
     return result, report
+
+
+def _keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
+    """The batches, of which the first ones are kept: calibration data may be read only once."""
+    for batch in batches:
+        if len(kept) < BATCHES:
+            kept.append(batch)
+        yield batch
+
+
+def _in_eight_bits(model: nn.Module, plan: Plan, config: LookupConfig, batches: list[Any]) -> nn.Module:
+    """Ranges for the layers of bytes; where all of the network is to be so, dense convolutions become such layers too."""
+    if config.precision == "int8":
+        excluded = plan.excluded
+        model = take_dense(model, lambda name: name in excluded)
+    without = calibrate_ranges(model, batches, call_model, config.seed)
+    if without:
+        text = f'lcnn: {without} have no ranges (they never ran, or on values that are not finite) and stay float32, not "int8"'
+        warnings.warn(text, LcnnWarning, stacklevel=4)
+    return model
 
 
 def explain(model: nn.Module, config: LookupConfig | None = None, *, example_inputs: Any = None) -> Report:

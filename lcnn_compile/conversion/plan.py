@@ -11,7 +11,7 @@ from lcnn_compile.config import Budget, LayerConfig, LookupConfig
 from lcnn_compile.conversion.calls import Called
 from lcnn_compile.conversion.intercept import Orders, intercept, replace_layer, settle
 from lcnn_compile.conversion.obstacles import too_narrow, weight_of
-from lcnn_compile.conversion.selection import check_rules, layer_config, select
+from lcnn_compile.conversion.selection import EXCLUDED, check_rules, layer_config, select
 from lcnn_compile.conversion.survey import Survey, Usage, survey
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.fitting.costs import Timer
@@ -79,6 +79,11 @@ class Plan:
     def chosen(self) -> dict[str, Layer]:
         """The layers to replace, by name."""
         return {name: self.survey.layers[name] for name in self.configs}  # type: ignore[misc]
+
+    @property
+    def excluded(self) -> set[str]:
+        """The layers that a rule excludes."""
+        return {name for name, reason in self.reasons.items() if reason == EXCLUDED}
 
     def names(self) -> list[str]:
         """Rows of the report: layers, then convolutions called as functions that stay so."""

@@ -11,6 +11,9 @@ from torch import nn
 from lcnn_compile.config import LayerConfig, LookupConfig, Rule
 from lcnn_compile.errors import ConfigError
 
+EXCLUDED = "excluded"
+"""Why a layer stays dense that a rule of ``exclude`` names."""
+
 
 def matches(rule: Rule, name: str, layer: nn.Module) -> bool:
     """Whether ``rule`` chooses the layer with the qualified ``name``."""
@@ -49,7 +52,7 @@ def select(config: LookupConfig, layers: Mapping[str, nn.Module]) -> dict[str, s
     for name, layer in layers.items():
         included = any(matches(rule, name, layer) for rule in config.include)
         if any(matches(rule, name, layer) for rule in config.exclude):
-            reasons[name] = "excluded"
+            reasons[name] = EXCLUDED
         elif config.include and not included:
             reasons[name] = "not included"
         elif not config.include and isinstance(layer, nn.Linear):

@@ -58,7 +58,7 @@ class Epilogue(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """All arguments of one call of the operator; ``lowering`` and ``precision`` as it explains them."""
+    """All arguments of one call of the operator; ``lowering``, ``precision`` and ``ranges`` as it explains them."""
 
     input: Tensor
     weight: Weight
@@ -66,9 +66,10 @@ class Arguments(NamedTuple):
     epilogue: Epilogue = Epilogue()
     lowering: str = "lookup"
     precision: str = "float32"
+    ranges: Tensor | None = None
 
 
 def flat(call: Arguments) -> tuple[object, ...]:
     """What the operator is called with, in the order of its schema."""
-    input, weight, geometry, (bias, residual, activation, residual_last), lowering, precision = call
-    return (input, *weight, bias, *geometry, lowering, activation, residual, residual_last, precision)
+    input, weight, geometry, (bias, residual, activation, residual_last), lowering, precision, ranges = call
+    return (input, *weight, bias, *geometry, lowering, activation, residual, residual_last, precision, ranges)

@@ -104,7 +104,7 @@ def check_call(call: Arguments, name: str = "lookup_conv2d") -> tuple[int, int, 
 
     Only shapes, dtypes and devices are looked at, so this also serves the fake.
     """
-    input, (dictionary, *_), geometry, (bias, residual, activation, _), _, _ = call
+    input, (dictionary, *_), geometry, (bias, residual, activation, _), *_ = call
     out_channels, kernel_size, stride, padding, dilation = geometry
     # Messages are formed only for what is wrong: this runs at every call.
     if input.layout != torch.strided:

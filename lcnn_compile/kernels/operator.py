@@ -2,7 +2,8 @@
 
 The operator computes ``activation(conv(x, P·D) + bias + residual)``. ``lowering`` picks one of three exact ways
 ("lookup", "factored", "dense"), "auto" the cheapest; all give the same values up to rounding. ``precision`` "bfloat16" lets the lookup
-lowering on a CPU round its operands. The output is channels_last where the input is
+lowering on a CPU round its operands; "int8" with ``ranges`` (:mod:`lcnn_compile.kernels.bytes_lowering`) computes in bytes, whatever the
+lowering is. The output is channels_last where the input is
 (and is not contiguous too), contiguous otherwise. ``lookup_conv2d_inference`` is the same without gradients, and cheaper to call.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError, WeightError
-from lcnn_compile.kernels import backward, choose, cpu, reference
+from lcnn_compile.kernels import backward, bytes_lowering, choose, cpu, reference
 from lcnn_compile.kernels.arguments import Arguments, Epilogue, Geometry, Weight
 from lcnn_compile.kernels.checks import check_call, check_present, check_storage, output_channels
 from lcnn_compile.kernels.library import TAGS, library
@@ -25,6 +26,7 @@ from lcnn_compile.torch_private import without_autocast
 
 T = TypeVar("T")
 LOWERINGS = ("lookup", "factored", "dense")
+PRECISIONS = (*cpu.PRECISIONS, "int8")
 WEIGHTS = (1, 2, 7)
 """Places of the dictionary, the coefficients and the bias among the operator's arguments."""
 
@@ -33,7 +35,7 @@ SCHEMA = (
     "(Tensor input, Tensor dictionary, Tensor coefficients, Tensor indices, Tensor positions, Tensor offsets, "
     "Tensor filters, Tensor? bias, SymInt out_channels, int[] kernel_size, int[] stride, SymInt[] padding, int[] dilation, "
     'str lowering="lookup", str activation="none", Tensor? residual=None, bool residual_last=False, '
-    'str precision="float32") -> Tensor'
+    'str precision="float32", Tensor? ranges=None) -> Tensor'
 )
 for _name in NAMES:
     library.define(_name + SCHEMA, tags=TAGS)
@@ -50,15 +52,21 @@ def has_lookup_kernel(device: str, dtype: torch.dtype) -> bool:
 
 
 def _check_precision(precision: str) -> None:
-    if precision not in cpu.PRECISIONS:
-        raise KernelError(f"lookup_conv2d: precision is {precision!r}; allowed are {cpu.PRECISIONS}")
+    if precision not in PRECISIONS:
+        raise KernelError(f"lookup_conv2d: precision is {precision!r}; allowed are {PRECISIONS}")
 
 
 def _forward(call: Arguments) -> Tensor:
-    input, weight, geometry, epilogue, lowering, precision = call
+    input, weight, geometry, epilogue, lowering, precision, ranges = call
     dictionary, coefficients = weight[:2]
     check_present("lookup_conv2d", input, *weight)
     _check_precision(precision)
+    if precision == "int8":
+        if ranges is not None and input.dtype in cpu.DTYPES:
+            check_call(call)
+            output_channels("lookup_conv2d", weight, geometry.kernel_size)
+            return bytes_lowering.forward(call).contiguous(memory_format=reference.output_format(input))
+        precision = "float32"  # until there are ranges
     if lowering == "auto":
         check_call(call)
         if coefficients.dim() != 2:
@@ -133,11 +141,12 @@ def _adapted(function: Callable[[Arguments], T]) -> Callable[..., T]:
         residual: Tensor | None = None,
         residual_last: bool = False,
         precision: str = "float32",
+        ranges: Tensor | None = None,
     ) -> T:
         weight = new(Weight, (dictionary, coefficients, indices, positions, offsets, filters))
         geometry = new(Geometry, (out_channels, tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)))
         epilogue = new(Epilogue, (bias, residual, activation, residual_last))
-        return function(new(Arguments, (input, weight, geometry, epilogue, lowering, precision)))
+        return function(new(Arguments, (input, weight, geometry, epilogue, lowering, precision, ranges)))
 
     return call
 
@@ -166,7 +175,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias else None
     input, *weight = ctx.saved_tensors
     gradients = backward.gradients(grad, input, Weight(*weight), ctx.geometry, ctx.needs_input_grad[:3])
-    return (*gradients, None, None, None, None, grad_bias, *[None] * 10)
+    return (*gradients, None, None, None, None, grad_bias, *[None] * 11)
 
 
 torch.library.register_autograd("lcnn::lookup_conv2d", _backward, setup_context=_setup_context, lib=library)

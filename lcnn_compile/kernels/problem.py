@@ -89,8 +89,8 @@ def estimated_seconds(problem: Problem, lookup_kernel: bool) -> dict[str, float]
 
 
 def known_precision(precision: str, device: str, dtype: torch.dtype) -> str:
-    """The precision where kernels know it: float32 on a CPU; elsewhere it makes no other problem."""
-    return precision if device == "cpu" and dtype == torch.float32 else "float32"
+    """The precision where kernels know it: float32 on a CPU; elsewhere it makes no other problem. Bytes have one lowering, not chosen here."""
+    return precision if precision != "int8" and device == "cpu" and dtype == torch.float32 else "float32"
 
 
 def problem_of(

@@ -58,7 +58,8 @@ class Finish:
     Attributes:
         activation: as the operator knows them.
         residual_last: the residual is added after the activation.
-        residual: the zero of the residual's bytes and the factor that brings them to the units of the sum; None for none.
+        residual: the zero of the residual's bytes, or None where it is float32, and the factor that brings it to the units of the
+            sum; None for no residual.
         six: 6 in these units.
         step: what brings the result to steps of the output; 1 where these are the units.
         zero: the byte that stands for zero in the output; None: the output is float32.
@@ -66,7 +67,7 @@ class Finish:
 
     activation: str = "none"
     residual_last: bool = False
-    residual: tuple[int, float] | None = None
+    residual: tuple[int | None, float] | None = None
     six: float = 6.0
     step: float = 1.0
     zero: int | None = 0
@@ -172,8 +173,9 @@ class QuantizedLookup:
         for key, value in factors.items():
             if not (math.isfinite(value) and 0 <= value == float32(value)):
                 raise WeightError(f"{name}: finish.{key} is {value!r}; a float32 from 0 on is required")
-        if finish.residual is not None and not (isinstance(finish.residual[0], int) and 0 <= finish.residual[0] <= 255):
-            raise WeightError(f"{name}: the zero of the residual is {finish.residual[0]!r}; 0 to 255 are allowed")
+        zero = None if finish.residual is None else finish.residual[0]
+        if zero is not None and not (isinstance(zero, int) and 0 <= zero <= 255):
+            raise WeightError(f"{name}: the zero of the residual is {zero!r}; 0 to 255 are allowed")
 
     def _check_sums(self, name: str) -> None:
         if self.dictionary is not None:
@@ -188,7 +190,7 @@ class QuantizedLookup:
         sums.index_add_(0, rows[rows >= 0], self.coefficients.long().abs()[rows >= 0])
         bound = 255 * sums + self.bias.long().abs()
         self._check_bound(name, "over taps", bound)
-        residual = 0.0 if self.finish.residual is None else 255 * self.finish.residual[1]
+        residual = 0.0 if self.finish.residual is None or self.finish.residual[0] is None else 255 * self.finish.residual[1]
         value = float((bound * self.filter_factors.double()).max()) + residual if bound.numel() else 0.0
         if value * max(1.0, self.finish.step) >= LARGEST_VALUE:
             raise WeightError(
@@ -243,14 +245,14 @@ def finish_sums(finish: Finish, factors: Tensor, sums: Tensor, residual: Tensor 
     """What comes of int32 sums [N, n, H, W] in float32, one IEEE operation after the other, each rounded.
 
     v = sum·factor; v = v + (residual - zero)·factor; the activation; the residual where it comes last; v·step; rounded to the nearest
-    (ties to even), plus ``zero``, saturated.
+    (ties to even), plus ``zero``, saturated; NaN, which a float32 residual may bring, becomes ``zero``.
     """
     v = sums.float() * factors[:, None, None]
     more = None
     if finish.residual is not None:
         assert residual is not None
         zero, factor = finish.residual
-        more = (residual.to(torch.int32) - zero).float() * factor
+        more = (residual if zero is None else (residual.to(torch.int32) - zero).float()) * factor
     if more is not None and not finish.residual_last:
         v = v + more
     v = activate(finish, v)
@@ -258,7 +260,7 @@ def finish_sums(finish: Finish, factors: Tensor, sums: Tensor, residual: Tensor 
         v = v + more
     if finish.zero is None:
         return v
-    return ((v * finish.step).round().clamp(-1024, 1024) + finish.zero).clamp(0, 255).to(torch.uint8)
+    return (torch.nan_to_num(v * finish.step, nan=0.0).round().clamp(-1024, 1024) + finish.zero).clamp(0, 255).to(torch.uint8)
 
 
 def activate(finish: Finish, v: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 from lcnn_compile.config import LOWERING_CHOICES, PRECISION_CHOICES, LayerConfig
 from lcnn_compile.errors import ConfigError, ConversionError, WeightError
 from lcnn_compile.geometry import Call, Geometry, geometry_of
+from lcnn_compile.kernels.bytes_lowering import pack_ranges, unpack_ranges
 from lcnn_compile.kernels.operator import lookup_conv2d
+from lcnn_compile.kernels.quantized import Range
 from lcnn_compile.kernels.read_only import read_only
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules.guards import Parameters, check_initialiser
@@ -32,7 +34,8 @@ class LookupModule(HasTables):
     them; they move with the module and stand in its state dict, with a checksum (buffer ``table_checksum``, float32 [64]). Assigning
     a table replaces it. The tensors are those of :class:`~lcnn_compile.lookup.LookupWeight`, of the 2-d convolution that the operator runs.
     ``lowering`` ("auto", "lookup", "factored" or "dense") may be assigned at any time; it never changes the function.
-    ``precision`` ("float32" or "bfloat16") may too; "bfloat16" lets lookups on a CPU round their operands.
+    ``precision`` ("float32", "bfloat16" or "int8") may too; "bfloat16" lets lookups on a CPU round their operands, and "int8" computes in
+    bytes once the layer has ``ranges`` (buffer, float32 [2 + groups * k], or None), which come of calibration.
     """
 
     dense_type: ClassVar[Callable[..., Any]]
@@ -49,6 +52,7 @@ class LookupModule(HasTables):
     weight_shape: tuple[int, ...]
     """Shape of the dense layer's weight."""
     precision: str = "float32"
+    ranges: Tensor | None
 
     def _initialise(
         self,
@@ -99,6 +103,7 @@ class LookupModule(HasTables):
         self.dictionary = nn.Parameter(weight.dictionary.detach().contiguous())
         self.coefficients = nn.Parameter(weight.coefficients.detach().contiguous())
         self._set_tables({name: getattr(weight, name).contiguous() for name in TABLES})
+        self.register_buffer("ranges", None)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(weight.dictionary).clone()))
 
     @classmethod
@@ -147,6 +152,20 @@ class LookupModule(HasTables):
     def group_size(self) -> int:
         """g, filters that share one set of indices."""
         return self.filters.shape[1]
+
+    def set_ranges(self, found: tuple[Range, Tensor] | None) -> None:
+        """Take the range of the input and the limits [groups, k] of S for precision "int8"; None for none."""
+        ranges = None if found is None else pack_ranges(*found).to(self.dictionary.device)
+        if ranges is not None:
+            unpack_ranges(ranges, self.dictionary, self.label)
+        self.register_buffer("ranges", ranges)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Whether there are ranges is known from what is loaded alone.
+        found = state_dict.get(f"{prefix}ranges")
+        if found is not None and self.ranges is None:
+            self.register_buffer("ranges", torch.empty_like(found, device=self.dictionary.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def lookup_weight(self) -> LookupWeight:
         """The weight as one object that shares this module's tensors."""
@@ -219,6 +238,7 @@ class LookupModule(HasTables):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._guard_parameters()
+        self._buffers.setdefault("ranges", None)
         if "weight_shape" not in self.__dict__:
             self.weight_shape = tuple(self.dense_weight().shape)
 
@@ -263,7 +283,9 @@ class LookupModule(HasTables):
         """The operator on images [N, C, H, W]."""
         self._check_tables()
         tensors = (self.dictionary, self.coefficients, self.indices, self.positions, self.offsets, self.filters)
-        rounding = {} if self.precision == "float32" else {"precision": self.precision}
+        rounding: dict[str, Any] = {} if self.precision == "float32" else {"precision": self.precision}
+        if self.precision == "int8" and self.ranges is not None:
+            rounding["ranges"] = self.ranges
         return lookup_conv2d(x, *tensors, bias, *(call or self.call), self.lowering, **rounding)
 
     def _batched(self, input: Tensor) -> bool:

@@ -64,6 +64,12 @@ def precision_of(node: fx.Node) -> str:
     return arguments_of(node).precision
 
 
+def ranges_of(node: fx.Node) -> fx.Node | None:
+    """The ranges of a lookup convolution that computes in bytes."""
+    call = arguments_of(node)
+    return call.ranges if isinstance(call.ranges, fx.Node) and call.precision == "int8" else None
+
+
 def is_lookup(node: fx.Node) -> bool:
     """Whether a node calls the lookup operator."""
     return node.op == "call_function" and node.target in LOOKUPS

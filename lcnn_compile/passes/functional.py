@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from lcnn_compile.modules import LOOKUP_KINDS, LookupConvTranspose, LookupModule
 from lcnn_compile.passes.effects import mark_written
-from lcnn_compile.passes.find import is_lookup, precision_of
+from lcnn_compile.passes.find import is_lookup, precision_of, ranges_of
 from lcnn_compile.passes.in_place import to_out_of_place
 from lcnn_compile.passes.targets import attribute, example
 from lcnn_compile.torch_private import FakeTensor, has_hooks, pads_of
@@ -134,10 +134,11 @@ def _leave_out_defaults(node: fx.Node) -> None:
     """A lookup's epilogue is not named where there is none, and its precision only where it is not float32."""
     if not is_lookup(node) or tuple(node.args[14:17]) != NO_EPILOGUE[: len(node.args) - 14]:
         return
-    precision = precision_of(node)
+    precision, ranges = precision_of(node), ranges_of(node)
     node.args = node.args[:14]
-    kwargs = {key: value for key, value in node.kwargs.items() if key != "precision"}
-    node.kwargs = kwargs if precision == "float32" else {**kwargs, "precision": precision}
+    kwargs = {key: value for key, value in node.kwargs.items() if key not in ("precision", "ranges")}
+    kwargs = kwargs if precision == "float32" else {**kwargs, "precision": precision}
+    node.kwargs = kwargs if ranges is None else {**kwargs, "ranges": ranges}
 
 
 def _note_examples(gm: fx.GraphModule, last: fx.Node, first: fx.Node) -> None:

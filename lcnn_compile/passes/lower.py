@@ -10,7 +10,7 @@ from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.operator import has_lookup_kernel
 from lcnn_compile.passes.decompose import has_constant_weight, rewrite
 from lcnn_compile.passes.effects import eliminate_dead_code
-from lcnn_compile.passes.find import arguments_of, is_lookup, weight_of
+from lcnn_compile.passes.find import arguments_of, is_lookup, ranges_of, weight_of
 from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.targets import dtype_of, example, shape_of
 from lcnn_compile.torch_private import example_of_size
@@ -27,6 +27,9 @@ def choose_lowerings(gm: fx.GraphModule, device: str | None = None) -> fx.GraphM
         if not is_lookup(node) or len(node.args) > 14 or set(node.kwargs) & {"activation", "residual"}:
             continue
         if not has_constant_weight(node):
+            continue
+        if ranges_of(node) is not None:
+            node.args = (*node.args[:13], "lookup")  # bytes have one lowering
             continue
         lowering = arguments_of(node).lowering
         if lowering == "auto":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from lcnn_compile.config import PRECISION_CHOICES
 from lcnn_compile.errors import ConfigError
+from lcnn_compile.kernels.cpu import PRECISIONS
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional
 
@@ -16,8 +16,10 @@ def set_precision(gm: fx.GraphModule, precision: str) -> fx.GraphModule:
     Raises:
         ConfigError: for another precision.
     """
-    if precision not in PRECISION_CHOICES:
-        raise ConfigError(f"precision is {precision!r}; allowed are {PRECISION_CHOICES}")
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"precision is {precision!r}; allowed are {PRECISIONS}: layers of bytes have ranges, which a conversion finds"
+        )
     to_functional(gm)
     for node in gm.graph.nodes:
         if is_lookup(node):

@@ -13,6 +13,7 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels.cpu.byte_recipe import in_bytes
 from lcnn_compile.kernels.cpu.program import Program, run_program
 from lcnn_compile.kernels.cpu.steps import Permute, Recipe, Step
 from lcnn_compile.passes.constants import fold_constants
@@ -243,6 +244,7 @@ def _rewrite(gm: fx.GraphModule, nodes: list[fx.Node], name: str, gathered: Cont
         for node, order, last in zip(returned, orders, inside, strict=True)
     ]
     recipe = Recipe(len(inputs), tuple(steps), tuple(outputs))
+    recipe, weights = in_bytes(recipe, weights)
     gm.add_submodule(name, HeldProgram(Program(recipe, weights)))
     with gm.graph.inserting_after(nodes[-1]):
         handle = gm.graph.get_attr(f"{name}.handle")

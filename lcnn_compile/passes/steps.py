@@ -12,10 +12,12 @@ from torch import fx
 
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels.bytes_lowering import unpack_ranges
+from lcnn_compile.kernels.cpu.byte_recipe import Unrounded
 from lcnn_compile.kernels.cpu.forward import POSITIONS
 from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, View, Window
 from lcnn_compile.passes.elementwise_steps import elementwise
-from lcnn_compile.passes.find import is_lookup, precision_of
+from lcnn_compile.passes.find import is_lookup, precision_of, ranges_of
 from lcnn_compile.passes.moving_steps import moving
 from lcnn_compile.passes.pooling_steps import pooling
 from lcnn_compile.passes.reduction_steps import reducing
@@ -98,17 +100,20 @@ def _reduction(node: fx.Node, x: fx.Node, out: tuple[Any, ...]) -> Form | None:
 
 def _epilogue(node: fx.Node) -> list[Any]:
     """lowering, activation, residual, residual_last."""
-    names = ("lowering", "activation", "residual", "residual_last", "precision")
-    defaults = ("lookup", "none", None, False, "float32")
-    return bound(node, (*WEIGHT_AND_GEOMETRY, *names), (*[None] * len(WEIGHT_AND_GEOMETRY), *defaults))[-5:-1]
+    names = ("lowering", "activation", "residual", "residual_last", "precision", "ranges")
+    defaults = ("lookup", "none", None, False, "float32", None)
+    return bound(node, (*WEIGHT_AND_GEOMETRY, *names), (*[None] * len(WEIGHT_AND_GEOMETRY), *defaults))[-6:-2]
 
 
 def _lookup(gm: fx.GraphModule, node: fx.Node) -> Form | None:
     args = node.args
     lowering, activation, residual, residual_last = _epilogue(node)
-    if lowering != "lookup" or len(args) < len(WEIGHT_AND_GEOMETRY):
+    ranges = ranges_of(node)
+    if (lowering != "lookup" and ranges is None) or len(args) < len(WEIGHT_AND_GEOMETRY):
         return None
     bias = args[7]
+    if ranges is not None and not is_get_attr(ranges):
+        return None
     if not all(is_get_attr(a) for a in args[1:7]) or not (bias is None or is_get_attr(bias)):
         return None
     out_channels, *geometry = cast("tuple[Any, ...]", args[8:13])
@@ -126,7 +131,12 @@ def _lookup(gm: fx.GraphModule, node: fx.Node) -> Form | None:
 
     def build(emit: Emit, values: Values) -> int:
         weight = tuple(attribute(gm, cast(fx.Node, a).target) for a in args[1:7])
-        packed = cpu.packed_weight(weight, kernel_size, precision_of(node))
+        precision = precision_of(node)
+        packed: Any = None
+        if ranges is not None:
+            packed = Unrounded(weight, kernel_size, *unpack_ranges(attribute(gm, ranges.target), weight[0]))
+        else:
+            packed = cpu.packed_weight(weight, kernel_size, "float32" if precision == "int8" else precision)
         found = None if bias is None else attribute(gm, cast(fx.Node, bias).target)
         own = None if found is None else found.detach().to(torch.float32).contiguous()
         return emit(LookUp(values[0], None if residual is None else values[1], *sizes, *epilogue), packed, own)

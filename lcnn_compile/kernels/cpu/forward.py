@@ -164,7 +164,7 @@ class PackedWeight:
 
         ``call`` is one of the operator with this weight. What ``check_call`` says of it is remembered with the plan.
         """
-        input, _, geometry, (bias, residual, activation, residual_last), _, _ = call
+        input, _, geometry, (bias, residual, activation, residual_last), *_ = call
         x = input if input.dtype == torch.float32 else input.to(torch.float32)
         if x.stride(3) != 1:
             x = x.contiguous()

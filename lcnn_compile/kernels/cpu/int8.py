@@ -61,7 +61,8 @@ class PackedBytes:
         ]
         finish = layer.finish
         zero, factor = finish.residual or (0, 0.0)
-        codes = (ACTIVATION_CODES[finish.activation], finish.residual_last, finish.residual is not None, zero)
+        kind = 0 if finish.residual is None else 2 if zero is None else 1
+        codes = (ACTIVATION_CODES[finish.activation], finish.residual_last, kind, zero or 0)
         ending = _Finish(*codes, finish.zero is not None, finish.zero or 0, factor, finish.six, finish.step)
         tensors: list[Tensor | None] = [
             None,
@@ -110,13 +111,19 @@ class PackedBytes:
         padding: Sequence[int],
         dilation: Sequence[int],
         threads: int,
+        images: tuple[int, int, int] | None = None,
     ) -> Handle:
-        """What is worked out once for all calls of the same geometry; the input is contiguous."""
+        """What is worked out once for all calls of the same geometry.
+
+        Images are contiguous inside; ``images``: elements from one to the next of the input, of the output, and of the residual, where these
+        do not follow each other.
+        """
         _, channels, height, width = shape
-        strides = (channels * height * width, height * width, width, 1)
+        whole = math.prod(out_shape[1:])
+        x_image, y_image, residual_image = images or (channels * height * width, whole, whole)
+        strides = (x_image, height * width, width, 1)
         rest = (*stride, *dilation, padding[0], padding[2], 0, 0, threads, 0)
-        image = math.prod(out_shape[1:])
-        geometry = [shape[0], height, width, *strides, *out_shape[2:], image, image, *rest]
+        geometry = [shape[0], height, width, *strides, *out_shape[2:], y_image, residual_image, *rest]
         made = self._library.lcnn_bytes_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry))
         return Handle(made, self._library.lcnn_bytes_plan_free)
 
@@ -139,8 +146,11 @@ class PackedBytes:
         shape = self.out_shape(x.shape, stride, padding, dilation)
         if (residual is None) != (self.layer.finish.residual is None):
             raise WeightError("convolve_bytes: a residual is given exactly where the layer adds one")
-        if residual is not None and (residual.dtype != torch.uint8 or tuple(residual.shape) != shape or not residual.is_cpu):
-            raise WeightError(f"convolve_bytes: residual is {residual.dtype} {tuple(residual.shape)}; uint8 {shape} is required")
+        wanted = torch.float32 if self.layer.finish.residual and self.layer.finish.residual[0] is None else torch.uint8
+        if residual is not None and (residual.dtype != wanted or tuple(residual.shape) != shape or not residual.is_cpu):
+            raise WeightError(
+                f"convolve_bytes: residual is {residual.dtype} {tuple(residual.shape)}; {wanted} {shape} is required"
+            )
         threads = thread_count()
         key = (tuple(x.shape), *stride, *padding, *dilation, threads)
         plan = self._plans.get(key)

@@ -31,7 +31,7 @@ def side_by_side(recipe: Recipe, shapes: Sequence[Shape], images: int) -> Recipe
     """
     if any(len(shape) < 2 or shape[0] != images or math.prod(shape) > LARGEST for shape in shapes):
         return None
-    if any(isinstance(step, LookUp) and step.stride[1] != 1 for step in recipe.steps):
+    if any(isinstance(step, LookUp) and step.stride[1] != 1 for step in recipe.steps) or "uint8" in recipe.elements():
         return None
     steps: list[Step] = [Turn(x, images, True) for x in range(recipe.inputs)]
     place = {x: recipe.inputs + x for x in range(recipe.inputs)}

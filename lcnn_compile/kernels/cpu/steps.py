@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels.cpu.byte_steps import ByteLookUp, BytePool, Cast
 from lcnn_compile.kernels.cpu.convolutions import Linear, LookUp
 from lcnn_compile.kernels.cpu.elementwise import Map
 from lcnn_compile.kernels.cpu.moves import Concat, Copy, Expand, Permute, Slice, Turn, View
@@ -22,6 +23,9 @@ from lcnn_compile.kernels.cpu.step import Shape, Step
 from lcnn_compile.kernels.cpu.windows import Pool, Window
 
 __all__ = [
+    "ByteLookUp",
+    "BytePool",
+    "Cast",
     "Concat",
     "Copy",
     "Expand",
@@ -46,12 +50,12 @@ __all__ = [
 ]
 
 
-def _leaves(kind: type[Step]) -> list[type[Step]]:
-    below = kind.__subclasses__()
-    return [leaf for one in below for leaf in _leaves(one)] if below else [kind]
+def _kinds(kind: type[Step]) -> list[type[Step]]:
+    own = [kind] if kind.native is not Step.native else []
+    return [*own, *(found for one in kind.__subclasses__() for found in _kinds(one))]
 
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in _leaves(Step) if kind is not Turn}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in _kinds(Step) if kind is not Turn}
 """By name in the text form: all that this file imports, so that none is forgotten; a turn has none, it is made for a batch."""
 
 
@@ -125,9 +129,9 @@ def pooled(recipe: Recipe, shapes: Sequence[Shape], least: int) -> Recipe:
     place = {value: value for value in range(recipe.inputs)}
     steps: list[Step] = []
     for number, step in enumerate(recipe.steps):
-        if isinstance(step, Pool) and step.window.plain and uses[step.x] == 1 and math.prod(shapes[step.x]) >= least:
+        if type(step) is Pool and step.window.plain and uses[step.x] == 1 and math.prod(shapes[step.x]) >= least:
             before = steps[place[step.x] - recipe.inputs] if place[step.x] >= recipe.inputs else None
-            if isinstance(before, LookUp) and before.pool is None and before.residual is None:
+            if type(before) is LookUp and before.pool is None and before.residual is None:
                 steps[place[step.x] - recipe.inputs] = replace(before, pool=step.window)
                 place[recipe.inputs + number] = place[step.x]
                 continue

@@ -71,7 +71,7 @@ def forward(call: Arguments, shape: Sequence[int], memory_format: torch.memory_f
 
     All tensors as in :mod:`lcnn_compile.kernels.reference`, checked already, float16, bfloat16 or float32.
     """
-    input, weight, geometry, epilogue, _, _ = call
+    input, weight, geometry, epilogue, *_ = call
     if not _can(input, weight.dictionary, geometry.kernel_size):
         return None
     y = torch.empty(tuple(shape), dtype=input.dtype, device=input.device, memory_format=memory_format)

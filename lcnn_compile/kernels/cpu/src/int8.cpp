@@ -6,12 +6,25 @@
 #include <memory>
 
 #include "int8_stages.h"
+#include "int8_values.h"
 #include "run.h"
 
 namespace lcnn {
 
-void run_bytes(const BytePlan& plan, const uint8_t* x, const uint8_t* residual, void* y) {
+void run_bytes(const BytePlan& plan, const uint8_t* x, const void* residual, void* y) {
   run(ByteCall{plan, x, residual, y}, int(plan.plan.g.threads));
+}
+
+void pool_bytes(const Pool& pool, int64_t threads, const uint8_t* x, uint8_t* y) {
+  in_parts(pool.planes, pool.height * pool.width, threads, [&](int64_t first, int64_t end) { pool_planes(pool, first, end, x, y); });
+}
+
+void round_to_bytes(const float* x, int64_t count, float factor, int32_t zero, int64_t threads, uint8_t* y) {
+  in_parts(count, 1, threads, [&](int64_t first, int64_t end) { round_part(x + first, end - first, factor, zero, y + first); });
+}
+
+void widen_bytes(const uint8_t* x, int64_t count, float scale, int32_t zero, int64_t threads, float* y) {
+  in_parts(count, 1, threads, [&](int64_t first, int64_t end) { widen_part(x + first, end - first, scale, zero, y + first); });
 }
 
 }  // namespace lcnn
@@ -54,7 +67,7 @@ void* lcnn_bytes_plan_new(const void* weight, const lcnn::Geometry* geometry) tr
 
 void lcnn_bytes_plan_free(void* plan) { delete static_cast<lcnn::BytePlan*>(plan); }
 
-int lcnn_bytes_run(const void* plan, const uint8_t* x, const uint8_t* residual, void* y) try {
+int lcnn_bytes_run(const void* plan, const uint8_t* x, const void* residual, void* y) try {
   lcnn::run_bytes(*static_cast<const lcnn::BytePlan*>(plan), x, residual, y);
   return 0;
 } catch (const std::exception&) {

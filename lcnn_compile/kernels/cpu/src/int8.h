@@ -1,4 +1,4 @@
-// Lookup convolutions of bytes, as programs call them.
+// Steps of bytes, as programs call them.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,18 @@
 namespace lcnn {
 
 struct BytePlan;
+struct Pool;
 
-// y: bytes or floats, as the layer says; `residual` may be null.
-void run_bytes(const BytePlan& plan, const uint8_t* x, const uint8_t* residual, void* y);
+// A lookup convolution. y and the residual, which may be null, are bytes or floats, as the layer says.
+void run_bytes(const BytePlan& plan, const uint8_t* x, const void* residual, void* y);
+
+// The maximum over windows.
+void pool_bytes(const Pool& pool, int64_t threads, const uint8_t* x, uint8_t* y);
+
+// x times `factor`, rounded to the nearest, plus `zero`, saturated; NaN becomes `zero`.
+void round_to_bytes(const float* x, int64_t count, float factor, int32_t zero, int64_t threads, uint8_t* y);
+
+// (x - zero) * scale
+void widen_bytes(const uint8_t* x, int64_t count, float scale, int32_t zero, int64_t threads, float* y);
 
 }  // namespace lcnn

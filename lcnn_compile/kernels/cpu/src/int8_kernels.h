@@ -102,9 +102,9 @@ static void form_bytes(const Quad* packed, int64_t quads, const Four* rows, int6
 // Where the lookup stage reads and writes.
 struct ByteLookup {
   const uint8_t* s;
-  const uint8_t* residual;  // or null; laid out as y
-  void* y;                  // bytes, or floats
-  int64_t plane;            // of y
+  const void* residual;  // or null; laid out as y; bytes, or floats
+  void* y;               // bytes, or floats
+  int64_t plane;         // of y
   const ByteWeight& weight;
   int low, high;  // what clamps leave of the bytes
   bool plain;     // nothing but clamps, and perhaps a residual before them, into bytes
@@ -123,19 +123,21 @@ static inline void in_order(const IntVec (&sums)[4], uint64_t mask, int32_t* to)
 // The way out for all that is not plain. Operations follow one another as in Python; none may be fused.
 static __attribute__((noinline)) void finish_any(const ByteLookup& to, const BytePixels& p, int32_t filter, float factor, const IntVec (&sums)[4]) {
   const ByteFinish& finish = to.weight.finish;
-  alignas(64) int32_t in[BYTES] = {}, more[BYTES] = {}, out[BYTES];
+  alignas(64) int32_t in[BYTES] = {}, out[BYTES];
+  alignas(64) float more[BYTES] = {};
   in_order(sums, p.lanes.mask, in);
   const int64_t target = filter * to.plane + p.target;
   const int count = p.lanes.count;
-  if (to.residual)
-    for (int i = 0; i < count; ++i) more[i] = to.residual[target + i] - int32_t(finish.residual_zero);
+  if (to.residual && finish.has_residual == 2)
+    std::memcpy(more, static_cast<const float*>(to.residual) + target, sizeof(float) * count);
+  else if (to.residual)
+    for (int i = 0; i < count; ++i) more[i] = float(static_cast<const uint8_t*>(to.residual)[target + i] - int32_t(finish.residual_zero));
   Epilogue activate(finish.activation == RELU6 ? NONE : int(finish.activation), false);
   for (int i = 0; i < count; i += LANES) {
-    IntVec sum, bytes;
+    IntVec sum;
     std::memcpy(&sum, in + i, sizeof sum);
-    std::memcpy(&bytes, more + i, sizeof bytes);
     Vec v = to_floats(sum) * factor;
-    const Vec residual = to_floats(bytes) * float(finish.residual_factor);
+    const Vec residual = load(more + i) * float(finish.residual_factor);
     if (to.residual && !finish.residual_last) v = v + residual;
     v = finish.activation == RELU6 ? at_most(at_least(v, 0.0f), float(finish.six)) : activate(v);
     if (to.residual && finish.residual_last) v = v + residual;
@@ -143,7 +145,9 @@ static __attribute__((noinline)) void finish_any(const ByteLookup& to, const Byt
       store_first(static_cast<float*>(to.y) + target + i, v, std::min(LANES, count - i));
       continue;
     }
-    const IntVec steps = nearest(at_most(at_least(v * float(finish.step), -1024.0f), 1024.0f));
+    v = v * float(finish.step);
+    v = v == v ? v : splat(0.0f);
+    const IntVec steps = nearest(at_most(at_least(v, -1024.0f), 1024.0f));
     std::memcpy(out + i, &steps, sizeof steps);
   }
   if (finish.to_bytes)
@@ -165,7 +169,7 @@ static inline __attribute__((always_inline)) void look_up_plain(const ByteLookup
   // Copies, which no store can change.
   const Lanes lanes = p.lanes;
   const int64_t plane = to.plane;
-  const uint8_t* const residual = RESIDUAL ? to.residual + p.target : nullptr;
+  const uint8_t* const residual = RESIDUAL ? static_cast<const uint8_t*>(to.residual) + p.target : nullptr;
   const int32_t residual_zero = int32_t(to.weight.finish.residual_zero);
   const float residual_factor = float(to.weight.finish.residual_factor);
   const int zero = int(to.weight.finish.zero), least = to.low, most = to.high;

@@ -13,7 +13,7 @@ static const ByteKernels byte_kernels;
 struct ByteCall {
   const BytePlan& of;
   const uint8_t* x;
-  const uint8_t* residual;
+  const void* residual;
   void* y;
   const Plan& p = of.plan;
 
@@ -153,15 +153,16 @@ inline void ByteCall::dictionary_stage(int64_t image, int64_t group, int64_t fir
 inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const uint8_t* s, Team team) const {
   const ByteWeight& weight = of.weight;
   const ByteFinish& finish = weight.finish;
-  const int64_t area = p.g.out_height * p.g.out_width, start = image * p.w.n * area + first_row * p.g.out_width;
+  const int64_t area = p.g.out_height * p.g.out_width, row = first_row * p.g.out_width;
+  const int64_t start = image * p.g.out_image + row, residual_start = image * p.g.residual_image + row;
   const int64_t per_row = ceil_div(p.g.out_width, BYTES), vectors = p.by_rows ? per_row * rows : p.vectors(rows, p.read_pitch);
   const int64_t first_block = p.w.first_block[group], blocks = p.w.first_block[group + 1] - first_block;
   const bool rectified = finish.activation == RELU || finish.activation == RELU6;
-  const bool plain = finish.to_bytes && finish.step == 1 && (finish.activation == NONE || (rectified && !(residual && finish.residual_last)));
+  const bool plain = finish.to_bytes && finish.step == 1 && finish.has_residual < 2 && (finish.activation == NONE || (rectified && !(residual && finish.residual_last)));
   const int zero = int(finish.zero);
   const float six = std::nearbyint(std::min(float(finish.six), 1024.0f));
   const ByteLookup to{s,
-                      residual ? residual + start : nullptr,
+                      residual ? static_cast<const char*>(residual) + residual_start * (finish.has_residual == 2 ? 4 : 1) : nullptr,
                       static_cast<char*>(y) + start * (finish.to_bytes ? 1 : 4),
                       area,
                       weight,

@@ -9,7 +9,7 @@ namespace lcnn {
 // What comes after the sums, as Python has it.
 struct ByteFinish {
   int64_t activation, residual_last;
-  int64_t has_residual, residual_zero;
+  int64_t has_residual, residual_zero;  // 1: of bytes, 2: of floats
   int64_t to_bytes, zero;  // or to float32
   double residual_factor, six, step;
 };

@@ -3,6 +3,7 @@
 
 #include <chrono>
 
+#include "int8.h"
 #include "linear.h"
 #include "map.h"
 #include "move.h"
@@ -13,7 +14,7 @@
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE, RESIZE };
+enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE, RESIZE, LOOK_UP_BYTES, POOL_BYTES, CAST };
 
 constexpr int MOST_READ = 8;
 
@@ -41,6 +42,16 @@ struct PoolStep {
   Pool pool;
   int64_t images, x_image, y_image;
   const float *rows, *columns;
+};
+
+struct ByteLookUpStep {  // reads x, and a residual
+  const BytePlan* plan;
+};
+
+// Images of `count` values that are rounded to bytes, or widened from them.
+struct CastStep {
+  double scale;  // of bytes; its inverse where floats become bytes
+  int64_t zero, to_bytes, images, count, x_image, y_image;
 };
 
 struct Turn {
@@ -84,6 +95,13 @@ struct Program {
         return lcnn::run({*s.plan, x[0], s.bias, x[1], y}, int(s.plan->g.threads));
       }
       case POOL: return pool(*static_cast<const PoolStep*>(step.of), x[0], y);
+      case LOOK_UP_BYTES: return run_bytes(*static_cast<const ByteLookUpStep*>(step.of)->plan, bytes(x[0]), x[1], y);
+      case POOL_BYTES: {
+        const PoolStep& s = *static_cast<const PoolStep*>(step.of);
+        for (int64_t i = 0; i < s.images; ++i) pool_bytes(s.pool, threads, bytes(x[0]) + i * s.x_image, bytes(y) + i * s.y_image);
+        return;
+      }
+      case CAST: return cast(*static_cast<const CastStep*>(step.of), x[0], y);
       case LINEAR: return linear(*static_cast<const Linear*>(step.of), threads, x[0], y);
       case MAP: return map(*static_cast<const Map*>(step.of), threads, x, y);
       case MOVE: return move(*static_cast<const Move*>(step.of), threads, x[0], y);
@@ -92,6 +110,17 @@ struct Program {
       case RESIZE: return resize(*static_cast<const Resize*>(step.of), threads, x[0], y);
       case TURN: return turn(*static_cast<const Turn*>(step.of), x[0], y);
     }
+  }
+
+  static const uint8_t* bytes(const float* at) { return reinterpret_cast<const uint8_t*>(at); }
+  static uint8_t* bytes(float* at) { return reinterpret_cast<uint8_t*>(at); }
+
+  void cast(const CastStep& c, const float* x, float* y) const {
+    for (int64_t i = 0; i < c.images; ++i)
+      if (c.to_bytes)
+        round_to_bytes(x + i * c.x_image, c.count, float(c.scale), int32_t(c.zero), threads, bytes(y) + i * c.y_image);
+      else
+        widen_bytes(bytes(x) + i * c.x_image, c.count, float(c.scale), int32_t(c.zero), threads, y + i * c.y_image);
   }
 
   static void turn(const Turn& t, const float* x, float* y) {

@@ -1,0 +1,217 @@
+"""Whole networks in bytes: programs equal, bit by bit, their steps in plain PyTorch; conversions to eight bits, files, frozen models."""
+
+import copy
+import random
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lcnn_compile import LcnnError, LookupConfig, convert, freeze, load, save
+from lcnn_compile.errors import LcnnWarning
+from lcnn_compile.fitting.ranges import Observer, least_error_limits, least_error_range
+from lcnn_compile.kernels.cpu.int8 import PackedBytes
+from lcnn_compile.kernels.cpu.steps import ByteLookUp, BytePool, Cast, LookUp, View
+from lcnn_compile.kernels.quantized import Range, convolve_bytes
+from lcnn_compile.modules import lookup_modules
+
+pytestmark = pytest.mark.skipif(not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="needs a C++ compiler")
+CONFIG = LookupConfig(precision="int8", dictionary_size=0.5, sparsity=4, group_size=4)
+
+
+class Bottleneck(nn.Module):
+    """Every place where bytes may go: pools, strides, residuals before and after an activation, two readers, several outputs."""
+
+    def __init__(self, rng):
+        super().__init__()
+        a, b = rng.choice([5, 8, 13]), rng.choice([6, 8, 16])
+        self.activation = rng.choice([torch.relu, F.relu6, F.silu, F.hardswish])
+        self.pool = rng.choice([(2, 2, 0), (3, 2, 1), (3, 1, 1), (2, 3, 1)])
+        self.late = rng.random() < 0.5
+        self.first = nn.Conv2d(3, a, 3, padding=1)
+        self.norm = nn.BatchNorm2d(a)
+        self.second = nn.Conv2d(a, b, 3, padding=1, stride=rng.choice([1, 2]))
+        self.third = nn.Conv2d(b, b, 3, padding=1, groups=rng.choice([1, 2]))
+        self.shortcut = nn.Identity() if self.late else nn.Conv2d(b, b, 1)
+        self.last = nn.Conv2d(b, 7, (1, 3), dilation=(1, 2))
+
+    def forward(self, x):
+        x = F.max_pool2d(self.activation(self.norm(self.first(x))), *self.pool)
+        x = self.activation(self.second(x))
+        y = self.third(x)
+        y = self.activation(y) + x if self.late else self.activation(y + self.shortcut(x))
+        return self.last(y)
+
+
+def in_plain_pytorch(program, x):
+    """The values of a program's steps, one after the other, by the integer reference."""
+    values, weights = [x], iter(program._weights)
+    for step in program.recipe.steps:
+        given = values[step.x]
+        if isinstance(step, Cast):
+            known = Range(step.scale, step.zero)
+            values.append(known.to_bytes(given) if step.to_bytes else known.to_floats(given))
+        elif isinstance(step, ByteLookUp):
+            (packed,) = next(weights)
+            residual = None if step.residual is None else values[step.residual]
+            assert isinstance(packed, PackedBytes)
+            values.append(convolve_bytes(packed.layer, given, step.stride, step.padding, step.dilation, residual))
+        elif isinstance(step, BytePool):
+            pooled = F.max_pool2d(given.float(), step.window.kernel_size, step.window.stride, step.window.padding)
+            values.append(pooled.to(torch.uint8))
+        else:
+            assert isinstance(step, View)
+            values.append(given.reshape(len(given), *step.tail))
+    return [values[i] for i in program.recipe.outputs]
+
+
+def images(seed, count, size=(21, 26)):
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """The network of the first seed, dense and in bytes."""
+    torch.manual_seed(0)
+    net = Bottleneck(random.Random(0)).eval()
+    return net, convert(net, CONFIG, calibration=[images(i, 4) for i in range(3)])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_programs_equal_their_steps_in_plain_pytorch(seed):
+    torch.manual_seed(seed)
+    net = Bottleneck(random.Random(seed)).eval()
+    model = convert(net, CONFIG, calibration=[images(i, 4) for i in range(3)])
+    frozen = freeze(model, (images(9, 2),))
+    assert frozen.alone
+    steps = [step for step in frozen._program.recipe.steps if isinstance(step, LookUp)]
+    assert len(steps) >= 4
+    assert all(isinstance(step, ByteLookUp) for step in steps)
+    x = images(10, 3)
+    y = frozen(x)
+    assert torch.equal(y, in_plain_pytorch(frozen._program, x)[0])
+    for i in range(3):
+        assert torch.equal(frozen(x[i : i + 1]), y[i : i + 1])
+    with torch.no_grad():
+        floats = copy.deepcopy(model)
+        for _, module in lookup_modules(floats):
+            module.precision = "float32"
+        truth, eager = floats(x), model(x)
+    for found in (y, eager):
+        assert float((found - truth).norm() / truth.norm()) < 0.05
+
+
+def test_values_between_layers_are_bytes_and_threads_change_no_bit(converted):
+    frozen, x, before = freeze(converted[1], (images(9, 2),)), images(11, 5), torch.get_num_threads()
+    recipe = frozen._program.recipe
+    floats = {value for value, element in enumerate(recipe.elements()) if element == "float32"}
+    residuals = {step.residual for step in recipe.steps if isinstance(step, LookUp)}
+    assert floats <= {0, *recipe.outputs, *residuals}, "all that no layer reads as its input may be float32"
+    assert len(floats) < 4
+    truth = frozen(x)
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(frozen(x), truth)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_files_keep_ranges(converted, tmp_path):
+    net, model = converted
+    save(model, tmp_path / "bytes.safetensors")
+    again = load(net, tmp_path / "bytes.safetensors").eval()
+    x = images(12, 3)
+    assert torch.equal(freeze(again, (x,))(x), freeze(model, (x,))(x))
+    assert [m.precision for _, m in lookup_modules(again)] == ["int8"] * len(list(lookup_modules(model)))
+
+
+def test_damaged_ranges_are_refused(converted):
+    for place, value in (
+        (0, 0.0),
+        (0, float("nan")),
+        (0, -1.0),
+        (0, float("inf")),
+        (1, 256.0),
+        (1, 0.5),
+        (2, float("nan")),
+        (2, -1.0),
+    ):
+        model = copy.deepcopy(converted[1])
+        layer = next(module for _, module in lookup_modules(model))
+        with torch.no_grad():
+            layer.ranges[place] = value
+        with pytest.raises(LcnnError):
+            model(images(1, 1))
+        layer.ranges = layer.ranges[:-1].clone()
+        with pytest.raises(LcnnError, match="ranges are"):
+            model(images(1, 1))
+
+
+def test_excluded_layers_stay_float_and_the_rest_is_bytes():
+    torch.manual_seed(1)
+    net = Bottleneck(random.Random(1)).eval()
+    model = convert(net, CONFIG.replace(exclude=("last",)), calibration=[images(0, 4)])
+    assert type(model.last) is nn.Conv2d
+    assert all(module.ranges is not None for _, module in lookup_modules(model))
+
+
+def test_one_layer_alone_may_be_of_bytes():
+    torch.manual_seed(1)
+    net = Bottleneck(random.Random(1)).eval()
+    config = CONFIG.replace(precision="float32", layers={"third": {"precision": "int8"}})
+    model = convert(net, config, calibration=[images(0, 4)])
+    x = images(3, 2)
+    frozen = freeze(model, (x,))
+    assert [module.precision for name, module in lookup_modules(model) if name == "third"] == ["int8"]
+    assert sum(isinstance(step, ByteLookUp) for p in [frozen._program] if p for step in p.recipe.steps) <= 1
+    with torch.no_grad():
+        assert torch.allclose(frozen(x), model(x), rtol=0.05, atol=0.05 * float(model(x).abs().max()))
+
+
+def test_ranges_need_calibration():
+    with pytest.raises(LcnnError, match="calibration"):
+        convert(Bottleneck(random.Random(1)).eval(), CONFIG, example_inputs=(images(0, 1),))
+
+
+def test_a_layer_that_sees_no_finite_values_stays_float32_and_says_so():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x) / (x.abs().amax() < 0.0))
+
+    with pytest.warns(LcnnWarning, match=r"\['b'\] have no ranges"):
+        model = convert(Broken().eval(), CONFIG.replace(target_speedup=1.01, include=("a",)), calibration=[images(0, 2)])
+    assert model.a.ranges is not None
+    assert model.b.ranges is None
+
+
+def test_ranges_of_known_values():
+    grid = torch.arange(0, 256) * 0.5
+    assert least_error_range(grid, 0.0, 127.5) == Range(0.5, 0)
+    signed = (torch.arange(0, 256) - 100) * 0.25
+    assert least_error_range(signed, -25.0, 38.75) == Range(0.25, 100)
+    outlier = torch.cat([torch.linspace(0, 1, 1000000), torch.tensor([1.5])])
+    assert least_error_range(outlier, 0.0, 1.5).scale < 1.1 / 255, "one value in a million is not worth a third of the steps"
+    nothing = least_error_range(torch.zeros(8), 0.0, 0.0)
+    nothing.check("zeros")
+    assert nothing.to_bytes(torch.zeros(2)).tolist() == [nothing.zero] * 2
+
+
+def test_limits_of_known_planes():
+    planes = torch.stack([torch.linspace(-1, 1, 255), torch.linspace(-4, 4, 255), torch.zeros(255)])
+    assert torch.allclose(least_error_limits(planes, planes.abs().amax(1)), torch.tensor([1.0, 4.0, 0.0]), rtol=0.02)
+
+
+def test_an_observer_of_nothing_finds_nothing():
+    observer = Observer(torch.randn(1, 2, 3))
+    assert observer.found() is None
+    observer.see(torch.zeros(0, 3, 4, 4))
+    assert observer.found() is None
+    observer.see(torch.full((1, 3, 4, 4), torch.inf))
+    assert observer.found() is None
