@@ -16,6 +16,7 @@ from lcnn_compile.kernels.bytes_lowering import unpack_ranges
 from lcnn_compile.kernels.cpu.byte_recipe import Unrounded
 from lcnn_compile.kernels.cpu.forward import POSITIONS
 from lcnn_compile.kernels.cpu.steps import Linear, LookUp, Pool, View, Window
+from lcnn_compile.passes.convolution_steps import convolving
 from lcnn_compile.passes.elementwise_steps import elementwise
 from lcnn_compile.passes.find import is_lookup, precision_of, ranges_of
 from lcnn_compile.passes.moving_steps import moving
@@ -51,7 +52,15 @@ def steps_of(gm: fx.GraphModule, node: fx.Node) -> Form | None:
         return None
     if is_lookup(node):
         return _lookup(gm, node)
-    return elementwise(gm, node) or moving(node) or _of_one(gm, node) or reducing(gm, node) or resampling(node) or pooling(node)
+    return (
+        elementwise(gm, node)
+        or moving(node)
+        or _of_one(gm, node)
+        or reducing(gm, node)
+        or resampling(node)
+        or pooling(node)
+        or convolving(gm, node)
+    )
 
 
 def _of_one(gm: fx.GraphModule, node: fx.Node) -> Form | None:

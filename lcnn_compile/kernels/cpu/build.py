@@ -40,6 +40,7 @@ SOURCES = (
     "int8_vector.h",
     "gradients.h",
     "program.h",
+    "depthwise.h",
     "linear.h",
     "map.h",
     "move.h",

@@ -1,4 +1,4 @@
-"""Steps that multiply with weights: lookup convolutions and linear layers."""
+"""Steps that multiply with weights: lookup convolutions, depthwise ones and linear layers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels.cpu.forward import PackedWeight
-from lcnn_compile.kernels.cpu.step import LINEAR, LOOK_UP, Native, Shape, Site, Step, contiguous_strides
+from lcnn_compile.kernels.cpu.forward import ACTIVATION_CODES, PackedWeight
+from lcnn_compile.kernels.cpu.step import DEPTHWISE, LINEAR, LOOK_UP, Native, Shape, Site, Step, contiguous_strides
 from lcnn_compile.kernels.cpu.windows import Window
 from lcnn_compile.kernels.reference import output_size
 
@@ -83,6 +83,79 @@ class LookUp(Step):
         plan = packed.plan(x, strides, convolved, *geometry, *images)
         made = _LookUp(plan.address, None if bias is None else bias.data_ptr())
         return [Native(LOOK_UP, made, self.reads, (plan, bias))]
+
+
+class _Depthwise(ctypes.Structure):
+    """lcnn::Depthwise."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("images", "channels", "multiplier", "height", "width", "out_height", "out_width")),
+        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "dilation")),
+        *((name, ctypes.c_int64) for name in ("top", "left", "activation", "residual_last")),
+        *((name, ctypes.c_int64) for name in ("x_image", "y_image", "residual_image")),
+    )
+
+
+@dataclass(frozen=True)
+class Depthwise(Step):
+    """A dense convolution each of whose filters reads one channel of ``x`` [N, m, H, W]; the epilogue is a lookup convolution's.
+
+    Weights: [n, 1, kh, kw], n a multiple of m, and the bias [n] or None.
+    """
+
+    x: int
+    residual: int | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    activation: str = "none"
+    residual_last: bool = False
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """``x``, and the residual."""
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
+    def renumbered(self, place: Mapping[int, int] | Sequence[int]) -> Depthwise:
+        """The same with other numbers."""
+        return replace(self, x=place[self.x], residual=None if self.residual is None else place[self.residual])
+
+    @property
+    def weighted(self) -> bool:
+        """Always."""
+        return True
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, n, H', W']."""
+        x = shapes[self.x]
+        if len(x) != 4 or x[1] != self.in_channels or self.out_channels % self.in_channels:
+            raise KernelError(
+                f"a program's depthwise convolution got an input of shape {tuple(x)}; [N, {self.in_channels}, H, W]"
+            )
+        high, wide = output_size(x[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        shape = (x[0], self.out_channels, high, wide)
+        if high < 1 or wide < 1 or self.activation not in ACTIVATION_CODES:
+            raise KernelError(f"a program's {self.kernel_size} kernel does not fit its input of shape {tuple(x)}")
+        if self.residual is not None and tuple(shapes[self.residual]) != shape:
+            raise KernelError(f"a program's residual has shape {tuple(shapes[self.residual])}; the output has {shape}")
+        return shape
+
+    def native(self, site: Site) -> list[Native]:
+        """One call."""
+        weight, bias = site.weights
+        if tuple(weight.shape) != (self.out_channels, 1, *self.kernel_size):
+            raise KernelError(f"a program's depthwise convolution {self} has a weight of shape {tuple(weight.shape)}")
+        x, y = site.shapes[self.x], site.shapes[site.y]
+        sizes = (x[0], self.out_channels, self.out_channels // self.in_channels, *x[2:], *y[2:])
+        pairs = [(ctypes.c_int64 * 2)(*values) for values in (self.kernel_size, self.stride, self.dilation)]
+        ending = (self.padding[0], self.padding[2], ACTIVATION_CODES[self.activation], int(self.residual_last))
+        images = (site.images[self.x], site.images[site.y], 0 if self.residual is None else site.images[self.residual])
+        made = _Depthwise(weight.data_ptr(), None if bias is None else bias.data_ptr(), *sizes, *pairs, *ending, *images)
+        return [Native(DEPTHWISE, made, self.reads, (weight, bias))]
 
 
 class _Linear(ctypes.Structure):

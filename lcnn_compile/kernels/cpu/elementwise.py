@@ -157,6 +157,13 @@ def _broadcast_strides(shape: Shape, out: Shape, image: int | None) -> tuple[int
 
 
 Weights = Sequence[tuple[Any, ...]]
+EPILOGUES: dict[tuple[str, tuple[float, ...]], str] = {
+    ("relu", ()): "relu",
+    ("clamp", (0.0, 6.0)): "relu6",
+    ("silu", ()): "silu",
+    ("hardswish", ()): "hardswish",
+}
+"""Functions that a convolution applies to its sums before it writes them."""
 
 
 def merged(steps: Sequence[Step], inputs: int, outputs: Sequence[int], weights: Weights, shapes: Sequence[Shape]) -> Any:
@@ -185,6 +192,7 @@ def merged(steps: Sequence[Step], inputs: int, outputs: Sequence[int], weights: 
                 break
             step, own = joined
         left.append((step, own))
+    _absorb(left, inputs, outputs, readers, shapes)
     place = {x: x for x in range(inputs)}
     kept: list[Step] = []
     held: list[tuple[Any, ...]] = []
@@ -220,3 +228,50 @@ def _joined(first: Map, first_weights: Sequence[Tensor], x: int, second: Map, se
         operations += [(name, tuple(place[r] for r in read), parameters) for name, read, parameters in step.operations]
     made = Map(tuple(inputs), tuple(constants), tuple(numbers), tuple(operations))
     return made, (*first_weights, *second_weights)
+
+
+def _absorb(
+    left: list[tuple[Step, tuple[Any, ...]] | None],
+    inputs: int,
+    outputs: Sequence[int],
+    readers: Mapping[int, set[int]],
+    shapes: Sequence[Shape],
+) -> None:
+    """Let convolutions do what follows them and what they can: an activation, the addition of a value of the same shape."""
+    for number, entry in enumerate(left):
+        if entry is None or not isinstance(entry[0], Map) or entry[0].constants:
+            continue
+        step, y = entry[0], inputs + number
+        for x in step.inputs:
+            before = left[x - inputs] if x >= inputs else None
+            if before is None or readers[x] != {number} or x in outputs or shapes[x] != shapes[y]:
+                continue
+            ending = _ending(step, x, shapes, y)
+            conv: Any = before[0]
+            free = getattr(conv, "activation", None) == "none" and conv.residual is None and getattr(conv, "pool", None) is None
+            if ending is None or not free:
+                continue
+            activation, residual, last = ending
+            left[number] = (replace(conv, activation=activation, residual=residual, residual_last=last), before[1])
+            left[x - inputs] = None
+            break
+
+
+def _ending(step: Map, x: int, shapes: Sequence[Shape], y: int) -> tuple[str, int | None, bool] | None:
+    """Activation, residual and whether that comes last, where a step does no more than this to value ``x``."""
+    if step.numbers or len(step.inputs) > 2 or len(step.operations) > 2:
+        return None
+    own = step.inputs.index(x)
+    other = None if len(step.inputs) == 1 else step.inputs[1 - own]
+    activation, residual, last, register = "none", None, False, own
+    for i, (name, read, parameters) in enumerate(step.operations):
+        if name == "add" and parameters in ((), (1.0,)) and other is not None and residual is None:
+            if sorted(read) != sorted((register, 1 - own)) or tuple(shapes[other]) != tuple(shapes[y]):
+                return None
+            residual, last = other, activation != "none"
+        elif (name, parameters) in EPILOGUES and read == (register,) and activation == "none" and not last:
+            activation = EPILOGUES[name, parameters]
+        else:
+            return None
+        register = len(step.inputs) + i
+    return None if other is not None and residual is None else (activation, residual, last)

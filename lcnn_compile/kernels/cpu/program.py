@@ -169,11 +169,11 @@ class Program:
             if x.dtype != torch.float32 or not x.is_cpu or x.layout != torch.strided:
                 raise KernelError(f"a program got an input of {x.dtype} on {x.device}; float32 on the CPU is required")
         given = [x.shape for x in inputs]
-        known = self.recipe.shapes(given)
-        turned = side_by_side(self.recipe, known, self._images) if self._images else None
-        recipe = pooled(self.recipe, known, POOL_FROM) if turned is None else pooled(turned, turned.shapes(given), LARGEST)
-        steps, outputs, weights = merged(recipe.steps, recipe.inputs, recipe.outputs, self._weights, recipe.shapes(given))
-        recipe = Recipe(recipe.inputs, steps, outputs)
+        joined = merged(self.recipe.steps, self.recipe.inputs, self.recipe.outputs, self._weights, self.recipe.shapes(given))
+        base, weights = Recipe(self.recipe.inputs, joined[0], joined[1]), joined[2]
+        known = base.shapes(given)
+        turned = side_by_side(base, known, self._images) if self._images else None
+        recipe = pooled(base, known, POOL_FROM) if turned is None else pooled(turned, turned.shapes(given), LARGEST)
         shapes = recipe.shapes(given)
         recipe = settled(recipe, shapes)
         shapes = recipe.shapes(given)

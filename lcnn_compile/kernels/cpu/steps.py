@@ -14,7 +14,7 @@ from typing import Any
 
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels.cpu.byte_steps import ByteLookUp, BytePool, Cast
-from lcnn_compile.kernels.cpu.convolutions import Linear, LookUp
+from lcnn_compile.kernels.cpu.convolutions import Depthwise, Linear, LookUp
 from lcnn_compile.kernels.cpu.elementwise import Map
 from lcnn_compile.kernels.cpu.moves import Concat, Copy, Expand, Permute, Slice, Turn, View
 from lcnn_compile.kernels.cpu.reductions import Normalize, Reduce, Softmax
@@ -28,6 +28,7 @@ __all__ = [
     "Cast",
     "Concat",
     "Copy",
+    "Depthwise",
     "Expand",
     "Linear",
     "LookUp",

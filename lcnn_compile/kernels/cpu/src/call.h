@@ -34,6 +34,7 @@ struct Call {
   float* y;
 
   Grid grid(const Phase& at, int64_t first_row, int64_t rows) const;
+  void copy_channels(const float* origin, const Phase& at, const Grid& grid, float* plane, Team team) const;
   void form_few(const float* origin, int64_t group, const Phase& at, const Grid& grid, float* plane, Team team) const;
   Pixels out_pixels(int64_t v, int64_t per_row, int64_t rows) const;
   Taps taps_of_row(int64_t block, int64_t row) const;

@@ -76,6 +76,21 @@ inline void pack(const float* x, const Former& from, const Pixels* pixels, int64
   }
 }
 
+// S where D is the identity: the channels of x, with their padding.
+inline void Call::copy_channels(const float* origin, const Phase& at, const Grid& grid, float* plane, Team team) const {
+  const bool gaps = at.first_valid > 0 || at.end_valid < p.pitch;
+  const int64_t first = grid.begin / p.pitch, width = at.end_valid - at.first_valid;
+  for (int64_t i = p.w.k * team.rank / team.size; i < p.w.k * (team.rank + 1) / team.size; ++i) {
+    float* const to = plane + i * p.plane;
+    std::fill(to, to + (gaps ? p.phase_plane : grid.begin), 0.0f);
+    std::fill(to + grid.stop, to + p.phase_plane, 0.0f);
+    const float* const from = origin + i * p.g.stride_c + grid.first_source + at.first_valid * grid.column_source;
+    // What a row writes too much, the next one overwrites; behind the last one are zeros.
+    for (int64_t row = first; row * p.pitch < grid.stop; ++row)
+      copy_spread(to + row * p.pitch + at.first_valid, from + row * grid.row_source, width, grid.column_source);
+  }
+}
+
 inline void Call::form_few(const float* origin, int64_t group, const Phase& at, const Grid& grid, float* plane,
                            Team team) const {
   const float* dictionary = p.w.dictionary.data() + group * p.w.k * p.w.m;
@@ -93,6 +108,12 @@ inline void Call::form_few(const float* origin, int64_t group, const Phase& at, 
         base[i] = origin + grid.first_source + row * grid.row_source + column * grid.column_source;
         target[i] = row * p.pitch + column;
         if (++column == at.end_valid) column = at.first_valid, ++row;
+      }
+      if (p.w.identity) {
+        for (int i = 0; i < size; ++i)
+          for (int f = block.first_filter; f < block.first_filter + block.size; ++f)
+            plane[f * p.plane + target[i]] = base[i][f * p.g.stride_c];
+        return;
       }
       float sums[FEW * BLOCK];
       if (p.w.rounded)
@@ -126,6 +147,10 @@ inline void Call::dictionary_stage(int64_t image, int64_t group, int64_t first_r
     }
     if (p.matrix_forms) {
       form_rounded(origin, group, at, grid, plane, reinterpret_cast<uint32_t*>(packed), team);
+      continue;
+    }
+    if (w.identity) {
+      copy_channels(origin, at, grid, plane, team);
       continue;
     }
     for (int64_t i = w.k * team.rank / team.size; i < w.k * (team.rank + 1) / team.size; ++i) {

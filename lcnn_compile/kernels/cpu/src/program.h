@@ -3,6 +3,7 @@
 
 #include <chrono>
 
+#include "depthwise.h"
 #include "int8.h"
 #include "linear.h"
 #include "map.h"
@@ -14,7 +15,7 @@
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE, RESIZE, LOOK_UP_BYTES, POOL_BYTES, CAST };
+enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE, RESIZE, LOOK_UP_BYTES, POOL_BYTES, CAST, DEPTHWISE };
 
 constexpr int MOST_READ = 8;
 
@@ -108,6 +109,7 @@ struct Program {
       case PICK: return pick(*static_cast<const Pick*>(step.of), threads, x[0], y);
       case REDUCE: return reduce(*static_cast<const Reduce*>(step.of), threads, x[0], y);
       case RESIZE: return resize(*static_cast<const Resize*>(step.of), threads, x[0], y);
+      case DEPTHWISE: return depthwise(*static_cast<const Depthwise*>(step.of), threads, x[0], x[1], y);
       case TURN: return turn(*static_cast<const Turn*>(step.of), x[0], y);
     }
   }

@@ -34,6 +34,7 @@ struct Weight {
   int64_t groups, k, m, kh, kw, n;
   int64_t group_size;  // filters that share their taps, at most
   bool rounded = false;
+  bool identity = false;  // D is, of every group: S is x
   bool bytes = false;  // it is packed elsewhere as quads of bytes, and so is S
   mutable std::vector<float, Lines<float>> dictionary, coefficients;
   std::vector<uint32_t, Lines<uint32_t>> dictionary_pairs, coefficient_pairs;
@@ -73,6 +74,7 @@ inline void Weight::round() {
       for (int f = 0; f < size; ++f) pairs.push_back(pair_of(values[f], t + 1 < taps ? values[size + f] : 0.0f));
   };
   rounded = true;
+  identity = false;
   for (Block& row : rows) row.pairs = row.first_filter * row_pairs();
   for (int64_t g = 0; g < groups; ++g)
     for (const Block& row : rows) pair_up(dictionary_pairs, dictionary.data() + g * k * m + row.coefficients, m, row.size);
@@ -184,7 +186,17 @@ inline void Weight::tile_joint() const {
 // Sizes as equal as possible, none above BLOCK.
 inline int part_size(int64_t total, int64_t parts, int64_t i) { return int((i + 1) * total / parts - i * total / parts); }
 
+inline bool is_identity(const Weight& w, const float* dictionary) {
+  if (w.k != w.m) return false;
+  for (int64_t g = 0; g < w.groups; ++g)
+    for (int64_t i = 0; i < w.k; ++i)
+      for (int64_t c = 0; c < w.m; ++c)
+        if (*dictionary++ != (i == c ? 1.0f : 0.0f)) return false;
+  return true;
+}
+
 inline void pack_dictionary(Weight& w, const float* dictionary) {
+  w.identity = is_identity(w, dictionary);
   const int64_t parts = ceil_div(w.k, BLOCK);
   w.dictionary.resize(w.groups * w.k * w.m + BLOCK);
   float* to = w.dictionary.data();
