@@ -331,7 +331,7 @@ def test_each_is_one_program(name, dense):
     model = convert(network, config)
     x = torch.rand(2, *shape)
     frozen = freeze(model, x)
-    assert frozen.alone
+    assert frozen.alone, frozen.left_over
     for batch in (x, x[:1], torch.rand(5, *shape)):
         with torch.no_grad():
             exact = copy.deepcopy(network).double()(batch.double())
@@ -349,3 +349,24 @@ def test_the_one_line_use_runs_one_program_too(name, monkeypatch):
     with torch.no_grad():
         found, exact = torch.compile(model, backend="lcnn")(x), copy.deepcopy(network).double()(x.double())
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_what_keeps_a_network_from_being_one_program_is_named():
+    class Sorting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            y = self.first(x).relu()
+            return self.last(torch.cumsum(torch.cumsum(y, 1), 1)).sort(-1)[0]
+
+    model, x = (
+        convert(Sorting().eval(), LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup")),
+        torch.rand(2, 3, 7, 9),
+    )
+    frozen = freeze(model, x, dynamic_batch=False)
+    assert not frozen.alone
+    said = " ".join(frozen.left_over)
+    assert "cumsum" in said and "(2 times)" in said and "sort" in said and "[2, 8, 5, 7]" in said
+    assert not any(word in said for word in ("relu", "cat", "run_program"))

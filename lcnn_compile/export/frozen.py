@@ -18,7 +18,7 @@ from lcnn_compile.export.capture import first_line, prepared, program_of, unlift
 from lcnn_compile.export.writes import writes_to
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.passes import gather_programs
-from lcnn_compile.passes.programs import programs, single_program
+from lcnn_compile.passes.programs import left_over, programs, single_program
 from lcnn_compile.structures import Structure, difference, flatten, unflatten
 from lcnn_compile.torch_private import least_size, plain_dtypes, pytree
 
@@ -63,6 +63,7 @@ class Frozen:
     Attributes:
         graph: what runs, with its programs.
         alone: whether it is one native program, with nothing left to the compiler.
+        left_over: otherwise, the operations that keep it from being one, with the shapes of their results.
     """
 
     def __init__(self, program: torch.export.ExportedProgram, call: _Call):
@@ -77,6 +78,7 @@ class Frozen:
         self._plain = call.given.detail[: len(names)] == tuple(names) and self._only_tensors()
         alone = single_program(gm)
         self.alone = alone is not None
+        self.left_over = [] if self.alone else left_over(gm)
         self._program: Program | None = None
         self._rest: Callable[..., Any] | None = None
         if alone is not None:

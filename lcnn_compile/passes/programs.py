@@ -75,6 +75,21 @@ def single_program(gm: fx.GraphModule) -> Alone | None:
     return Alone([placeholders.index(x) for x in inputs], [known[y] for y in returned])
 
 
+def left_over(gm: fx.GraphModule) -> list[str]:
+    """What a graph does beside running programs, and how often: the operations that keep it from being one."""
+    found: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        own = node.target is run_program or (
+            node.target is operator.getitem and getattr(node.args[0], "target", None) is run_program
+        )
+        if node.op.startswith("call_") and not own:
+            shape = shape_of(node)
+            name = str(getattr(node.target, "__name__", node.target))
+            text = name if shape is None else f"{name} -> {[str(size) for size in shape]}".replace("'", "")
+            found[text] = found.get(text, 0) + 1
+    return [text if count == 1 else f"{text} ({count} times)" for text, count in found.items()]
+
+
 class _Among(OperatorSupportBase):
     def __init__(self, nodes: set[fx.Node]):
         self._nodes = nodes

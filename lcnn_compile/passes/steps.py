@@ -26,7 +26,19 @@ from lcnn_compile.passes.resampling_steps import resampling
 from lcnn_compile.passes.step_form import Emit, Form, Values, is_plain, is_value
 from lcnn_compile.passes.targets import LINEAR, RESHAPES, aten, attribute, bound, example, is_get_attr, same_shape, shape_of
 
-VIEWS = (*RESHAPES, "contiguous", aten.contiguous.default)
+VIEWS = (
+    *(*RESHAPES, "view_as", "reshape_as", aten.view_as.default, aten.reshape_as.default),
+    *("contiguous", "detach", "float", "to", "type_as"),
+    *(
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.alias.default,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.type_as.default,
+    ),
+)
+"""Calls whose value, float32 on the CPU as their input's is, has the input's elements in their order."""
 DROPOUT = (F.dropout, F.dropout2d, aten.dropout.default)
 REDUCTIONS = {
     **dict.fromkeys(("mean", torch.mean, aten.mean.dim), True),

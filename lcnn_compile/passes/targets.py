@@ -46,6 +46,8 @@ RESHAPES = (
         aten.unsqueeze.default,
         aten.squeeze.dim,
         aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.unflatten.int,
     ),
 )
 CLAMP = (F.hardtanh, torch.clamp, aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, "clamp", "clamp_")
