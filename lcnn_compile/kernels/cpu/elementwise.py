@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lcnn_compile.errors import KernelError
+from lcnn_compile.kernels.cpu.convolutions import Depthwise, LookUp
 from lcnn_compile.kernels.cpu.step import MAP, Native, Shape, Site, Step, broadcast, coalesced, contiguous_strides, numbers
 
 FUNCTIONS = {
@@ -248,7 +249,8 @@ def _absorb(
                 continue
             ending = _ending(step, x, shapes, y)
             conv: Any = before[0]
-            free = getattr(conv, "activation", None) == "none" and conv.residual is None and getattr(conv, "pool", None) is None
+            free = type(conv) in (LookUp, Depthwise) and conv.activation == "none" and conv.residual is None
+            free = free and getattr(conv, "pool", None) is None
             if ending is None or not free:
                 continue
             activation, residual, last = ending
