@@ -13,7 +13,8 @@ from lcnn_compile import LcnnError, LookupConfig, convert, freeze, load, save
 from lcnn_compile.errors import LcnnWarning
 from lcnn_compile.fitting.ranges import Observer, least_error_limits, least_error_range
 from lcnn_compile.kernels.cpu.int8 import PackedBytes
-from lcnn_compile.kernels.cpu.steps import ByteLookUp, BytePool, Cast, LookUp, View
+from lcnn_compile.kernels.cpu.program import Program
+from lcnn_compile.kernels.cpu.steps import ByteLookUp, BytePool, Cast, LookUp, Recipe, View, Window
 from lcnn_compile.kernels.quantized import Range, convolve_bytes
 from lcnn_compile.modules import lookup_modules
 
@@ -117,6 +118,23 @@ def test_values_between_layers_are_bytes_and_threads_change_no_bit(converted):
             assert torch.equal(frozen(x), truth)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_maxima_of_bytes(seed):
+    rng = random.Random(seed)
+    for _ in range(25):
+        kernel, stride = ((rng.randint(1, 4), rng.randint(1, 4)) for _ in range(2))
+        kernel, stride = rng.choice([(kernel, stride), ((2, 2), (2, 2)), ((3, 3), (2, 2))])
+        padding = tuple(rng.randint(0, k // 2) for k in kernel)
+        size = tuple(rng.choice([k, rng.randint(k, 40), 2 * rng.randint(2, 80)]) for k in kernel)
+        window = Window(False, kernel, stride, padding)
+        recipe = Recipe(1, (Cast(0, 0.5, 100, True), BytePool(1, window), Cast(2, 0.5, 100, False)), (3,))
+        x = torch.randn(rng.randint(1, 3), rng.randint(1, 9), *size) * 40
+        y = Program(recipe, [])(x)[0]
+        known = Range(0.5, 100)
+        truth = F.max_pool2d(known.to_floats(known.to_bytes(x)), kernel, stride, padding)
+        assert torch.equal(y, truth), (window, x.shape)
 
 
 def test_files_keep_ranges(converted, tmp_path):

@@ -35,6 +35,7 @@ SOURCES = (
     "int8.cpp",
     "int8.h",
     "int8_stages.h",
+    "int8_values.h",
     "int8_kernels.h",
     "int8_weight.h",
     "int8_vector.h",
@@ -65,7 +66,7 @@ SOURCES = (
 )
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
-VNNI, COMPRESS = ("-mavx512vnni",), ("-mavx512vbmi2",)
+VNNI, COMPRESS = ("-mavx512vnni",), ("-mavx512vbmi", "-mavx512vbmi2")
 BFLOAT16, MATRIX = ("-mavx512bf16",), ("-mamx-tile", "-mamx-bf16")
 AVX2 = ("-mavx2", "-mfma")
 ISA_FLAGS = {
@@ -81,9 +82,9 @@ ISA_FLAGS = {
 NEEDED = {
     "avxvnni": ("avx_vnni",),
     "avx512vnni": ("avx512_vnni",),
-    "avx512vbmi2": ("avx512_vnni", "avx512_vbmi2"),
-    "avx512bf16": ("avx512_vnni", "avx512_vbmi2", "avx512_bf16"),
-    "amx": ("avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512vbmi2": ("avx512_vnni", "avx512vbmi", "avx512_vbmi2"),
+    "avx512bf16": ("avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512_bf16"),
+    "amx": ("avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512_bf16", "amx_tile", "amx_bf16"),
 }
 """What Linux calls the instructions of a set, beside those that PyTorch tells of."""
 UNFUSED = {"int8.cpp": ("-ffp-contract=off",)}

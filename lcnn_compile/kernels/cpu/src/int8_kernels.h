@@ -121,13 +121,12 @@ static inline void in_order(const IntVec (&sums)[4], uint64_t mask, int32_t* to)
 }
 
 // The way out for all that is not plain. Operations follow one another as in Python; none may be fused.
-static __attribute__((noinline)) void finish_any(const ByteLookup& to, const BytePixels& p, int32_t filter, float factor, const IntVec (&sums)[4]) {
+// `in`: sums of `count` pixels from `first` on, in their order, in whole vectors.
+static __attribute__((noinline)) void finish_any(const ByteLookup& to, int64_t first, int count, int32_t filter, float factor, const int32_t* in) {
   const ByteFinish& finish = to.weight.finish;
-  alignas(64) int32_t in[BYTES] = {}, out[BYTES];
+  alignas(64) int32_t out[BYTES];
   alignas(64) float more[BYTES] = {};
-  in_order(sums, p.lanes.mask, in);
-  const int64_t target = filter * to.plane + p.target;
-  const int count = p.lanes.count;
+  const int64_t target = filter * to.plane + first;
   if (to.residual && finish.has_residual == 2)
     std::memcpy(more, static_cast<const float*>(to.residual) + target, sizeof(float) * count);
   else if (to.residual)
@@ -209,16 +208,81 @@ static void look_up_bytes(const ByteLookup& to, const BytePixels& p, const ByteF
     sums[f][2 * half.value] = first;
     sums[f][2 * half.value + 1] = second;
   });
-  for (int f = 0; f < F; ++f) finish_any(to, p, of.numbers[f], of.factors[f], sums[f]);
+  for (int f = 0; f < F; ++f) {
+    alignas(64) int32_t ordered[BYTES] = {};
+    in_order(sums[f], p.lanes.mask, ordered);
+    finish_any(to, p.target, p.lanes.count, of.numbers[f], of.factors[f], ordered);
+  }
 }
+
+// Sixteen pixels of the output that follow one another, where images are so small that vectors of whole planes would be mostly gaps: the bytes
+// of four taps are picked from 32 lanes each.
+struct Sixteen {
+  int64_t source, target;
+  int count;
+  alignas(64) uint8_t order[64];  // where the bytes of each pixel's quad come from, in the 32 bytes of each tap
+};
+constexpr int64_t PICKED = 32;
+
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+constexpr bool PICKS = true;
+
+template <int F>
+static void look_up_sixteen(const ByteLookup& to, const Sixteen& p, const ByteFilters& of) {
+  const uint8_t* const s = to.s + p.source;
+  const __m512i order = _mm512_load_si512(p.order);
+  const auto two = [&](int32_t a, int32_t b) __attribute__((always_inline)) {
+    const auto load = [&](int32_t at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s + at)); };
+    return _mm512_inserti64x4(_mm512_castsi256_si512(load(a)), load(b), 1);
+  };
+  IntVec acc[F];
+  UNROLL for (int f = 0; f < F; ++f) acc[f] = splat_integer(of.bias[f]);
+  const Four* coefficients = of.coefficients;
+  const int32_t* at = of.offsets;
+  for (int64_t q = 0; q < of.quads; ++q, at += 4, coefficients += of.width) {
+    const IntVec quad = (IntVec)_mm512_permutex2var_epi8(two(at[0], at[1]), order, two(at[2], at[3]));
+    UNROLL for (int f = 0; f < F; ++f) acc[f] = add_products(acc[f], quad, coefficients[f]);
+  }
+  if (!to.plain) {
+    for (int f = 0; f < F; ++f) {
+      alignas(64) int32_t sums[LANES];
+      std::memcpy(sums, &acc[f], sizeof sums);
+      finish_any(to, p.target, p.count, of.numbers[f], of.factors[f], sums);
+    }
+    return;
+  }
+  const __mmask16 lanes = __mmask16((1u << p.count) - 1);
+  const ByteFinish finish = to.weight.finish;
+  const int64_t plane = to.plane;
+  const IntVec least = splat_integer(to.low), most = splat_integer(to.high);
+  const uint8_t* const residual = to.residual ? static_cast<const uint8_t*>(to.residual) + p.target : nullptr;
+  uint8_t* const y = static_cast<uint8_t*>(to.y) + p.target;
+  UNROLL for (int f = 0; f < F; ++f) {
+    Vec v = to_floats(acc[f]) * of.factors[f];
+    if (residual) {
+      const IntVec more = (IntVec)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual + of.numbers[f] * plane));
+      v = v + to_floats(more - int32_t(finish.residual_zero)) * float(finish.residual_factor);
+    }
+    const __m512i steps = _mm512_max_epi32((__m512i)(nearest(v) + int32_t(finish.zero)), (__m512i)least);
+    _mm_mask_storeu_epi8(y + of.numbers[f] * plane, lanes, _mm512_cvtepi32_epi8(_mm512_min_epi32(steps, (__m512i)most)));
+  }
+}
+#else
+constexpr bool PICKS = false;
+
+template <int F>
+static void look_up_sixteen(const ByteLookup&, const Sixteen&, const ByteFilters&) {}
+#endif
 
 using FormBytes = decltype(&form_bytes<1>);
 using LookUpBytes = decltype(&look_up_bytes<1>);
+using LookUpSixteen = decltype(&look_up_sixteen<1>);
 
 // The kernels for every number of filters that fits the registers.
 struct ByteKernels {
   FormBytes form[BYTE_FILTERS + 1] = {};
   LookUpBytes look_up[BYTE_FILTERS + 1] = {};
+  LookUpSixteen look_up_sixteen[BYTE_FILTERS + 1] = {};
 
   ByteKernels() { fill<BYTE_FILTERS>(); }
 
@@ -228,6 +292,7 @@ struct ByteKernels {
     if constexpr (F > 0) {
       form[F] = form_bytes<F>;
       look_up[F] = look_up_bytes<F>;
+      look_up_sixteen[F] = lcnn::look_up_sixteen<F>;
       fill<F - 1>();
     }
   }

@@ -22,6 +22,8 @@ struct ByteCall {
  private:
   BytePixels pixels_in(const Grid& grid, const Phase& at, int64_t first) const;
   BytePixels out_pixels(int64_t v, int64_t per_row, int64_t rows) const;
+  bool picks(int64_t rows, int64_t vectors) const;
+  Sixteen sixteen(int64_t number, int64_t rows) const;
   void copy_plane(const uint8_t* origin, const Phase& at, const Grid& grid, uint8_t* plane) const;
   void pack(const uint8_t* origin, const Phase& at, const Grid& grid, int64_t first, Quad* packed) const;
   void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, uint8_t* s, Quad* packed, Team team) const;
@@ -53,6 +55,25 @@ inline BytePixels ByteCall::out_pixels(int64_t v, int64_t per_row, int64_t rows)
     if (p.by_rows) break;
   }
   return found;
+}
+
+// Sixteen pixels of the output from 16 * `number` on.
+inline Sixteen ByteCall::sixteen(int64_t number, int64_t rows) const {
+  const int64_t wide = p.g.out_width, first = 16 * number, count = std::min<int64_t>(16, rows * wide - first);
+  const auto place = [&](int64_t pixel) { return pixel / wide * p.read_pitch + pixel % wide; };
+  Sixteen found{place(first), first, int(count), {}};
+  for (int64_t i = 0; i < 16; ++i)
+    for (int64_t tap = 0; tap < 4; ++tap)
+      found.order[4 * i + tap] = uint8_t(PICKED * tap + place(first + std::min(i, count - 1)) - found.source);
+  return found;
+}
+
+// Whether the pixels of a band are picked sixteen at a time: that costs a third of a vector of planes for each of them.
+inline bool ByteCall::picks(int64_t rows, int64_t vectors) const {
+  const int64_t wide = p.g.out_width, count = ceil_div(rows * wide, 16);
+  if (!PICKS || 13 * count >= 40 * vectors) return false;
+  // From the first of sixteen pixels to the last, gaps between rows included.
+  return 16 + (15 / wide + 1) * (p.read_pitch - wide) <= PICKED;
 }
 
 // One plane of x where S would be formed of it.
@@ -169,17 +190,27 @@ inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_r
                       rectified ? zero : 0,
                       finish.activation == RELU6 ? std::min(255, zero + int(six)) : 255,
                       plain};
+  const bool picked = picks(rows, vectors);
   BytePixels pixels{};
-  for (Share share(vectors, blocks, team); share.more(); share.advance()) {
-    if (share.new_tile) pixels = out_pixels(share.tile, per_row, rows);
+  Sixteen sixteen{};
+  for (Share share(picked ? ceil_div(rows * p.g.out_width, 16) : vectors, blocks, team); share.more(); share.advance()) {
+    if (share.new_tile && picked) sixteen = this->sixteen(share.tile, rows);
+    if (share.new_tile && !picked) pixels = out_pixels(share.tile, per_row, rows);
     const ByteBlock& block = weight.blocks[first_block + share.block];
-    if (!pixels.lanes.count) continue;
+    if (!picked && !pixels.lanes.count) continue;
     for (int f = 0; f < block.size; f += BYTE_FILTERS) {
-      const int first = block.first_filter + f;
-      const ByteFilters filters{of.offsets.data() + block.first_offset, p.w.filters.data() + first,          weight.bias.data() + first,
-                                weight.filter_factors.data() + first,   weight.coefficients.data() + block.coefficients + f, block.size,
+      const int first = block.first_filter + f, size = std::min(BYTE_FILTERS, block.size - f);
+      const ByteFilters filters{of.offsets.data() + block.first_offset,
+                                p.w.filters.data() + first,
+                                weight.bias.data() + first,
+                                weight.filter_factors.data() + first,
+                                weight.coefficients.data() + block.coefficients + f,
+                                block.size,
                                 block.quads};
-      byte_kernels.look_up[std::min(BYTE_FILTERS, block.size - f)](to, pixels, filters);
+      if (picked)
+        byte_kernels.look_up_sixteen[size](to, sixteen, filters);
+      else
+        byte_kernels.look_up[size](to, pixels, filters);
     }
   }
 }

@@ -37,18 +37,27 @@ static void widen_part(const uint8_t* x, int64_t count, float scale, int32_t zer
   for (int64_t i = 0; i < count; ++i) y[i] = float(int32_t(x[i]) - zero) * scale;
 }
 
-// One output row from the joined rows of its windows, `row` with margins of zeros.
+constexpr int HALF_BYTES = BYTES / 2;
+typedef uint8_t Half __attribute__((vector_size(HALF_BYTES), may_alias));
+typedef uint16_t Pairs16 __attribute__((vector_size(BYTES), may_alias));
+typedef uint16_t UnalignedPairs __attribute__((vector_size(BYTES), aligned(1), may_alias));
+
+// Bytes 0, 2, 4, ... from `from` on, one to a word of 16 bits.
+static inline Pairs16 even_bytes(const uint8_t* from) { return *reinterpret_cast<const UnalignedPairs*>(from) & uint16_t(255); }
+static inline Pairs16 larger(Pairs16 a, Pairs16 b) { return a > b ? a : b; }
+
+static inline void store_halves(uint8_t* to, Pairs16 v, int64_t count) {
+  const Half bytes = __builtin_convertvector(v, Half);
+  std::memcpy(to, &bytes, size_t(std::min<int64_t>(HALF_BYTES, count)));
+}
+
+// One output row from the joined rows of its windows, `row` with margins of zeros, and two vectors behind them that may be read.
 static void join_columns(const Pool& p, const uint8_t* row, uint8_t* y) {
   if (p.stride[1] == 2) {
-    for (int64_t c = 0; c < p.kernel[1]; ++c) {
-      const uint8_t* const from = row + c;
-      if (c == 0) {
-#pragma omp simd
-        for (int64_t x = 0; x < p.out_width; ++x) y[x] = from[2 * x];
-      } else {
-#pragma omp simd
-        for (int64_t x = 0; x < p.out_width; ++x) y[x] = std::max(y[x], from[2 * x]);
-      }
+    for (int64_t x = 0; x < p.out_width; x += HALF_BYTES) {
+      Pairs16 found = even_bytes(row + 2 * x);
+      for (int64_t c = 1; c < p.kernel[1]; ++c) found = larger(found, even_bytes(row + 2 * x + c));
+      store_halves(y + x, found, p.out_width - x);
     }
     return;
   }
@@ -59,9 +68,36 @@ static void join_columns(const Pool& p, const uint8_t* row, uint8_t* y) {
   }
 }
 
+// to[i] = max(a[i], b[i])
+static inline void join_rows(const uint8_t* a, const uint8_t* b, int64_t count, uint8_t* to) {
+  int64_t i = 0;
+  for (; i + BYTES <= count; i += BYTES) store_bytes(to + i, largest_bytes(load_bytes(a + i), load_bytes(b + i)));
+  for (; i < count; ++i) to[i] = std::max(a[i], b[i]);
+}
+
+constexpr int64_t JOINED = 1 << 13;  // bytes of rows whose pairs of columns are joined at a time
+
+// Windows of 2 x 2 that tile planes of [rows, 2 * half]: planes follow one another, and so are one.
+static void pool_tiles(const uint8_t* x, int64_t rows, int64_t half, uint8_t* y) {
+  uint8_t joined[JOINED + BYTES];
+  const int64_t most = JOINED / half / 2 * 2;
+  for (int64_t row = 0; row < rows; row += most, x += 2 * half * most) {
+    const int64_t some = std::min(most, rows - row), count = some * half;
+    int64_t i = 0;
+    for (; i + HALF_BYTES <= count; i += HALF_BYTES) {
+      const Pairs16 both = *reinterpret_cast<const UnalignedPairs*>(x + 2 * i);
+      store_halves(joined + i, larger(both & uint16_t(255), both >> 8), HALF_BYTES);
+    }
+    for (; i < count; ++i) joined[i] = std::max(x[2 * i], x[2 * i + 1]);
+    for (int64_t r = 0; r < some; r += 2, y += half) join_rows(joined + r * half, joined + (r + 1) * half, half, y);
+  }
+}
+
 // Maxima of planes [first, end).
 static void pool_planes(const Pool& p, int64_t first, int64_t end, const uint8_t* x, uint8_t* y) {
-  std::vector<uint8_t> row(p.left + std::max(p.width, p.out_width * p.stride[1]) + p.kernel[1]);
+  if (p.pairs() && p.height == 2 * p.out_height && p.out_width <= JOINED / 2)
+    return pool_tiles(x + first * p.height * p.width, (end - first) * p.height, p.out_width, y + first * p.out_height * p.out_width);
+  std::vector<uint8_t> row(p.left + std::max(p.width, p.out_width * p.stride[1]) + p.kernel[1] + 2 * BYTES);
   for (int64_t plane = first; plane < end; ++plane) {
     const uint8_t* const from = x + plane * p.height * p.width;
     uint8_t* to = y + plane * p.out_height * p.out_width;
@@ -72,11 +108,7 @@ static void pool_planes(const Pool& p, int64_t first, int64_t end, const uint8_t
         std::memcpy(inside, from + top * p.width, p.width);
       else
         std::memset(inside, 0, p.width);
-      for (int64_t r = top + 1; r < bottom; ++r) {
-        const uint8_t* const more = from + r * p.width;
-#pragma omp simd
-        for (int64_t c = 0; c < p.width; ++c) inside[c] = std::max(inside[c], more[c]);
-      }
+      for (int64_t r = top + 1; r < bottom; ++r) join_rows(inside, from + r * p.width, p.width, inside);
       join_columns(p, row.data(), to);
     }
   }
