@@ -281,3 +281,30 @@ def test_numbers_and_sizes_come_back():
     frozen = freeze(model, torch.randn(2, 3, 6, 6))
     for batch in (1, 3):
         assert frozen(torch.randn(batch, 3, 6, 6))[1:] == (torch.Size([batch, 3, 6, 6]), 2 * batch, 0.5, torch.float32)
+
+
+class Counts(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.conv, self.what, self.count, self.kept = LookupConv2d(3, 4, 3, dictionary_size=2), what, 0, None
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.what == "number":
+            self.count += 1
+            return y, self.count
+        if self.what == "factor":
+            self.count += 1
+            return y * self.count
+        self.shape = y.shape  # what is the same at every call is no state
+        return y + torch.rand_like(y)
+
+
+@pytest.mark.parametrize("what", ["number", "factor"])
+def test_a_state_in_python_is_refused(what):
+    with pytest.raises(LcnnError, match="keeps a state in Python"):
+        freeze(Counts(what).eval(), torch.randn(2, 3, 6, 6))
+
+
+def test_random_numbers_and_what_stays_the_same_are_no_state():
+    freeze(Counts("").eval(), torch.randn(2, 3, 6, 6))

@@ -11,7 +11,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lcnn_compile.batches import inputs_of, unwrapped
 from lcnn_compile.errors import ExportError
-from lcnn_compile.export.dimensions import capture, captured, first_line, module_of_program, trial
+from lcnn_compile.export.dimensions import capture, captured, first_line, module_of_program, refuse_hidden_state, trial
 from lcnn_compile.export.writes import writes_to, writes_values
 from lcnn_compile.modules import LookupLinear, lookup_modules
 from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fold_factors, fuse_epilogues, narrow_convolutions
@@ -43,11 +43,12 @@ def export_program(
             allows it; of images without a batch dimension none varies.
 
     Raises:
-        ExportError: if the model has no lookup layers, ``torch.export`` cannot capture it, or it writes to its inputs and two of
+        ExportError: if the model has no lookup layers, ``torch.export`` cannot capture it, it keeps a state in Python, or it writes to its inputs and two of
             the example inputs share memory: a program takes every input for a tensor of its own.
     """
     private = prepared(model, lowering)
     args, kwargs = inputs_of(private, example_inputs)
+    refuse_hidden_state(private, args, kwargs)
     program = program_of(private, args, kwargs, lowering, dynamic_batch)
     places = [t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.numel()]
     if len(set(places)) < len(places) and writes_to(unlift(program), "placeholder"):

@@ -174,6 +174,39 @@ def trial(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return copy.deepcopy(model)(*args, **kwargs)
 
 
+def refuse_hidden_state(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a model that answers the same call in another way the second time, though none of its tensors was written.
+
+    It keeps a state in Python (a counter, a tensor put in the place of another), of which a program has the first value for good.
+
+    Raises:
+        ExportError: it does.
+    """
+    twin, answers = copy.deepcopy(model), []
+
+    def versions() -> list[tuple[int, int]]:
+        return [(id(t), t._version) for t in (*twin.parameters(), *twin.buffers())]
+
+    before = versions()
+    with torch.random.fork_rng([]), torch.no_grad():
+        for _ in range(2):
+            torch.manual_seed(0)
+            given = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+            answers.append(pytree.tree_leaves(pytree.tree_map_only(Tensor, torch.clone, twin(*given[0], **given[1]))))
+    if before != versions():
+        return
+    for number, (first, second) in enumerate(zip(*answers, strict=False)):
+        if isinstance(first, Tensor) and isinstance(second, Tensor):
+            same = _alike(first, second)
+        else:
+            same = not isinstance(first, int | float | str) or first == second
+        if not same:
+            raise ExportError(
+                f"{type(model).__name__} gives another output {number} when it is called again: it keeps a state in Python that a "
+                "program cannot follow. Keep it in a buffer that forward writes in place"
+            )
+
+
 def _one_is_alike(
     model: nn.Module, program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], varying: Dimensions
 ) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from lcnn_compile.batches import Inputs, inputs_of, signature_of
 from lcnn_compile.errors import ExportError
 from lcnn_compile.export.capture import first_line, prepared, program_of, unlift
+from lcnn_compile.export.dimensions import refuse_hidden_state
 from lcnn_compile.export.writes import writes_to
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.passes import gather_programs
@@ -223,10 +224,11 @@ def freeze(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
         A callable with the model's signature and outputs.
 
     Raises:
-        ExportError: if the model has no lookup layers, or ``torch.export`` cannot capture it.
+        ExportError: if the model has no lookup layers, ``torch.export`` cannot capture it, or it keeps a state in Python.
     """
     private = prepared(model, "auto")
     args, kwargs = inputs_of(private, example_inputs)
+    refuse_hidden_state(private, args, kwargs)
     signature = signature_of(private)
     try:
         bound = signature.bind(*args, **kwargs)
