@@ -48,6 +48,10 @@ FOUND = {
     # Programs returned contiguous memory where the network has channels last: other elements at the same strides.
     "strides read": SourceCase((CONV,), "x", ("v = self.conv(x)", "w = v.as_strided((2, 5), (6, 1))"), "w", LAST),
     "strides read in the next graph": SourceCase((CONV,), "x", ("v = self.conv(x)", "torch._dynamo.graph_break()", "w = v.as_strided((2, 5), (6, 1))"), "w", LAST),
+    # What was computed in place in inference mode became a new tensor of that mode, which nothing may write to behind it.
+    "written in inference mode": SourceCase(
+        (CONV,), "x", ("v = self.conv(x)", "w = torch.zeros(2, 3)", "with torch.inference_mode():\n    torch.sub(w, w, out=w)", "w[0].relu_()"), "v, w", "(t(n, 4, 6, 6),), {}"
+    ),
     "view written": SourceCase((CONV,), "x", ("v = self.conv(x)", "v.permute(0, 2, 3, 1).view(-1)[::2] *= 0.5"), "v", LAST),
 }  # fmt: skip
 

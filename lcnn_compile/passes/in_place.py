@@ -53,15 +53,20 @@ class _Rewriter:
         calls = [node for node in self._graph.nodes if node.op.startswith("call_")]
         if not any(effect_of(self._gm, node).writes for node in calls):
             return
+        inference: set[fx.Node] = set()  # modes that are on: new tensors would be of a kind that cannot be written to behind them
         for node in list(self._graph.nodes):
             if not node.op.startswith("call_"):
                 self._note(node, frozenset([None]))  # of others
                 continue
+            if _name(node.target) == "_enter_inference_mode":
+                inference.add(node)
+            elif _name(node.target) == "_exit_inference_mode":
+                inference.discard(node.args[0])
             effect = effect_of(self._gm, node)  # again: its arguments may be others now
             if (same := self._identity(node)) is not None:
                 node.replace_all_uses_with(same)
                 self._graph.erase_node(node)
-            elif (made := self._rewritten(node, effect)) is not None:
+            elif not inference and (made := self._rewritten(node, effect)) is not None:
                 self._note(made, frozenset([made]))
             else:
                 found = frozenset().union(*(self._memory[n] for n in effect.aliases)) if holds_tensors(node) else frozenset()
@@ -113,7 +118,7 @@ class _Rewriter:
         return all(self._order[user] < self._order[node] for other in others for user in other.users)
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _name(function: object) -> str:
     return getattr(function, "__name__", "").split(".")[0]
 
 
