@@ -12,6 +12,7 @@ from torch import nn
 from lcnn_compile import LcnnError, LookupConfig, convert, freeze, load, save
 from lcnn_compile.errors import LcnnWarning
 from lcnn_compile.fitting.ranges import Observer, least_error_limits, least_error_range
+from lcnn_compile.kernels.cpu import program
 from lcnn_compile.kernels.cpu.int8 import PackedBytes
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.kernels.cpu.steps import ByteLookUp, BytePool, Cast, LookUp, Recipe, View, Window
@@ -144,6 +145,26 @@ def test_files_keep_ranges(converted, tmp_path):
     x = images(12, 3)
     assert torch.equal(freeze(again, (x,))(x), freeze(model, (x,))(x))
     assert [m.precision for _, m in lookup_modules(again)] == ["int8"] * len(list(lookup_modules(model)))
+
+
+def test_compiled_models_compute_the_same_bytes(converted):
+    x = images(13, 3)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(converted[1], backend="lcnn")(x), freeze(converted[1], (x,))(x))
+
+
+def test_a_dense_model_is_compiled_to_bytes(converted):
+    net, x = converted[0], images(14, 3)
+    before = set(program._alive)
+    options = {"precision": "int8", "dictionary_size": 1.0, "sparsity": None, "max_error": 0.9, "calibration_batches": 2}
+    with torch.no_grad():
+        compiled = torch.compile(net, backend="lcnn", options=options)
+        for i in range(3):
+            compiled(images(i, 4))
+        y, truth = compiled(x), net(x)
+    made = [p.recipe.steps for number, p in program._alive.items() if number not in before]
+    assert sum(isinstance(step, ByteLookUp) for steps in made for step in steps) >= 4
+    assert float((y - truth).norm() / truth.norm()) < 0.05
 
 
 def test_damaged_ranges_are_refused(converted):
