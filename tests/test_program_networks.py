@@ -351,6 +351,49 @@ def test_the_one_line_use_runs_one_program_too(name, monkeypatch):
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+class Branches(nn.Module):
+    """Several inputs and outputs, parts and other shapes of one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(5, 8, 3, padding=1)
+        self.last, self.head = nn.Conv2d(16, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x, y, *, scale=2):
+        z = self.last(torch.cat([self.left(x), F.interpolate(self.right(y), scale_factor=scale)], 1))
+        mean, spread = z.chunk(2, 1)
+        return {
+            "all": z,
+            "parts": (mean, spread),
+            "flat": z.flatten(1),
+            "last": z.permute(0, 2, 3, 1),
+            "head": self.head(z.mean((2, 3))),
+        }
+
+
+def test_several_inputs_and_outputs_that_share_memory():
+    torch.manual_seed(0)
+    network = Branches().eval()
+    model = convert(
+        network,
+        LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"),
+        example_inputs=(torch.rand(1, 3, 8, 10), torch.rand(1, 5, 4, 5)),
+    )
+    frozen = freeze(model, (torch.rand(2, 3, 8, 10), torch.rand(2, 5, 4, 5)))
+    assert frozen.alone, frozen.left_over
+    for batch in (2, 1, 3):
+        x, y = torch.rand(batch, 3, 8, 10), torch.rand(batch, 5, 4, 5)
+        with torch.no_grad():
+            exact, found = copy.deepcopy(network).double()(x.double(), y.double()), frozen(x, y=y)
+        for (key, a), b in zip(found.items(), exact.values(), strict=True):
+            for left, right in zip(*((v if isinstance(v, tuple) else (v,)) for v in (a, b)), strict=True):
+                torch.testing.assert_close(left.double(), right, rtol=1e-4, atol=1e-5)
+                assert left.stride() == right.stride(), key
+        found["parts"][1].fill_(7)
+        assert bool((found["all"][:, 3:] == 7).all())
+        assert bool((found["flat"][:, 240:] == 7).all())
+
+
 def test_what_keeps_a_network_from_being_one_program_is_named():
     class Sorting(nn.Module):
         def __init__(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +23,7 @@ from lcnn_compile.passes.functional import to_functional
 from lcnn_compile.passes.signatures import PARTS, operation_of, part_sizes
 from lcnn_compile.passes.step_form import Form, is_value
 from lcnn_compile.passes.steps import steps_of
-from lcnn_compile.passes.targets import dimension_order, shape_of
+from lcnn_compile.passes.targets import aten, dimension_order, shape_of
 
 NAME = "lcnn_program"
 
@@ -42,20 +42,41 @@ def programs(gm: fx.GraphModule) -> list[Program]:
     return [module.program for module in gm.children() if isinstance(module, HeldProgram)]
 
 
+VIEWS_OF_RESULTS = {
+    *(torch.narrow, torch.select, operator.getitem, "permute", "transpose"),
+    *(
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.flatten.using_ints,
+    ),
+}
+"""Views of what a program returns that cost nothing, and that keep its memory the memory of several results."""
+View = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Alone(NamedTuple):
     """A graph that does nothing but run a program.
 
     Attributes:
         inputs: the inputs of the graph that the program takes.
-        outputs: which of the program's outputs the graph returns, and in which order of dimensions; None as they are.
+        outputs: which of the program's outputs the graph returns, and the views of it that are taken one after the other.
     """
 
     inputs: list[int]
-    outputs: list[tuple[int, tuple[int, ...] | None]]
+    outputs: list[tuple[int, tuple[View, ...]]]
 
     def returned(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the graph returns for the program's outputs."""
-        return [outputs[i] if order is None else outputs[i].permute(order) for i, order in self.outputs]
+        made = []
+        for i, views in self.outputs:
+            value = outputs[i]
+            for view in views:
+                value = view(value)
+            made.append(value)
+        return made
 
 
 def single_program(gm: fx.GraphModule) -> Alone | None:
@@ -66,13 +87,27 @@ def single_program(gm: fx.GraphModule) -> Alone | None:
     returned = gm.graph.output_node().args[0]
     if len(calls) != 1 or not isinstance(returned, list | tuple):
         return None
-    items = {node: (node.args[1], None) for node in rest if node.target is operator.getitem and node.args[0] is calls[0]}
-    turned = {node: (items[node.args[0]][0], node.args[1]) for node in rest if node.target == "permute" and node.args[0] in items}
+    known: dict[Any, tuple[int, tuple[View, ...]]] = {}
+    for node in rest:
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem and source is calls[0]:
+            known[node] = (cast(int, node.args[1]), ())
+        elif source in known and node.target in VIEWS_OF_RESULTS and node.all_input_nodes == [source]:
+            index, views = known[source]
+            known[node] = (index, (*views, _view_of(node)))
     inputs = cast("list[fx.Node]", calls[0].args[0])
-    known: Any = items | turned
     if len(known) + 1 != len(rest) or any(x not in placeholders for x in inputs) or any(y not in known for y in returned):
         return None
     return Alone([placeholders.index(x) for x in inputs], [known[y] for y in returned])
+
+
+def _view_of(node: fx.Node) -> View:
+    """What a node with one input does, on another tensor."""
+    args, kwargs, target = node.args[1:], node.kwargs, node.target
+    if isinstance(target, str):
+        return lambda value: getattr(value, target)(*args, **kwargs)
+    assert callable(target)
+    return lambda value: target(value, *args, **kwargs)
 
 
 def left_over(gm: fx.GraphModule) -> list[str]:
