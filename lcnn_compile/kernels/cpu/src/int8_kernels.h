@@ -107,7 +107,9 @@ struct ByteLookup {
   int64_t plane;         // of y
   const ByteWeight& weight;
   int low, high;  // what clamps leave of the bytes
-  bool plain;     // nothing but clamps, and perhaps a residual before them, into bytes
+  bool plain;     // nothing but clamps, and perhaps a residual before or behind them, into bytes
+  bool late;      // the residual comes behind a clamp, which ends at `six`
+  float six;
 };
 
 // Sums in the order in which they come out become pixels in their order, without those that are not valid.
@@ -163,7 +165,7 @@ struct ByteFilters {
 };
 
 // F filters at one vector of pixels.
-template <int F, bool RESIDUAL>
+template <int F, bool RESIDUAL, bool LATE>
 static inline __attribute__((always_inline)) void look_up_plain(const ByteLookup& to, const BytePixels& p, const ByteFilters& of) {
   // Copies, which no store can change.
   const Lanes lanes = p.lanes;
@@ -172,11 +174,16 @@ static inline __attribute__((always_inline)) void look_up_plain(const ByteLookup
   const int32_t residual_zero = int32_t(to.weight.finish.residual_zero);
   const float residual_factor = float(to.weight.finish.residual_factor);
   const int zero = int(to.weight.finish.zero), least = to.low, most = to.high;
+  const float six = to.six;
   Shorts steps[2][F];
   int32_t starts[F];
   UNROLL for (int f = 0; f < F; ++f) starts[f] = of.bias[f];
   sum_bytes<F>(starts, TapPlanes{to.s + p.source, of.offsets}, of.coefficients, of.width, of.quads, [&](int f, auto half, IntVec first, IntVec second) {
     Vec a = to_floats(first) * of.factors[f], b = to_floats(second) * of.factors[f];
+    if constexpr (LATE) {
+      a = at_most(at_least(a, 0.0f), six);
+      b = at_most(at_least(b, 0.0f), six);
+    }
     if constexpr (RESIDUAL) {
       IntVec more, further;
       to_integers<half.value>(load_valid(residual + of.numbers[f] * plane, lanes, no_bytes()), more, further);
@@ -199,8 +206,9 @@ static inline __attribute__((always_inline)) void look_up_plain(const ByteLookup
 
 template <int F>
 static void look_up_bytes(const ByteLookup& to, const BytePixels& p, const ByteFilters& of) {
-  if (to.plain && to.residual) return look_up_plain<F, true>(to, p, of);
-  if (to.plain) return look_up_plain<F, false>(to, p, of);
+  if (to.plain && to.late) return look_up_plain<F, true, true>(to, p, of);
+  if (to.plain && to.residual) return look_up_plain<F, true, false>(to, p, of);
+  if (to.plain) return look_up_plain<F, false, false>(to, p, of);
   int32_t starts[F];
   for (int f = 0; f < F; ++f) starts[f] = of.bias[f];
   IntVec sums[F][4];
@@ -259,6 +267,7 @@ static void look_up_sixteen(const ByteLookup& to, const Sixteen& p, const ByteFi
   uint8_t* const y = static_cast<uint8_t*>(to.y) + p.target;
   UNROLL for (int f = 0; f < F; ++f) {
     Vec v = to_floats(acc[f]) * of.factors[f];
+    if (to.late) v = at_most(at_least(v, 0.0f), to.six);
     if (residual) {
       const IntVec more = (IntVec)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, residual + of.numbers[f] * plane));
       v = v + to_floats(more - int32_t(finish.residual_zero)) * float(finish.residual_factor);

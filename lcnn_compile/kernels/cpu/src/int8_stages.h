@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "form.h"
 #include "int8_kernels.h"
@@ -179,7 +180,8 @@ inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_r
   const int64_t per_row = ceil_div(p.g.out_width, BYTES), vectors = p.by_rows ? per_row * rows : p.vectors(rows, p.read_pitch);
   const int64_t first_block = p.w.first_block[group], blocks = p.w.first_block[group + 1] - first_block;
   const bool rectified = finish.activation == RELU || finish.activation == RELU6;
-  const bool plain = finish.to_bytes && finish.step == 1 && finish.has_residual < 2 && (finish.activation == NONE || (rectified && !(residual && finish.residual_last)));
+  const bool late = rectified && residual && finish.residual_last;
+  const bool plain = finish.to_bytes && finish.step == 1 && finish.has_residual < 2 && (finish.activation == NONE || rectified);
   const int zero = int(finish.zero);
   const float six = std::nearbyint(std::min(float(finish.six), 1024.0f));
   const ByteLookup to{s,
@@ -187,9 +189,11 @@ inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_r
                       static_cast<char*>(y) + start * (finish.to_bytes ? 1 : 4),
                       area,
                       weight,
-                      rectified ? zero : 0,
-                      finish.activation == RELU6 ? std::min(255, zero + int(six)) : 255,
-                      plain};
+                      rectified && !late ? zero : 0,
+                      finish.activation == RELU6 && !late ? std::min(255, zero + int(six)) : 255,
+                      plain,
+                      late,
+                      finish.activation == RELU6 ? float(finish.six) : std::numeric_limits<float>::infinity()};
   const bool picked = picks(rows, vectors);
   BytePixels pixels{};
   Sixteen sixteen{};

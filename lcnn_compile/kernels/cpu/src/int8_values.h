@@ -68,10 +68,23 @@ static void join_columns(const Pool& p, const uint8_t* row, uint8_t* y) {
   }
 }
 
+// The larger ones of `SIZE` bytes.
+template <int SIZE>
+static inline void join_some(const uint8_t* a, const uint8_t* b, uint8_t* to) {
+  typedef uint8_t Some __attribute__((vector_size(SIZE)));
+  Some left, right;
+  std::memcpy(&left, a, SIZE);
+  std::memcpy(&right, b, SIZE);
+  left = left > right ? left : right;
+  std::memcpy(to, &left, SIZE);
+}
+
 // to[i] = max(a[i], b[i])
 static inline void join_rows(const uint8_t* a, const uint8_t* b, int64_t count, uint8_t* to) {
   int64_t i = 0;
   for (; i + BYTES <= count; i += BYTES) store_bytes(to + i, largest_bytes(load_bytes(a + i), load_bytes(b + i)));
+  for (; i + 16 <= count; i += 16) join_some<16>(a + i, b + i, to + i);
+  for (; i + 8 <= count; i += 8) join_some<8>(a + i, b + i, to + i);
   for (; i < count; ++i) to[i] = std::max(a[i], b[i]);
 }
 
