@@ -15,7 +15,7 @@ from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.arena import place, settled
 from lcnn_compile.kernels.cpu.program import Program
-from lcnn_compile.kernels.cpu.steps import Concat, Copy, Expand, Map, Permute, Pool, Recipe, Slice, View, Window
+from lcnn_compile.kernels.cpu.steps import Concat, Copy, Expand, Map, Permute, Pool, Recipe, Slice, Softmax, View, Window
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
 
@@ -109,6 +109,19 @@ def test_values_that_lie_in_each_other(data):
         assert y.is_contiguous()
         torch.testing.assert_close(y.double(), exact[value], rtol=1e-6, atol=0)
     assert len({y.data_ptr() for y in found} | {x.data_ptr() for x in inputs}) == len(found) + 2
+
+
+def test_values_are_not_written_over_while_somebody_reads_them():
+    x = torch.randn(2, 3, 9, 11)
+    pool = [Pool(v, Window(False, (3, 3), (1, 1), (1, 1))) for v in range(4)]
+    exact = [x.double()]
+    for step in pool:
+        exact.append(meaning(step, exact))
+    assert torch.equal(Program(Recipe(1, tuple(pool), (4,)), [])(x)[0].double(), exact[4])
+    # A softmax may take the place of what it reads, unless that is read again.
+    steps = (pool[0], Softmax(1, "softmax", 1, 2), Map((1, 2), (), (), (("add", (0, 1), (1.0,)),)))
+    [y] = Program(Recipe(1, steps, (3,)), [])(x)
+    torch.testing.assert_close(y.double(), exact[1] + exact[1].softmax(1), rtol=1e-5, atol=1e-6)
 
 
 def copies(recipe, shapes):

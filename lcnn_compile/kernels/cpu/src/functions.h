@@ -66,7 +66,7 @@ static inline Vec exponential_less_one(Vec x) {
 
 static inline Vec logarithm(Vec x) {
   const IntVec tiny = x < 1.17549435e-38f;
-  const Vec scaled = choose(tiny, x * 8388608.0f, x);
+  const Vec scaled = choose(x > 0.0f, choose(tiny, x * 8388608.0f, x), splat(1.0f));
   IntVec bits = (IntVec)scaled;
   // The mantissa between sqrt(1/2) and sqrt(2).
   const IntVec up = (bits - 0x3f3504f3) >> 23;
