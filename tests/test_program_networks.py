@@ -366,7 +366,7 @@ class Branches(nn.Module):
             "all": z,
             "parts": (mean, spread),
             "flat": z.flatten(1),
-            "last": z.permute(0, 2, 3, 1),
+            "last": z[:, 1:4].permute(0, 2, 3, 1),
             "head": self.head(z.mean((2, 3))),
         }
 
