@@ -15,7 +15,7 @@ from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.elementwise import FUNCTIONS, Map, coalesced, merged
 from lcnn_compile.kernels.cpu.program import Program
-from lcnn_compile.kernels.cpu.steps import Recipe, View
+from lcnn_compile.kernels.cpu.steps import Concat, Recipe, View
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
 
@@ -201,6 +201,30 @@ def test_steps_that_are_joined_do_what_they_did(data):
     found = Program(Recipe(2, tuple(steps), outputs), weights)(*values)
     for y, value in zip(found, outputs, strict=True):
         torch.testing.assert_close(y.double(), exact[value].expand(y.shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [1, 2, 5, 70, 1500, 40000])
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 1), (3, 1), (1, 1, 2)])
+def test_images_of_a_concatenation_lie_apart(images, shape):
+    """A detector stacks the corners of its boxes: what one step makes is an element of each image, and the next one's its neighbour."""
+    torch.manual_seed(2)
+    x, factor = torch.randn(images, *shape), torch.randn(images, *([1] * len(shape)))
+    subtract, add = (Map((0, 1), (), (), ((name, (0, 1), (1.0,)),)) for name in ("sub", "add"))
+    square = Map((1,), (), (), (("square", (0,), ()),))
+    steps = (subtract, add, square, Map((4, 0), (), (2.5,), (("mul", (0, 2), ()), ("mul", (3, 1), ()))), Concat((2, 5, 3), 1))
+    program = Program(Recipe(2, steps, (6,)), [])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            program(torch.full_like(x, NAN), torch.full_like(factor, NAN))
+            [y] = program(x, factor)
+            exact, by = x.double(), factor.double()
+            torch.testing.assert_close(
+                y.double(), torch.cat([exact - by, 2.5 * by * by * exact, exact + by], 1), rtol=1e-6, atol=1e-6
+            )
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_chain_becomes_one_step_unless_somebody_reads_what_is_in_between():

@@ -115,6 +115,9 @@ class Map(Step):
         strides += [_broadcast_strides(shape, y, None) for shape in self.constants] + [(0,) * len(y)] * len(held)
         to = (site.images[site.y], *contiguous_strides(y)[1:]) if y else ()
         sizes, (target, *sources) = coalesced(y, [to, *strides], DIMENSIONS)
+        if target[-1] != 1 and sizes[-1] != 1:
+            # Images of one element that lie apart: rows of one, as the library writes rows without gaps.
+            sizes, target, sources = [*sizes[1:], 1], [*target[1:], 1], [[*row[1:], 0] for row in sources]
         operations, buffers = self._registers()
         made = _Map(
             (ctypes.c_int64 * DIMENSIONS)(*sizes),
