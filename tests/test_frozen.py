@@ -12,6 +12,7 @@ from nets import SmallResNet, randomise
 from torch import nn
 
 from lcnn_compile import LcnnError, LookupConfig, LookupConv2d, convert, freeze
+from lcnn_compile.export import export_pt2
 from lcnn_compile.kernels import cpu
 
 
@@ -308,3 +309,44 @@ def test_a_state_in_python_is_refused(what):
 
 def test_random_numbers_and_what_stays_the_same_are_no_state():
     freeze(Counts("").eval(), torch.randn(2, 3, 6, 6))
+
+
+class Streams(nn.Module):
+    """A state that is put in the place of a buffer, in a submodule: what is returned may be the old one."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.inner, self.conv, self.way = nn.Module(), LookupConv2d(3, 3, 3, padding=1, dictionary_size=2), way
+        self.inner.register_buffer("state", torch.zeros(2, 3, 4, 4))
+        self.inner.register_buffer("other", torch.ones(2, 3, 4, 4))
+
+    def forward(self, x):
+        y, inner = self.conv(x), self.inner
+        if self.way == "new":
+            inner.state, y = y, y - inner.state
+        elif self.way == "old returned":
+            inner.state, y = y + inner.state, inner.state
+        elif self.way == "swapped":
+            inner.state, inner.other = inner.other, inner.state + y
+        else:
+            inner.state = torch.cat([inner.state, y])
+        return y + inner.other
+
+
+@pytest.mark.parametrize("way", ["new", "old returned", "swapped"])
+def test_a_state_put_in_the_place_of_a_buffer_goes_on(way, tmp_path):
+    model = Streams(way).eval()
+    x, twin = torch.randn(2, 3, 4, 4), copy.deepcopy(model)
+    frozen = freeze(model, x, dynamic_batch=False)
+    export_pt2(model, tmp_path / "m.pt2", x, dynamic_batch=False)
+    loaded = torch.export.load(tmp_path / "m.pt2").module()
+    with torch.no_grad():
+        for _ in range(3):
+            want = twin(x)
+            torch.testing.assert_close(frozen(x), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(loaded(x), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_buffer_that_grows_is_refused():
+    with pytest.raises(LcnnError, match=r"buffer 'state', torch.float32 \(2, 3, 4, 4\), is replaced by"):
+        freeze(Streams("grown").eval(), torch.randn(2, 3, 4, 4), dynamic_batch=False)

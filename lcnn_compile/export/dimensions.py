@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcnn_compile.errors import ExportError, LcnnError
-from lcnn_compile.export.writes import unmarked
+from lcnn_compile.export.writes import buffers_kept, unmarked
 from lcnn_compile.torch_private import least_size, pytree, sizes_apart
 
 _CLOSE = 1e-3
@@ -109,7 +109,7 @@ def capture(
     if varying.places:
         args, kwargs, shapes = _shapes(args, kwargs, varying, alone)
     try:
-        with torch.no_grad(), _arguments_named(model, args, kwargs):
+        with torch.no_grad(), _arguments_named(model, args, kwargs), buffers_kept(model):
             return unmarked(torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False))
     except LcnnError:
         raise

@@ -6,17 +6,21 @@ gather more where there are none in between.
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from lcnn_compile.errors import ExportError
 from lcnn_compile.kernels.read_only import read_only
 from lcnn_compile.passes.effects import refuse_lost_writes
 from lcnn_compile.passes.in_place import ATEN_DROPOUT
 from lcnn_compile.passes.targets import bound
-from lcnn_compile.torch_private import has_implicit_kernel
+from lcnn_compile.torch_private import has_implicit_kernel, pytree, tensors_of
 
 aten = torch.ops.aten
 _FRESH = {
@@ -40,6 +44,49 @@ def writes_values(program: torch.export.ExportedProgram) -> torch.export.Exporte
         raise ExportError(f"writes in place cannot be captured: {type(error).__name__}: {error}") from error
     _restore_batch_norm(program.graph)
     return program
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, a call of ``model`` that puts another tensor in the place of a buffer, as ``self.state = y``, writes its values to the buffer.
+
+    ``torch.export`` loses what is put in the place of a buffer of a submodule.
+
+    Raises:
+        ExportError: on the call, for a tensor of another shape or dtype, or None.
+    """
+    plain, own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        held = [(tensors_of(module)[1], name, old) for module in model.modules() for name, old in tensors_of(module)[1].items()]
+        output = plain(*args, **kwargs)
+        replaced = [
+            (kept, name, old, kept.get(name)) for kept, name, old in held if old is not None and kept.get(name) is not old
+        ]
+        values = []
+        for _, name, old, new in replaced:
+            if new is None or (new.shape, new.dtype) != (old.shape, old.dtype):
+                found = "nothing" if new is None else f"{new.dtype} {tuple(new.shape)}"
+                raise ExportError(
+                    f"buffer {name!r}, {old.dtype} {tuple(old.shape)}, is replaced by {found}; a program keeps its form"
+                )
+        if replaced:
+            # The buffer's old values may be returned.
+            output = pytree.tree_map_only(Tensor, torch.clone, output)
+        for (kept, name, old, _), value in zip(replaced, values, strict=True):
+            old.copy_(value)
+            kept[name] = old
+        return output
+
+    object.__setattr__(model, "forward", forward)
+    try:
+        yield
+    finally:
+        if own:
+            object.__setattr__(model, "forward", plain)
+        else:
+            object.__delattr__(model, "forward")
 
 
 def unmarked(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
