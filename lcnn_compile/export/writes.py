@@ -64,13 +64,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         replaced = [
             (kept, name, old, kept.get(name)) for kept, name, old in held if old is not None and kept.get(name) is not old
         ]
-        values = []
+        values: list[Tensor] = []
         for _, name, old, new in replaced:
             if new is None or (new.shape, new.dtype) != (old.shape, old.dtype):
                 found = "nothing" if new is None else f"{new.dtype} {tuple(new.shape)}"
                 raise ExportError(
                     f"buffer {name!r}, {old.dtype} {tuple(old.shape)}, is replaced by {found}; a program keeps its form"
                 )
+            values.append(new.clone())  # it may be another's old one
         if replaced:
             # The buffer's old values may be returned.
             output = pytree.tree_map_only(Tensor, torch.clone, output)
