@@ -350,3 +350,19 @@ def test_a_state_put_in_the_place_of_a_buffer_goes_on(way, tmp_path):
 def test_a_buffer_that_grows_is_refused():
     with pytest.raises(LcnnError, match=r"buffer 'state', torch.float32 \(2, 3, 4, 4\), is replaced by"):
         freeze(Streams("grown").eval(), torch.randn(2, 3, 4, 4), dynamic_batch=False)
+
+
+def test_sizes_that_depend_on_data_do_not_keep_a_model_from_being_frozen():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (LookupConv2d(3, 3, 3, padding=1, dictionary_size=2) for _ in range(2))
+
+        def forward(self, x):
+            y = self.first(x)
+            y[y < 0] *= 0.5
+            return self.second(y)
+
+    model, x = Masked().eval(), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(freeze(model, x)(x), model(x), atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from lcnn_compile.passes import choose_lowerings, fold_batch_norm, fold_factors,
 from lcnn_compile.passes.decompose import decompose_lookups
 from lcnn_compile.passes.effects import eliminate_dead_code
 from lcnn_compile.passes.find import is_lookup
-from lcnn_compile.torch_private import FakeTensorMode, plain_dtypes, pytree, without_compilers
+from lcnn_compile.torch_private import FakeTensorMode, SizeOfData, plain_dtypes, pytree, without_compilers
 
 __all__ = ["PLAIN", "Lowering", "export_program", "first_line", "prepared", "private_copy", "program_of", "unlift"]
 
@@ -135,9 +136,10 @@ def unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def _set_shapes(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note every node's shape for the example inputs: lowerings are measured for their batch size."""
+    """Note every node's shape for the example inputs, up to one whose size depends on data: lowerings are measured for their batch size."""
     leaves, _ = pytree.tree_flatten((args, kwargs))
-    _Shapes(gm, FakeTensorMode()).propagate(*leaves)
+    with suppress(SizeOfData):
+        _Shapes(gm, FakeTensorMode()).propagate(*leaves)
 
 
 class _Shapes(FakeTensorProp):
