@@ -57,7 +57,7 @@ def test_the_configuration():
     with pytest.raises(LcnnError, match="precision"):
         LookupConfig(precision="float16")
     with pytest.raises(LcnnError, match="precision"):
-        LookupConfig(layers={"a": {"precision": "int8"}})
+        LookupConfig(layers={"a": {"precision": "int4"}})
 
 
 def test_the_attribute_of_a_layer(always):
@@ -266,7 +266,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli, [*arguments, "--dictionary-size", "4", "--json"])
     assert done.exit_code == 0, done.output
     assert read_header(tmp_path / "m.safetensors").layers["0"]["precision"] == "bfloat16"
-    assert CliRunner().invoke(cli, ["explain", "low.py:build", "--precision", "int8"]).exit_code != 0
+    assert CliRunner().invoke(cli, ["explain", "low.py:build", "--precision", "int4"]).exit_code != 0
 
 
 def test_autocast_and_bfloat16_models(always):

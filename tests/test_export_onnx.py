@@ -198,7 +198,9 @@ def test_a_file_that_an_engine_reads_differently_is_not_written(tmp_path, monkey
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.conv.bias += 1
-    monkeypatch.setattr("lcnn_compile.export.onnx_differences", lambda path, _, inputs: onnx_differences(path, other, inputs))
+    monkeypatch.setattr(
+        "lcnn_compile.export.formats.onnx_differences", lambda path, _, inputs: onnx_differences(path, other, inputs)
+    )
     with pytest.raises(LcnnError, match=r"ONNX Runtime gives other outputs for the ONNX file than the model"):
         export_onnx(model, tmp_path / "m.onnx", x)
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lcnn_compile.errors import ExportError, LcnnError
 from lcnn_compile.export.writes import buffers_kept, unmarked
-from lcnn_compile.torch_private import least_size, pytree, sizes_apart
+from lcnn_compile.torch_private import least_size, pytree, sizes_apart, version
 
 _CLOSE = 1e-3
 """Difference, relative to the largest value, that rounding explains."""
@@ -185,7 +185,7 @@ def refuse_hidden_state(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     twin, answers = copy.deepcopy(model), []
 
     def versions() -> list[tuple[int, int]]:
-        return [(id(t), t._version) for t in (*twin.parameters(), *twin.buffers())]
+        return [(id(t), 0 if t.is_inference() else version(t)) for t in (*twin.parameters(), *twin.buffers())]
 
     before = versions()
     with torch.random.fork_rng([]), torch.no_grad():

@@ -22,7 +22,7 @@ from lcnn_compile.modules.initial import random_weight
 from lcnn_compile.modules.tabled import HasTables
 from lcnn_compile.modules.tables import TABLES
 from lcnn_compile.modules.weight import DenseWeight, refuse_write
-from lcnn_compile.torch_private import is_tracing, never_alone, parameters_of, without_transforms
+from lcnn_compile.torch_private import is_tracing, never_alone, parameters_of, tensors_of, without_transforms
 
 FACTORS = ("dictionary", "coefficients", *TABLES)
 
@@ -238,7 +238,7 @@ class LookupModule(HasTables):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._guard_parameters()
-        self._buffers.setdefault("ranges", None)
+        tensors_of(self)[1].setdefault("ranges", None)
         if "weight_shape" not in self.__dict__:
             self.weight_shape = tuple(self.dense_weight().shape)
 

@@ -9,14 +9,12 @@
         lookup = LookupConv2d.from_conv(case.conv, LookupConfig(dictionary_size=1.0, sparsity=None))
         assert_equivalent(case.conv, lookup, case.inputs)
 
-May import ``passes`` and the rooms below it.
-
 The rule everywhere: the result may not be farther from a float64 reference than PyTorch's own result, times a small factor.
 Whatever a strategy draws is described by a few plain values, so a failure prints a program that makes it again.
 Networks that write in place, keep state and take inputs of every kind come from :func:`source_networks`, as source text;
 :func:`assert_same_calls` compares all that several calls leave behind.
 
-Needs the ``testing`` extra (hypothesis).
+Needs the ``testing`` extra (hypothesis). May import ``passes`` and the rooms below it.
 """
 
 from lcnn_compile.testing.calls import assert_same_calls
