@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from lcnn_compile.kernels.cpu.steps import Map, Normalize, Reduce, Softmax, View
-from lcnn_compile.passes.signatures import operation_of
-from lcnn_compile.passes.step_form import Emit, Form, Values, is_plain, is_value
-from lcnn_compile.passes.targets import attribute, is_get_attr, same_shape, shape_of
+from lcnn_compile.passes.step_form import Emit, Form, Values, is_plain, operation_on_images
+from lcnn_compile.passes.targets import attribute, is_get_attr
 
 Make = Callable[[Emit, int], int]
 _KINDS = {
@@ -28,12 +27,10 @@ _KINDS = {
 
 def reducing(gm: fx.GraphModule, node: fx.Node) -> Form | None:
     """The form of a reduction, a normalisation or a softmax; None for others."""
-    found = operation_of(node)
-    x = None if found is None else found[1].get("input")
-    shape, out = shape_of(x) if is_value(x) else None, shape_of(node)
-    if found is None or not is_value(x) or not shape or not out or not same_shape(shape[:1], out[:1]):
+    found = operation_on_images(node)
+    if found is None:
         return None
-    name, given = found
+    name, given, x, shape, out = found
     if name in ("layer_norm", "group_norm", "instance_norm"):
         return _norm(gm, name, given, x, shape)
     if given.get("dtype") not in (None, torch.float32):

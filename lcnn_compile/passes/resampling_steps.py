@@ -9,9 +9,8 @@ from torch import fx
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels.cpu.resampling import PADDINGS
 from lcnn_compile.kernels.cpu.steps import Pad, Resize
-from lcnn_compile.passes.signatures import operation_of
-from lcnn_compile.passes.step_form import Form, is_value
-from lcnn_compile.passes.targets import same_shape, shape_of
+from lcnn_compile.passes.step_form import Form, operation_on_images
+from lcnn_compile.passes.targets import same_shape
 
 _MODES = {
     **{"nearest": "nearest", "nearest-exact": "nearest-exact", "linear": "linear", "bilinear": "linear", "bicubic": "bicubic"},
@@ -29,12 +28,10 @@ _PAD_NAMES = {"constant_pad_nd": "constant", "reflection_pad1d": "reflect", "ref
 
 def resampling(node: fx.Node) -> Form | None:
     """The form of a padding or a resizing; None for others."""
-    found = operation_of(node)
-    x = None if found is None else found[1].get("input")
-    shape, out = shape_of(x) if is_value(x) else None, shape_of(node)
-    if found is None or not is_value(x) or not shape or not out or not same_shape(shape[:1], out[:1]):
+    found = operation_on_images(node)
+    if found is None:
         return None
-    name, given = found
+    name, given, x, shape, out = found
     if name == "pad" or name in _PAD_NAMES:
         step: Any = _pad(name, given, len(shape))
     elif name == "interpolate" or name.startswith("upsample_"):

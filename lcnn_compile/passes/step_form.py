@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, fx
 
 from lcnn_compile.kernels.cpu.step import Step
-from lcnn_compile.passes.targets import WRITTEN, example
+from lcnn_compile.passes.signatures import operation_of
+from lcnn_compile.passes.targets import WRITTEN, example, same_shape, shape_of
 
 Values = Sequence[int]
 
@@ -41,6 +42,34 @@ class Form:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alias", self.alias or self.view)
+
+
+class Operation(NamedTuple):
+    """A call of an operation that works on each image by itself.
+
+    Attributes:
+        name: as in the tables of :mod:`lcnn_compile.passes.signatures`.
+        given: its arguments.
+        x: the node whose value it takes.
+        shape: that value's shape.
+        out: the shape of what it makes, of as many images.
+    """
+
+    name: str
+    given: dict[str, Any]
+    x: fx.Node
+    shape: tuple[Any, ...]
+    out: tuple[Any, ...]
+
+
+def operation_on_images(node: fx.Node) -> Operation | None:
+    """The operation that a node calls on a value of a program; None where it is not known, or the shapes are not."""
+    found = operation_of(node)
+    x = None if found is None else found[1].get("input")
+    shape, out = shape_of(x) if is_value(x) else None, shape_of(node)
+    if found is None or not is_value(x) or not shape or not out or not same_shape(shape[:1], out[:1]):
+        return None
+    return Operation(*found, x, shape, out)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels.cpu.forward import ACTIVATION_CODES, PackedWeight
@@ -13,18 +14,9 @@ from lcnn_compile.kernels.cpu.windows import Window
 from lcnn_compile.kernels.reference import output_size
 
 
-class _LookUp(ctypes.Structure):
-    """lcnn::LookUpStep."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("plan", "bias"))
-
-
 @dataclass(frozen=True)
-class LookUp(Step):
-    """A lookup convolution of value ``x`` [N, C, H, W] with the epilogue of the operator; ``residual`` is a value or None.
-
-    ``pool`` is done with the output before it is written; then there is no residual. Weights: the packed weight, the bias or None.
-    """
+class Convolution(Step):
+    """A convolution of value ``x`` [N, C, H, W] with the epilogue of the operator; ``residual`` is a value or None."""
 
     x: int
     residual: int | None
@@ -36,14 +28,15 @@ class LookUp(Step):
     dilation: tuple[int, int]
     activation: str = "none"
     residual_last: bool = False
-    pool: Window | None = None
+    named: ClassVar[str]
+    """In errors."""
 
     @property
     def reads(self) -> tuple[int, ...]:
         """``x``, and the residual."""
         return (self.x,) if self.residual is None else (self.x, self.residual)
 
-    def renumbered(self, place: Mapping[int, int] | Sequence[int]) -> LookUp:
+    def renumbered(self, place: Mapping[int, int] | Sequence[int]) -> Self:
         """The same with other numbers."""
         return replace(self, x=place[self.x], residual=None if self.residual is None else place[self.residual])
 
@@ -52,16 +45,15 @@ class LookUp(Step):
         """Always."""
         return True
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """[N, n, H', W']."""
-        shape = self.convolved(shapes)
-        return shape if self.pool is None else self.pool.shape(shape)
-
     def convolved(self, shapes: Sequence[Shape]) -> Shape:
-        """[N, n, H', W'] before pooling."""
+        """[N, n, H', W'].
+
+        Raises:
+            KernelError: the input or the residual does not fit.
+        """
         x = shapes[self.x]
         if len(x) != 4 or x[1] != self.in_channels:
-            raise KernelError(f"a program's lookup convolution got an input of shape {tuple(x)}; [N, {self.in_channels}, H, W]")
+            raise KernelError(f"a program's {self.named} got an input of shape {tuple(x)}; [N, {self.in_channels}, H, W]")
         high, wide = output_size(x[2:], self.kernel_size, self.stride, self.padding, self.dilation)
         shape = (x[0], self.out_channels, high, wide)
         if high < 1 or wide < 1:
@@ -69,6 +61,28 @@ class LookUp(Step):
         if self.residual is not None and tuple(shapes[self.residual]) != shape:
             raise KernelError(f"a program's residual has shape {tuple(shapes[self.residual])}; the output has {shape}")
         return shape
+
+
+class _LookUp(ctypes.Structure):
+    """lcnn::LookUpStep."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("plan", "bias"))
+
+
+@dataclass(frozen=True)
+class LookUp(Convolution):
+    """A lookup convolution.
+
+    ``pool`` is done with the output before it is written; then there is no residual. Weights: the packed weight, the bias or None.
+    """
+
+    pool: Window | None = None
+    named: ClassVar[str] = "lookup convolution"
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """[N, n, H', W']."""
+        shape = self.convolved(shapes)
+        return shape if self.pool is None else self.pool.shape(shape)
 
     def native(self, site: Site) -> list[Native]:
         """One call."""
@@ -98,50 +112,19 @@ class _Depthwise(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Depthwise(Step):
-    """A dense convolution each of whose filters reads one channel of ``x`` [N, m, H, W]; the epilogue is a lookup convolution's.
+class Depthwise(Convolution):
+    """A dense convolution each of whose filters reads one channel of ``x``.
 
-    Weights: [n, 1, kh, kw], n a multiple of m, and the bias [n] or None.
+    Weights: [n, 1, kh, kw], n a multiple of C, and the bias [n] or None.
     """
 
-    x: int
-    residual: int | None
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    activation: str = "none"
-    residual_last: bool = False
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """``x``, and the residual."""
-        return (self.x,) if self.residual is None else (self.x, self.residual)
-
-    def renumbered(self, place: Mapping[int, int] | Sequence[int]) -> Depthwise:
-        """The same with other numbers."""
-        return replace(self, x=place[self.x], residual=None if self.residual is None else place[self.residual])
-
-    @property
-    def weighted(self) -> bool:
-        """Always."""
-        return True
+    named: ClassVar[str] = "depthwise convolution"
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """[N, n, H', W']."""
-        x = shapes[self.x]
-        if len(x) != 4 or x[1] != self.in_channels or self.out_channels % self.in_channels:
-            raise KernelError(
-                f"a program's depthwise convolution got an input of shape {tuple(x)}; [N, {self.in_channels}, H, W]"
-            )
-        high, wide = output_size(x[2:], self.kernel_size, self.stride, self.padding, self.dilation)
-        shape = (x[0], self.out_channels, high, wide)
-        if high < 1 or wide < 1 or self.activation not in ACTIVATION_CODES:
-            raise KernelError(f"a program's {self.kernel_size} kernel does not fit its input of shape {tuple(x)}")
-        if self.residual is not None and tuple(shapes[self.residual]) != shape:
-            raise KernelError(f"a program's residual has shape {tuple(shapes[self.residual])}; the output has {shape}")
+        shape = self.convolved(shapes)
+        if self.out_channels % self.in_channels or self.activation not in ACTIVATION_CODES:
+            raise KernelError(f"a program's {self} is no depthwise convolution with an activation of {sorted(ACTIVATION_CODES)}")
         return shape
 
     def native(self, site: Site) -> list[Native]:
