@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcnn_compile.errors import ExportError, LcnnError
-from lcnn_compile.export.writes import buffers_kept, unmarked
+from lcnn_compile.export.writes import buffers_kept, calling, unmarked
 from lcnn_compile.torch_private import least_size, pytree, sizes_apart, version
 
 _CLOSE = 1e-3
@@ -154,24 +154,21 @@ def _arguments_named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     made = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names if name not in kwargs]
     made += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs]
     named.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
-    own = vars(model).get("forward")
-    object.__setattr__(model, "forward", named)
-    try:
+    with calling(model, named):
         yield
-    finally:
-        if own is None:
-            object.__delattr__(model, "forward")
-        else:
-            object.__setattr__(model, "forward", own)
 
 
 def trial(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a copy of the model returns for copies of the inputs, with the same random numbers each time."""
+    return _answer(copy.deepcopy(model), args, kwargs)
+
+
+def _answer(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     devices = sorted({t.device.index or 0 for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_cuda})
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(0)
-        return copy.deepcopy(model)(*args, **kwargs)
+        return model(*args, **kwargs)
 
 
 def refuse_hidden_state(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -188,15 +185,12 @@ def refuse_hidden_state(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return [(id(t), 0 if t.is_inference() else version(t)) for t in (*twin.parameters(), *twin.buffers())]
 
     before = versions()
-    with torch.random.fork_rng([]), torch.no_grad():
-        for _ in range(2):
-            torch.manual_seed(0)
-            given = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-            try:
-                output = twin(*given[0], **given[1])
-            except Exception:
-                return  # what is wrong with the call is said by what captures it
-            answers.append(pytree.tree_leaves(pytree.tree_map_only(Tensor, torch.clone, output)))
+    for _ in range(2):
+        try:
+            output = _answer(twin, args, kwargs)
+        except Exception:
+            return  # what is wrong with the call is said by what captures it
+        answers.append(pytree.tree_leaves(pytree.tree_map_only(Tensor, torch.clone, output)))
     if before != versions():
         return
     for number, (first, second) in enumerate(zip(*answers, strict=False)):

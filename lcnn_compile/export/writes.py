@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,20 @@ def writes_values(program: torch.export.ExportedProgram) -> torch.export.Exporte
 
 
 @contextmanager
+def calling(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a call of ``model`` runs ``forward`` in the place of its own."""
+    own = vars(model).get("forward")
+    object.__setattr__(model, "forward", forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            object.__delattr__(model, "forward")
+        else:
+            object.__setattr__(model, "forward", own)
+
+
+@contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Inside, a call of ``model`` that puts another tensor in the place of a buffer, as ``self.state = y``, writes its values to the buffer.
 
@@ -55,7 +69,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     Raises:
         ExportError: on the call, for a tensor of another shape or dtype, or None.
     """
-    plain, own = model.forward, "forward" in vars(model)
+    plain = model.forward
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -80,14 +94,8 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             kept[name] = old
         return output
 
-    object.__setattr__(model, "forward", forward)
-    try:
+    with calling(model, forward):
         yield
-    finally:
-        if own:
-            object.__setattr__(model, "forward", plain)
-        else:
-            object.__delattr__(model, "forward")
 
 
 def unmarked(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
