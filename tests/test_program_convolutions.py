@@ -1,6 +1,5 @@
 """Dense convolutions as steps of programs, against PyTorch in float64."""
 
-import copy
 import math
 
 import hypothesis.strategies as st
@@ -8,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from program_runs import assert_one_program, on_threads
 from torch import nn
 
-from lcnn_compile import LookupConfig, convert, freeze
+from lcnn_compile import LookupConfig, convert
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.elementwise import merged
@@ -20,21 +20,7 @@ from lcnn_compile.lookup import LookupWeight
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
 
-NAN = math.nan
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
-
-
-def on_threads(program, *inputs):
-    """The results by one thread and by two; memory is poisoned before."""
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            program(*[torch.full_like(x, NAN) for x in inputs])
-            found.append(program(*inputs))
-    finally:
-        torch.set_num_threads(before)
-    return found
 
 
 @given(
@@ -195,10 +181,4 @@ def test_dense_layers_are_part_of_the_program(name):
             nn.init.uniform_(module.running_var, 0.5, 2)
     model = convert(dense, LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup", include=("conv",)))
     x = torch.randn(2, 3, 10, 7)
-    frozen = freeze(model, x)
-    assert frozen.alone
-    for batch in (x, torch.randn(5, 3, 10, 7), x[:1]):
-        with torch.no_grad():
-            exact = copy.deepcopy(dense).double()(batch.double())
-        frozen(torch.full_like(batch, NAN))
-        torch.testing.assert_close(frozen(batch).double(), exact, rtol=1e-4, atol=5e-5)
+    assert_one_program(dense, model, x, atol=5e-5)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from program_runs import assert_one_program, on_threads, same_on_threads
 from torch import nn
 
-from lcnn_compile import LookupConfig, convert, freeze
+from lcnn_compile import LookupConfig, convert
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.elementwise import FUNCTIONS, Map, coalesced, merged
@@ -158,18 +159,10 @@ def test_chains_of_values_constants_and_numbers_that_are_broadcast(data):
     weights = [tuple(constants)] if constants else []
     recipe = Recipe(len(values), (step,), (len(values),))
     assert Recipe.from_json(recipe.to_json()) == recipe
-    program, before, found = Program(recipe, weights), torch.get_num_threads(), []
     exact = registers(step, values, constants)
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            program(*[torch.full_like(v, NAN) for v in values])
-            found += program(*values)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*found)
-    assert found[0].shape == exact.shape
-    torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-5 * max(1.0, float(exact.abs().max())))
+    [found] = same_on_threads(Program(recipe, weights), *values)
+    assert found.shape == exact.shape
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5 * max(1.0, float(exact.abs().max())))
 
 
 @given(st.data())
@@ -213,18 +206,10 @@ def test_images_of_a_concatenation_lie_apart(images, shape):
     square = Map((1,), (), (), (("square", (0,), ()),))
     steps = (subtract, add, square, Map((4, 0), (), (2.5,), (("mul", (0, 2), ()), ("mul", (3, 1), ()))), Concat((2, 5, 3), 1))
     program = Program(Recipe(2, steps, (6,)), [])
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            program(torch.full_like(x, NAN), torch.full_like(factor, NAN))
-            [y] = program(x, factor)
-            exact, by = x.double(), factor.double()
-            torch.testing.assert_close(
-                y.double(), torch.cat([exact - by, 2.5 * by * by * exact, exact + by], 1), rtol=1e-6, atol=1e-6
-            )
-    finally:
-        torch.set_num_threads(before)
+    exact, by = x.double(), factor.double()
+    exact = torch.cat([exact - by, 2.5 * by * by * exact, exact + by], 1)
+    for [y] in on_threads(program, x, factor):
+        torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_a_chain_becomes_one_step_unless_somebody_reads_what_is_in_between():
@@ -329,13 +314,7 @@ def test_expressions_are_part_of_the_program(name):
     dense = Elements(EXPRESSIONS[name]).eval()
     model = convert(dense, LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
     x = torch.randn(2, 3, 9, 7)
-    frozen = freeze(model, x)
-    assert frozen.alone
-    for batch in (x, torch.randn(5, 3, 9, 7), x[:1]):
-        with torch.no_grad():
-            exact = copy.deepcopy(dense).double()(batch.double())
-        frozen(torch.full_like(batch, NAN))
-        torch.testing.assert_close(frozen(batch).double(), exact, rtol=1e-4, atol=2e-5)
+    assert_one_program(dense, model, x, atol=2e-5)
 
 
 def test_a_batch_norm_after_its_values_were_read_and_weights_that_change():

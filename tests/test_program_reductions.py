@@ -1,6 +1,5 @@
 """Reductions, norms and softmax as steps of programs, against PyTorch in float64."""
 
-import copy
 import math
 
 import hypothesis.strategies as st
@@ -8,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from program_runs import assert_one_program, same_on_threads
 from torch import nn
 
-from lcnn_compile import LookupConfig, convert, freeze
+from lcnn_compile import LookupConfig, convert
 from lcnn_compile.errors import KernelError
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu.program import Program
@@ -20,21 +20,6 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels 
 
 NAN = math.nan
 SHAPES = ((2, 3, 5, 7), (1, 33, 9), (3, 1, 1), (2, 70), (2, 5, 1, 37), (1, 4, 40, 41), (2, 600, 3), (0, 3, 4))
-
-
-def on_threads(program, *inputs):
-    """The results by one thread and by two, which must be the same bits; memory is poisoned before."""
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            program(*[torch.full_like(x, NAN) for x in inputs])
-            found.append(program(*inputs))
-    finally:
-        torch.set_num_threads(before)
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
-    return found[0]
 
 
 def in_the_middle(step, x, channels=3):
@@ -64,7 +49,7 @@ def test_reductions(shape, kind, data):
         "squares": lambda: (exact * exact).sum(dims, keepdim=True),
         "variance": lambda: exact.var(dims, correction=correction, keepdim=True),
     }[kind]()
-    [y] = on_threads(Program(Recipe(1, (Reduce(0, kind, first, end, correction),), (1,)), []), x)
+    [y] = same_on_threads(Program(Recipe(1, (Reduce(0, kind, first, end, correction),), (1,)), []), x)
     torch.testing.assert_close(y.double(), truth, rtol=2e-6, atol=1e-6)
 
 
@@ -86,7 +71,7 @@ def test_softmax(shape, kind):
     torch.manual_seed(2)
     x = torch.randn(shape) * 5
     for dim in range(1, len(shape)):
-        [y] = on_threads(Program(Recipe(1, (Softmax(0, kind, dim, dim + 1),), (1,)), []), x)
+        [y] = same_on_threads(Program(Recipe(1, (Softmax(0, kind, dim, dim + 1),), (1,)), []), x)
         torch.testing.assert_close(y.double(), getattr(F, kind)(x.double(), dim), rtol=2e-6, atol=1e-6)
 
 
@@ -108,7 +93,7 @@ def test_norms(shape, groups, affine, data):
     weight = torch.rand(over) + 0.5 if affine in ("both", "weight") else None
     bias = torch.randn(over) if affine in ("both", "bias") else None
     step = Normalize(0, "normalize", first, end, 1e-3, groups)
-    [y] = on_threads(Program(Recipe(1, (step,), (1,)), [(weight, bias)]), x)
+    [y] = same_on_threads(Program(Recipe(1, (step,), (1,)), [(weight, bias)]), x)
     exact = x.double()
     if groups is None:
         dims = tuple(range(first, end))
@@ -134,7 +119,7 @@ def test_values_whose_images_lie_apart(step):
     x, more = torch.randn(3, 2, 5, 7), torch.randn(3, 2, 5, 7)
     steps = (*step(0), *step(1), Concat((2, 3), 1))
     weights = [(None, None), (None, None)] if isinstance(steps[0], Normalize) else []
-    [y] = on_threads(Program(Recipe(2, steps, (4,)), weights), x, more)
+    [y] = same_on_threads(Program(Recipe(2, steps, (4,)), weights), x, more)
     alone = [Program(Recipe(1, step(0), (1,)), weights[:1])(v)[0] for v in (x, more)]
     assert torch.equal(y, torch.cat(alone, 1))
 
@@ -210,10 +195,4 @@ def test_expressions_are_part_of_the_program(name):
     dense = Norms(EXPRESSIONS[name]).eval()
     model = convert(dense, LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup", exclude=("wide", "narrow")))
     x = torch.randn(2, 3, 9, 7)
-    frozen = freeze(model, x)
-    assert frozen.alone
-    for batch in (x, torch.randn(5, 3, 9, 7), x[:1]):
-        with torch.no_grad():
-            exact = copy.deepcopy(dense).double()(batch.double())
-        frozen(torch.full_like(batch, NAN))
-        torch.testing.assert_close(frozen(batch).double(), exact, rtol=1e-4, atol=5e-5)
+    assert_one_program(dense, model, x, atol=5e-5)

@@ -145,15 +145,12 @@ class Frozen(Way):
     def reference(self, model, case):
         return record(torch.compile(model.eval(), dynamic=False), case.calls())
 
-    def program(self, model, case):
-        call = case.call(0)
-        program = torch.export.export(model.eval(), call.args, call.kwargs, strict=False)
-        return program.run_decompositions({}).module()
-
 
 class Exported(Frozen):
     def reference(self, model, case):
-        return record(self.program(model, case), case.calls())
+        call = case.call(0)
+        program = torch.export.export(model.eval(), call.args, call.kwargs, strict=False)
+        return record(program.run_decompositions({}).module(), case.calls())
 
     def make(self, model, case, lowering):
         same = converted(model, case, lowering)
