@@ -168,8 +168,11 @@ def settled(recipe: Recipe, shapes: Sequence[Shape]) -> Recipe:
     return Recipe(recipe.inputs, tuple(steps), tuple(outputs))
 
 
-def place(recipe: Recipe, shapes: Sequence[Shape]) -> Placement:
-    """Where the values of a recipe from :func:`settled` lie: they share memory where their lives do not overlap."""
+def place(recipe: Recipe, shapes: Sequence[Shape], images: int = 1) -> Placement:
+    """Where the values of a recipe from :func:`settled` lie: they share memory where their lives do not overlap.
+
+    Each has whole lines for each of so many ``images``, a divisor of all batches; with the batch itself, all offsets grow with it.
+    """
     family = _family(recipe, shapes)
     elements = recipe.elements()
     values = range(len(shapes))
@@ -190,7 +193,7 @@ def place(recipe: Recipe, shapes: Sequence[Shape]) -> Placement:
         if root in places or first[root] != number:
             continue
         live = sorted(entry for entry in live if last[entry[2]] >= number)
-        taken = -(-math.prod(shapes[root]) * BYTES[elements[root]] // LINE) * LINE
+        taken = -(-math.prod(shapes[root]) * BYTES[elements[root]] // (LINE * images)) * LINE * images
         offset = _over(recipe, number, family, live, last)
         if offset is None:
             offset = 0

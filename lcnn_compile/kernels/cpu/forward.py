@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -79,6 +81,37 @@ class Handle:
             self._free(self.address)
 
 
+class PlanHandle(Handle):
+    """A plan of the library, and what it was made of.
+
+    Attributes:
+        weight: the packed weight.
+        geometry: the words of lcnn::Geometry.
+        pool: those of lcnn::Pool, or None.
+    """
+
+    __slots__ = ("geometry", "pool", "weight")
+
+    def __init__(
+        self, address: int | None, free: Callable[[int], None], weight: object, geometry: Sequence[int], pool: Pooling | None
+    ):
+        super().__init__(address, free)
+        self.weight, self.geometry, self.pool = weight, geometry, pool
+
+
+_sources = ContextVar("_sources", default=False)
+
+
+@contextmanager
+def keep_sources() -> Iterator[None]:
+    """Weights that are packed inside keep what they were packed from, so that they can be written to a file."""
+    token = _sources.set(True)
+    try:
+        yield
+    finally:
+        _sources.reset(token)
+
+
 class Pooling(ctypes.Structure):
     """lcnn::Pool: what is pooled of [planes, height, width]."""
 
@@ -105,6 +138,8 @@ class PackedWeight:
     Attributes:
         out_channels: n.
         precision: "float32" or "bfloat16".
+        kernel_size: (kh, kw).
+        source: what it was packed from, where :func:`keep_sources` asked for it.
     """
 
     def __init__(self, weight: Weight, size: tuple[int, int], precision: str = "float32"):
@@ -117,12 +152,12 @@ class PackedWeight:
         if math.prod(size) > POSITIONS:
             raise KernelError(f"lookup_conv2d: the kernel has {size} positions; the C++ kernels take {POSITIONS} in all")
         self.out_channels = int((filters >= 0).sum())
-        self.precision = precision
-
+        self.precision, self.kernel_size = precision, tuple(size)
         self._library = library
         self._plans: dict[tuple[object, ...], _Plan] = {}
         tensors = [t.detach().to(torch.float32).contiguous() for t in (dictionary, coefficients)]
         tensors += [t.contiguous() for t in integers]
+        self.source = Weight(*tensors) if _sources.get() else None
         sizes = (ctypes.c_int64 * 8)(*dictionary.shape, *size, *filters.shape, precision == "bfloat16")
         packed = library.lcnn_weight_new(sizes, *[address_of(t) for t in tensors])
         self._handle = Handle(packed, library.lcnn_weight_free)
@@ -141,7 +176,7 @@ class PackedWeight:
         pool: Pooling | None = None,
         out_image: int | None = None,
         residual_image: int | None = None,
-    ) -> Handle:
+    ) -> PlanHandle:
         """What the kernels work out once for all calls of the same geometry; the input's rows have stride 1.
 
         ``out_shape`` is the convolution's; ``pool`` is done with it before it is written. From one image of the output and of the
@@ -157,7 +192,7 @@ class PackedWeight:
         geometry = [shape[0], *shape[2:], *strides, *out_shape[2:], *images, *numbers]
         pooling = None if pool is None else ctypes.byref(pool)
         made = self._library.lcnn_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry), pooling)
-        return Handle(made, self._library.lcnn_plan_free)
+        return PlanHandle(made, self._library.lcnn_plan_free, self, geometry, pool)
 
     def __call__(self, call: Arguments) -> Tensor:
         """``activation(conv(input, P·D) + bias + residual)``, contiguous, in the input's dtype.
@@ -200,4 +235,11 @@ class PackedWeight:
         return y if input.dtype == torch.float32 else y.to(input.dtype)
 
 
-packed_weight = Prepared(lambda *given: PackedWeight(Weight(*given[:6]), *given[6:]))
+_packed_weight = Prepared(lambda *given: PackedWeight(Weight(*given[:6]), *given[6:]))
+
+
+def packed_weight(weight: tuple[Tensor, ...], size: tuple[int, int], precision: str = "float32") -> PackedWeight:
+    """The packed form of a weight's six tensors, from a cache where nothing has changed."""
+    if _sources.get():
+        return PackedWeight(Weight(*weight), size, precision)
+    return _packed_weight(weight, size, precision)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcnn_compile.errors import KernelError, WeightError
 from lcnn_compile.kernels.cpu import build as cpu_build
-from lcnn_compile.kernels.cpu.forward import ACTIVATION_CODES, PLANS, POSITIONS, Handle, address_of
+from lcnn_compile.kernels.cpu.forward import ACTIVATION_CODES, PLANS, POSITIONS, Handle, PlanHandle, address_of
 from lcnn_compile.kernels.cpu.threads import thread_count
 from lcnn_compile.kernels.quantized import QuantizedLookup
 from lcnn_compile.kernels.reference import output_size
@@ -35,6 +35,7 @@ class PackedBytes:
     Attributes:
         layer: what is packed.
         out_channels: n.
+        sizes, ending, starts: what the library is told beside the layer's tensors: sizes, lcnn::ByteFinish, the sums of D at zero.
     """
 
     def __init__(self, layer: QuantizedLookup, name: str = "convolve_bytes"):
@@ -46,10 +47,11 @@ class PackedBytes:
             raise KernelError(f"{name}: the kernel has {layer.kernel_size} positions; the C++ kernels take {POSITIONS} in all")
         self.layer, self.out_channels = layer, layer.out_channels
         self._library = library
-        self._plans: dict[tuple[object, ...], Handle] = {}
+        self._plans: dict[tuple[object, ...], PlanHandle] = {}
+        self.starts: Tensor | None = None
         identity = layer.dictionary is None
         per_group = layer.in_channels // layer.groups
-        sizes = [
+        self.sizes = [
             layer.groups,
             layer.vectors,
             per_group,
@@ -63,7 +65,7 @@ class PackedBytes:
         zero, factor = finish.residual or (0, 0.0)
         kind = 0 if finish.residual is None else 2 if zero is None else 1
         codes = (ACTIVATION_CODES[finish.activation], finish.residual_last, kind, zero or 0)
-        ending = _Finish(*codes, finish.zero is not None, finish.zero or 0, factor, finish.six, finish.step)
+        self.ending = _Finish(*codes, finish.zero is not None, finish.zero or 0, factor, finish.six, finish.step)
         tensors: list[Tensor | None] = [
             None,
             layer.coefficients.float(),
@@ -75,13 +77,13 @@ class PackedBytes:
             None,
         ]
         if layer.dictionary is not None:
-            starts = -layer.input_zero * layer.dictionary.sum(2, dtype=torch.int32)
-            tensors[0], tensors[6:] = layer.dictionary.float(), [starts, layer.vector_factors]
+            self.starts = -layer.input_zero * layer.dictionary.sum(2, dtype=torch.int32)
+            tensors[0], tensors[6:] = layer.dictionary.float(), [self.starts, layer.vector_factors]
         tensors += [layer.bias, layer.filter_factors]
         held = [None if t is None else t.contiguous() for t in tensors]
         addresses = [None if t is None else address_of(t) for t in held]
-        numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-        packed = library.lcnn_bytes_new(numbers, ctypes.byref(ending), *addresses)
+        numbers = (ctypes.c_int64 * len(self.sizes))(*self.sizes)
+        packed = library.lcnn_bytes_new(numbers, ctypes.byref(self.ending), *addresses)
         self._handle = Handle(packed, library.lcnn_bytes_free)
 
     def out_shape(
@@ -112,7 +114,7 @@ class PackedBytes:
         dilation: Sequence[int],
         threads: int,
         images: tuple[int, int, int] | None = None,
-    ) -> Handle:
+    ) -> PlanHandle:
         """What is worked out once for all calls of the same geometry.
 
         Images are contiguous inside; ``images``: elements from one to the next of the input, of the output, and of the residual, where these
@@ -125,7 +127,7 @@ class PackedBytes:
         rest = (*stride, *dilation, padding[0], padding[2], 0, 0, threads, 0)
         geometry = [shape[0], height, width, *strides, *out_shape[2:], y_image, residual_image, *rest]
         made = self._library.lcnn_bytes_plan_new(self._handle.address, (ctypes.c_int64 * len(geometry))(*geometry))
-        return Handle(made, self._library.lcnn_bytes_plan_free)
+        return PlanHandle(made, self._library.lcnn_bytes_plan_free, self, geometry, None)
 
     def __call__(
         self,

@@ -71,6 +71,7 @@ class Program:
 
     Attributes:
         handle: a number by which the operator finds it for as long as it lives.
+        weights: as given.
         runs: calls so far.
 
     Raises:
@@ -83,7 +84,7 @@ class Program:
             raise KernelError("a program needs the C++ kernels, which are unavailable")
         self.recipe = recipe
         self._library = found
-        self._weights = [tuple(_own(part) if isinstance(part, Tensor) else part for part in entry) for entry in weights]
+        self.weights = [tuple(_own(part) if isinstance(part, Tensor) else part for part in entry) for entry in weights]
         self._instances: dict[tuple[Any, ...], _Instance] = {}
         self._images = IMAGES.get(cpu_build.instruction_set(), 0)
         self.runs = 0
@@ -169,7 +170,7 @@ class Program:
             if x.dtype != torch.float32 or not x.is_cpu or x.layout != torch.strided:
                 raise KernelError(f"a program got an input of {x.dtype} on {x.device}; float32 on the CPU is required")
         given = [x.shape for x in inputs]
-        joined = merged(self.recipe.steps, self.recipe.inputs, self.recipe.outputs, self._weights, self.recipe.shapes(given))
+        joined = merged(self.recipe.steps, self.recipe.inputs, self.recipe.outputs, self.weights, self.recipe.shapes(given))
         base, weights = Recipe(self.recipe.inputs, joined[0], joined[1]), joined[2]
         known = base.shapes(given)
         turned = side_by_side(base, known, self._images) if self._images else None
