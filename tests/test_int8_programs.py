@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
 
 def in_plain_pytorch(program, x):
     """The values of a program's steps, one after the other, by the integer reference."""
-    values, weights = [x], iter(program._weights)
+    values, weights = [x], iter(program.weights)
     for step in program.recipe.steps:
         given = values[step.x]
         if isinstance(step, Cast):
