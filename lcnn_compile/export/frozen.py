@@ -65,6 +65,8 @@ class Frozen:
         graph: what runs, with its programs.
         alone: whether it is one native program, with nothing left to the compiler.
         left_over: otherwise, the operations that keep it from being one, with the shapes of their results.
+        program, single: that program, and how it is called; or None.
+        form: of each tensor input: the smallest batch (0 where it has none), sizes, dtype, device.
     """
 
     def __init__(self, program: torch.export.ExportedProgram, call: _Call):
@@ -74,23 +76,32 @@ class Frozen:
         self.graph: fx.GraphModule = gm
         self._writes_inputs, stateful = writes_to(gm, "placeholder"), writes_to(gm, "get_attr")
         self._signature = call.signature()
-        self._form = list(call.form)
-        names = list(self._signature.parameters)[: len(self._form)]
+        self.form = list(call.form)
+        names = list(self._signature.parameters)[: len(self.form)]
         self._plain = call.given.detail[: len(names)] == tuple(names) and self._only_tensors()
         alone = single_program(gm)
         self.alone = alone is not None
         self.left_over = [] if self.alone else left_over(gm)
-        self._program: Program | None = None
+        self.program: Program | None = None
         self._rest: Callable[..., Any] | None = None
         if alone is not None:
-            [self._program], self._alone = programs(gm), alone
+            [self.program], self.single = programs(gm), alone
         else:
             options: dict[str, Any] | None = None if stateful else {"freezing": True}
             self._rest = torch.compile(gm, options=options, dynamic=False)
 
+    @property
+    def input_names(self) -> list[str]:
+        """Of the tensors in the model's arguments: the parameter, with a number where it holds several."""
+        found = []
+        for name, part in zip(self._call.given.detail, self._call.given.parts, strict=True):
+            count = _tensors(part)
+            found += [name] if part.kind == "tensor" else [f"{name}.{i}" for i in range(count)]
+        return found
+
     def _only_tensors(self) -> bool:
         """Whether the first arguments are one tensor each, and the others have their defaults."""
-        count = len(self._form)
+        count = len(self.form)
         parts, parameters = self._call.given.parts, self._call.parameters
         if any(part.kind != "tensor" for part in parts[:count]) or any(kind > 1 for _, kind, *_ in parameters[:count]):
             return False
@@ -129,15 +140,15 @@ class Frozen:
         Raises:
             ExportError: the arguments differ from those that the model was frozen for in more than tensors' values and the batch size.
         """
-        if self._plain and not kwargs and len(args) == len(self._form) and all(isinstance(x, Tensor) for x in args):
+        if self._plain and not kwargs and len(args) == len(self.form) and all(isinstance(x, Tensor) for x in args):
             leaves = list(args)
         else:
             leaves, given = self._bind(args, kwargs)
             if found := _first_difference(self._call.given, given):
                 raise ExportError(f"the model is frozen for other arguments: {found}; freeze it again")
         self._check(leaves)
-        if self._program is not None:
-            found_outputs = self._alone.returned(self._program(*[leaves[i] for i in self._alone.inputs]))
+        if self.program is not None:
+            found_outputs = self.single.returned(self.program(*[leaves[i] for i in self.single.inputs]))
         else:
             assert self._rest is not None
             with torch.no_grad(), plain_dtypes():
@@ -147,7 +158,7 @@ class Frozen:
     def _check(self, leaves: list[Any]) -> None:
         """Complain about other sizes, dtypes or devices than the model was frozen for."""
         batch = None
-        for x, (least, shape, dtype, device) in zip(leaves, self._form, strict=True):
+        for x, (least, shape, dtype, device) in zip(leaves, self.form, strict=True):
             known = x.dtype == dtype and x.device == device and x.dim() == len(shape)
             if known and least:
                 batch = x.shape[0] if batch is None else batch
@@ -155,9 +166,9 @@ class Frozen:
             if not (known and (least or x.shape == shape)):
                 forms = [
                     (["batch", *shape[1:]] if least else list(shape), str(dtype), str(device))
-                    for least, shape, dtype, device in self._form
+                    for least, shape, dtype, device in self.form
                 ]
-                smallest = max((least for least, *_ in self._form), default=0)
+                smallest = max((least for least, *_ in self.form), default=0)
                 remark = f", with a batch of {smallest} at least" if smallest > 1 else ""
                 got = [(list(t.shape), str(t.dtype), str(t.device)) for t in leaves]
                 raise ExportError(f"the model is frozen for tensors {forms}{remark}; it got {got}; freeze it again")
@@ -173,6 +184,10 @@ def _arguments(bound: inspect.BoundArguments) -> tuple[list[Any], Structure]:
         leaves += inside
         parts.append(structure)
     return leaves, Structure("mapping", dict, tuple(bound.arguments), tuple(parts))
+
+
+def _tensors(structure: Structure) -> int:
+    return 1 if structure.kind == "tensor" else sum(_tensors(part) for part in structure.parts)
 
 
 def _first_difference(wanted: Structure, given: Structure) -> str:

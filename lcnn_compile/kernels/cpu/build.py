@@ -25,60 +25,22 @@ import torch
 
 from lcnn_compile.errors import KernelError, LcnnWarning
 from lcnn_compile.files import digest
+from lcnn_compile.kernels.cpu.sources import (
+    BFLOAT16,
+    COMPRESS,
+    FLAGS,
+    FOLDER,
+    ISA_FLAGS,
+    MATRIX,
+    NATIVE,
+    SOURCES,
+    UNFUSED,
+    UNITS,
+    VNNI,
+    build_shared,
+)
 from lcnn_compile.kernels.store import cache_folder
 
-FOLDER = Path(__file__).parent / "src"
-SOURCES = (
-    "kernels.cpp",
-    "interface.cpp",
-    "bfloat16.cpp",
-    "int8.cpp",
-    "int8.h",
-    "int8_stages.h",
-    "int8_values.h",
-    "int8_kernels.h",
-    "int8_weight.h",
-    "int8_vector.h",
-    "gradients.h",
-    "program.h",
-    "depthwise.h",
-    "linear.h",
-    "map.h",
-    "move.h",
-    "reduce.h",
-    "resize.h",
-    "functions.h",
-    "pool.h",
-    "run.h",
-    "bfloat16_stages.h",
-    "matrix_stages.h",
-    "stages.h",
-    "look_up.h",
-    "form.h",
-    "call.h",
-    "plan.h",
-    "weight.h",
-    "matrix.h",
-    "bfloat16.h",
-    "narrow.h",
-    "kernels.h",
-    "vector.h",
-)
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
-VNNI, COMPRESS = ("-mavx512vnni",), ("-mavx512vbmi", "-mavx512vbmi2")
-BFLOAT16, MATRIX = ("-mavx512bf16",), ("-mamx-tile", "-mamx-bf16")
-AVX2 = ("-mavx2", "-mfma")
-ISA_FLAGS = {
-    "portable": (),
-    "avx2": AVX2,
-    "avxvnni": (*AVX2, "-mavxvnni"),
-    "avx512": AVX512,
-    "avx512vnni": (*AVX512, *VNNI),
-    "avx512vbmi2": (*AVX512, *VNNI, *COMPRESS),
-    "avx512bf16": (*AVX512, *VNNI, *COMPRESS, *BFLOAT16),
-    "amx": (*AVX512, *VNNI, *COMPRESS, *BFLOAT16, *MATRIX),
-}
 NEEDED = {
     "avxvnni": ("avx_vnni",),
     "avx512vnni": ("avx512_vnni",),
@@ -87,8 +49,6 @@ NEEDED = {
     "amx": ("avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512_bf16", "amx_tile", "amx_bf16"),
 }
 """What Linux calls the instructions of a set, beside those that PyTorch tells of."""
-UNFUSED = {"int8.cpp": ("-ffp-contract=off",)}
-"""Sources in which every operation is rounded, whatever the instruction set has."""
 SANITIZE_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 COMPILE_SECONDS = 600
 
@@ -230,8 +190,31 @@ def build() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
             if not path.exists():
-                sources = [FOLDER / name for name in SOURCES if name.endswith(".cpp")]
+                sources = [FOLDER / name for name in UNITS]
                 _compile(_compiler(), _flags(), sources, path)
+    return path
+
+
+def shared_library() -> Path:
+    """liblcnn.so, which runs programs from files on any processor of this kind: the one that was installed, or built once into the cache.
+
+    Raises:
+        KernelError: it is not there, and cannot be built.
+    """
+    installed = Path(__file__).parent / "lib" / "liblcnn.so"
+    if installed.exists():
+        return installed
+    try:
+        compiler = _compiler()
+        extra = SANITIZE_FLAGS if os.environ.get("LCNN_CPU_SANITIZE") == "1" else ()
+        sources = [FOLDER / name for name in SOURCES] + sorted(path for path in NATIVE.iterdir() if path.suffix in (".cpp", ".h"))
+        path = cache_directory() / f"liblcnn_{_key(compiler, (*FLAGS, *extra, *ISA_FLAGS), sources)}.so"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
+            if not path.exists():
+                build_shared(path, str(compiler), extra=extra)
+    except (OSError, subprocess.SubprocessError, filelock.Timeout) as error:
+        raise KernelError(f"liblcnn.so was not installed, and cannot be built here: {error}") from error
     return path
 
 

@@ -1,0 +1,35 @@
+// The kernels for one instruction set, as the runtime calls them; each set is compiled apart, its names hidden from the others.
+#pragma once
+
+#include <cstdint>
+
+namespace lcnn {
+
+struct ByteFinish;
+struct Geometry;
+struct Place;
+struct Pool;
+struct Step;
+
+struct KernelTable {
+  void* (*weight_new)(const int64_t* sizes, const float* dictionary, const float* coefficients, const int32_t* indices,
+                      const int32_t* positions, const int32_t* offsets, const int32_t* filters);
+  void (*weight_free)(void*);
+  void* (*plan_new)(const void* weight, const Geometry* geometry, const Pool* pool);
+  void (*plan_free)(void*);
+  void* (*bytes_new)(const int64_t* sizes, const ByteFinish* finish, const float* dictionary, const float* coefficients,
+                     const int32_t* indices, const int32_t* positions, const int32_t* offsets, const int32_t* filters,
+                     const int32_t* starts, const float* row_factors, const int32_t* bias, const float* filter_factors);
+  void (*bytes_free)(void*);
+  void* (*bytes_plan_new)(const void* weight, const Geometry* geometry);
+  void (*bytes_plan_free)(void*);
+  void* (*program_new)(const Step* steps, int64_t count, const Place* places, int64_t values, int64_t arena, int64_t threads);
+  void (*program_free)(void*);
+  int (*program_run)(const void* program, void* const* tensors, double* seconds);
+  int (*multiplies_pairs)();
+};
+
+// The fastest that this processor runs, or what LCNN_CPU_ISA names; null, and what is wrong in `name`, where that is impossible.
+const KernelTable* choose_kernels(const char** name);
+
+}  // namespace lcnn
