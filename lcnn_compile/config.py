@@ -15,8 +15,10 @@ Lowering = Literal["auto", "lookup", "factored", "dense"]
 Budget = Literal["macs", "time"]
 LOWERING_CHOICES = ("auto", "lookup", "factored", "dense")
 BUDGETS = ("macs", "time")
-Precision = Literal["float32", "bfloat16", "int8"]
-PRECISION_CHOICES = ("float32", "bfloat16", "int8")
+Precision = Literal["float32", "bfloat16", "int8", "auto"]
+PRECISIONS = ("float32", "bfloat16", "int8")
+"""Those that a layer may have."""
+PRECISION_CHOICES = (*PRECISIONS, "auto")
 LAYER_FIELDS = ("dictionary_size", "sparsity", "group_size", "max_error", "lowering", "precision")
 
 
@@ -49,7 +51,10 @@ class LayerConfig:
         precision: "bfloat16" lets lookups on a CPU round the dictionary, the coefficients, their inputs and S to bfloat16, which
             is faster where memory or, with instructions for it, arithmetic is what bounds a layer. Sums, bias and outputs
             stay float32. The fit knows of it: ``error`` and ``max_error`` include the rounding. "int8" computes in bytes, with sums
-            of 32 bits, in ranges that calibration finds; convolutions that stay dense do so too. ``error`` does not include that.
+            of 32 bits, in ranges that calibration finds; convolutions that stay dense do so too. ``error`` includes that, and a layer
+            whose rounding alone costs more than its share of ``max_error`` (a quarter of its own error, where there is none) is computed
+            in bfloat16 or float32, as the report says. "auto" asks for the cheapest of the three that keeps ``max_error``: the same, but
+            nothing is rounded without calibration data or off the CPU.
     """
 
     dictionary_size: int | float | Literal["auto"] = 0.25
@@ -185,6 +190,11 @@ class LookupConfig(LayerConfig):
     def precisions(self) -> set[str]:
         """Those of the network and of single layers."""
         return {self.precision, *(str(override["precision"]) for override in self.layers.values() if "precision" in override)}
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether some layer may compute in bytes."""
+        return not self.precisions.isdisjoint(("int8", "auto"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; types become "type:" rules."""

@@ -227,7 +227,7 @@ def test_a_layer_that_sees_no_finite_values_stays_float32_and_says_so():
     with pytest.warns(LcnnWarning, match=r"\['b'\] have no ranges"):
         model = convert(Broken().eval(), CONFIG.replace(target_speedup=1.01, include=("a",)), calibration=[images(0, 2)])
     assert model.a.ranges is not None
-    assert model.b.ranges is None
+    assert type(model.b) is nn.Conv2d
 
 
 def test_ranges_of_known_values():
@@ -254,3 +254,79 @@ def test_an_observer_of_nothing_finds_nothing():
     assert observer.found() is None
     observer.see(torch.full((1, 3, 4, 4), torch.inf))
     assert observer.found() is None
+
+
+class Uneven(nn.Module):
+    """Two layers that round well, and one whose input has one channel ten thousand times larger than the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+        with torch.no_grad():
+            self.c.weight[:, 0] = 0
+
+    def forward(self, x):
+        x = self.b(torch.relu(self.a(x)))
+        return self.c(x * torch.cat([x.new_full((1,), 1e4), x.new_ones(15)])[:, None, None])
+
+
+def uneven(**changes):
+    torch.manual_seed(2)
+    config = LookupConfig(dictionary_size=1.0, sparsity=None, group_size=4, include=("b", "c")).replace(**changes)
+    return convert(Uneven().eval(), config, calibration=[images(i, 4) for i in range(3)])
+
+
+@pytest.mark.parametrize("precision", ["int8", "auto"])
+def test_a_layer_whose_rounding_costs_too_much_is_computed_in_more_bits_and_says_so(precision):
+    model = uneven(precision=precision)
+    rows = {row.name: row for row in model.lcnn_report}
+    assert {name: row.precision for name, row in rows.items() if name != "c"} == {"a": "int8", "b": "int8"}
+    assert rows["c"].precision == model.c.precision != "int8"
+    assert "in eight bits rounding alone would cost" in rows["c"].reason
+    assert model.c.ranges is None
+    assert not rows["a"].replaced
+    assert "eight bits" in rows["a"].reason
+    assert "dense, int8" in str(model.lcnn_report)
+    x = images(5, 3)
+    with torch.no_grad():
+        frozen = freeze(model, (x,))
+        truth = Uneven.forward(copy.deepcopy(model), x)
+    assert float((frozen(x) - truth).norm() / truth.norm()) < 0.05
+
+
+def test_the_error_of_a_layer_is_measured_with_its_rounding():
+    model = uneven(precision="int8", include=("b",), exclude=("a",))
+    row = next(row for row in model.lcnn_report if row.name == "b")
+    layer = copy.deepcopy(model.b)
+    with torch.no_grad():
+        x = torch.cat([torch.relu(model.a(images(i, 4))) for i in range(3)])
+        rounded = layer(x)
+        layer.precision = "float32"
+        truth = layer(x)
+        deviation = (truth - truth.mean((0, 2, 3), keepdim=True)).square().sum()
+    cost = float((rounded - truth).square().sum() / deviation)
+    assert row.error == pytest.approx(cost, rel=1e-3), "a lossless layer has no other error"
+    assert 1e-6 < cost < 1e-3
+
+
+def test_auto_keeps_the_error_that_is_asked_for():
+    config = {"precision": "auto", "include": ("b",), "exclude": ("a", "c")}
+    cost = next(row.error for row in uneven(**config).lcnn_report if row.name == "b")
+    for limit, precision in ((cost * 1.1, "int8"), (cost * 0.9, "float32")):
+        model = uneven(**config, max_error=limit)
+        row = next(row for row in model.lcnn_report if row.name == "b")
+        assert row.precision == model.b.precision
+        assert (row.precision == "int8") == (precision == "int8")
+        assert row.error <= limit
+
+
+def test_auto_of_one_layer_and_auto_without_calibration():
+    model = uneven(layers={"b": {"precision": "auto"}})
+    assert [model.b.precision, model.c.precision, type(model.a)] == ["int8", "float32", nn.Conv2d]
+    torch.manual_seed(2)
+    with pytest.warns(LcnnWarning, match="no calibration"):
+        model = convert(Uneven().eval(), CONFIG.replace(precision="auto"), example_inputs=(images(0, 1),))
+    assert {module.precision for _, module in lookup_modules(model)} == {"float32"}
+    assert {row.precision for row in model.lcnn_report} == {"float32"}
+    with pytest.raises(LcnnError, match="allowed"):
+        LookupConfig(precision="half")

@@ -207,7 +207,7 @@ class Calibrating:
             fit = Fit(model, Report(rows, title=found.title), self._weights(inputs))
             _FITS[self._key] = fit
             self._switch(fit, Lowered(self._captured, inputs, self._captured.compile_later, fit.apply))
-            if fit.report.replaced:
+            if fit.report.changed:
                 log.warning("%s", fit.report)
             else:
                 reasons = "; ".join(sorted({row.reason for row in rows})) or "it has no convolution"

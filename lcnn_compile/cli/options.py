@@ -68,7 +68,7 @@ Include = Annotated[list[str] | None, typer.Option(help="Layers to convert: name
 Exclude = Annotated[list[str] | None, typer.Option(help="Layers to leave dense; repeat.", rich_help_panel=SIZES)]
 Lowering = Annotated[str | None, typer.Option(help="auto, lookup, factored or dense.", rich_help_panel=SIZES)]
 Precision = Annotated[
-    str | None, typer.Option(help="float32, or bfloat16: rounding, included in the error.", rich_help_panel=SIZES)
+    str | None, typer.Option(help="float32, bfloat16, int8, or auto: rounding, included in the error.", rich_help_panel=SIZES)
 ]
 Seed = Annotated[int | None, typer.Option(help="For everything that is random.", rich_help_panel=SIZES)]
 

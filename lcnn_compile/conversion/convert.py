@@ -14,7 +14,7 @@ from torch import nn
 
 from lcnn_compile.batches import call_model, conversion_inputs
 from lcnn_compile.config import LookupConfig
-from lcnn_compile.conversion.eight_bits import calibrate_ranges, take_dense
+from lcnn_compile.conversion.eight_bits import to_eight_bits
 from lcnn_compile.conversion.plan import Plan
 from lcnn_compile.conversion.untouched import untouched
 from lcnn_compile.errors import ConversionError, LcnnWarning
@@ -79,7 +79,7 @@ def convert(
         modes.setdefault(name, modes.get(name.rpartition(".")[0], model.training))
         module.training = modes[name]
     result.lcnn_report = report  # type: ignore[assignment]
-    if not report.replaced:
+    if not report.changed:
         reasons = {r.reason for r in report if "linear layers" not in r.reason} or {"the model has no convolution"}
         text = f"lcnn replaced nothing: 0 of {len(report)} layers. Reasons: {'; '.join(sorted(reasons))}"
         warnings.warn(text, LcnnWarning, stacklevel=2)
@@ -103,7 +103,7 @@ def convert_in_place(
     """
     example, batches = conversion_inputs(model, example_inputs, calibration)
     kept: list[Any] = []
-    if batches is not None and "int8" in config.precisions:
+    if batches is not None and config.takes_bytes:
         batches = _keeping(batches, kept)
     plan = Plan(model, config, example)
     with untouched(plan.model):
@@ -122,10 +122,8 @@ def convert_in_place(
             resume=None if resume is None else Path(resume),
             distributed=distributed,
         )
-    report = Report(tuple(plan.row(name, fitted.get(name)) for name in plan.names()), title=title)
-    result = plan.replace(plan.model, fitted)
-    if "int8" in config.precisions:
-        result = _in_eight_bits(result, plan, config, kept)
+    result, rounded = to_eight_bits(plan.replace(plan.model, fitted), plan, fitted, config, kept)
+    report = Report(tuple(plan.row(name, fitted.get(name), rounded.get(name)) for name in plan.names()), title=title)
     log.info("%s\n%s", report.title, report)
     return result, report
 
@@ -136,18 +134,6 @@ def _keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
         if len(kept) < BATCHES:
             kept.append(batch)
         yield batch
-
-
-def _in_eight_bits(model: nn.Module, plan: Plan, config: LookupConfig, batches: list[Any]) -> nn.Module:
-    """Ranges for the layers of bytes; where all of the network is to be so, dense convolutions become such layers too."""
-    if config.precision == "int8":
-        excluded = plan.excluded
-        model = take_dense(model, lambda name: name in excluded)
-    without = calibrate_ranges(model, batches, call_model, config.seed)
-    if without:
-        text = f'lcnn: {without} have no ranges (they never ran, or on values that are not finite) and stay float32, not "int8"'
-        warnings.warn(text, LcnnWarning, stacklevel=4)
-    return model
 
 
 def explain(model: nn.Module, config: LookupConfig | None = None, *, example_inputs: Any = None) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -23,6 +24,21 @@ from lcnn_compile.kernels.operator import has_lookup_kernel
 from lcnn_compile.modules import lookup_layer
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What has become of a layer that was to be rounded to eight bits.
+
+    Attributes:
+        precision: that it has now.
+        error: what its rounding costs, ‖y − ŷ‖² / ‖y − mean(y)‖² against itself in float32 on the inputs that the rounded network gives it.
+        reason: why it is not of bytes; empty where it is.
+    """
+
+    precision: str
+    error: float
+    reason: str
 
 
 class Plan:
@@ -71,7 +87,7 @@ class Plan:
         layers = {name: model.get_submodule(name) for name, fit in fitted.items() if not fit.reason}
         for name, layer in layers.items():
             fit, settings = fitted[name], self.configs[name]
-            new = lookup_layer(fit.weight, layer, fit.bias, settings.lowering, settings.precision)
+            new = lookup_layer(fit.weight, layer, fit.bias, settings.lowering, _stated(settings.precision))
             model = replace_layer(model, layer, new)
         return settle(model, self.orders)
 
@@ -123,8 +139,19 @@ class Plan:
         lowering = "dense" if not size else wanted if wanted in found else "lookup" if "lookup" in found else "factored"
         return found[lowering] * use.out_pixels / problem.out_pixels
 
-    def row(self, name: str, fit: FittedLayer | None) -> LayerReport:
-        """The report's row for a layer: as fitted, or as it would be."""
+    def row(self, name: str, fit: FittedLayer | None, rounding: Rounding | None = None) -> LayerReport:
+        """The report's row for a layer: as fitted and rounded, or as it would be."""
+        row = self._row(name, fit)
+        if rounding is None:
+            return row if fit is None else replace(row, precision=_stated(row.precision))
+        error = rounding.error if row.error is None and not row.replaced else row.error
+        if row.replaced and error is not None:
+            error += rounding.error
+        in_bytes = "" if row.replaced or rounding.precision != "int8" else "computed in eight bits all the same"
+        reason = "; ".join(filter(None, (row.reason, rounding.reason, in_bytes)))
+        return replace(row, precision=rounding.precision, error=error, reason=reason)
+
+    def _row(self, name: str, fit: FittedLayer | None) -> LayerReport:
         if name in self._left:
             call = self._left[name]
             return LayerReport(name, call.function, False, reason=call.reason, macs_before=call.macs, macs_after=call.macs)
@@ -201,7 +228,7 @@ class Plan:
         """A layer of these sizes on one sample; ``taps`` of all filters."""
         geometry = geometry_of(layer)
         call, size = geometry.call(), use.size if use else (28, 28) if geometry.area > 1 else (1, 1)
-        wanted = self.configs[name].precision if name in self.configs else "float32"
+        wanted = _stated(self.configs[name].precision) if name in self.configs else "float32"
         return choose.Problem(
             # Rows of numbers are pixels that a fully connected layer takes together.
             batch=use.out_pixels if use and size == (1, 1) else 1,
@@ -220,6 +247,11 @@ class Plan:
             dtype=layer.weight.dtype,
             precision=choose.known_precision(wanted, layer.weight.device.type, layer.weight.dtype),
         )
+
+
+def _stated(precision: str) -> str:
+    """The precision of a layer until its rounding is measured."""
+    return "float32" if precision == "auto" else precision
 
 
 def _named(calls: Sequence[Called], layers: Mapping[str, Any]) -> dict[str, Called]:

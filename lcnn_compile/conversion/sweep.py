@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lcnn_compile.batches import call_model, conversion_inputs
 from lcnn_compile.config import LookupConfig
+from lcnn_compile.conversion.eight_bits import to_eight_bits
 from lcnn_compile.conversion.plan import Plan
 from lcnn_compile.errors import ConfigError, ConversionError
 from lcnn_compile.fitting.fitted import FittedLayer
 from lcnn_compile.fitting.model import fit_budgets
+from lcnn_compile.fitting.ranges import BATCHES
 from lcnn_compile.fitting.sampling import BATCH_IMAGES, leading
 from lcnn_compile.fitting.stages import Progress
 from lcnn_compile.report import Report
@@ -103,9 +105,9 @@ def sweep(
     for setting, fitted in zip(settings, fits, strict=True):
         target = setting.target_speedup
         assert target is not None
-        rows = tuple(plan.row(name, fitted.get(name)) for name in plan.names())
+        converted, rounded = to_eight_bits(_assemble(plan, fitted), plan, fitted, setting, batches[:BATCHES])
+        rows = tuple(plan.row(name, fitted.get(name), rounded.get(name)) for name in plan.names())
         report = Report(rows, title=f"lcnn: {type(model).__name__} at {target:g}x")
-        converted = _assemble(plan, fitted)
         converted.lcnn_report = report  # type: ignore[assignment]
         error = _error(truth, [_outputs(converted, batch) for batch in seen])
         metric = None if evaluate is None else float(evaluate(converted))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from lcnn_compile.config import LOWERING_CHOICES, PRECISION_CHOICES, LayerConfig
+from lcnn_compile.config import LOWERING_CHOICES, PRECISIONS, LayerConfig
 from lcnn_compile.errors import ConfigError, ConversionError, WeightError
 from lcnn_compile.geometry import Call, Geometry, geometry_of
 from lcnn_compile.kernels.bytes_lowering import pack_ranges, unpack_ranges
@@ -91,8 +91,8 @@ class LookupModule(HasTables):
     ) -> None:
         if lowering not in LOWERING_CHOICES:
             raise ConfigError(f"lowering is {lowering!r}; allowed are {LOWERING_CHOICES}")
-        if precision not in PRECISION_CHOICES:
-            raise ConfigError(f"precision is {precision!r}; allowed are {PRECISION_CHOICES}")
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision is {precision!r}; allowed are {PRECISIONS}")
         self._guard_parameters()
         self.weight_shape = tuple(dense.weight.shape)  # type: ignore[arg-type]
         for name in type(self).attributes:
@@ -141,7 +141,8 @@ class LookupModule(HasTables):
         fitted = fit_model(layer, {"": layer}, {"": config}, calibration=None, call=lambda model, batch: model(batch))[""]
         if fitted.reason:
             raise ConversionError(f"{type(layer).__name__}: {fitted.reason}")
-        return cls.from_weight(fitted.weight, layer, fitted.bias, config.lowering, config.precision)
+        precision = "float32" if config.precision == "auto" else config.precision
+        return cls.from_weight(fitted.weight, layer, fitted.bias, config.lowering, precision)
 
     @property
     def dictionary_size(self) -> int:

@@ -17,7 +17,7 @@ from lcnn_compile.errors import LcnnError
 from lcnn_compile.files import replacing
 from lcnn_compile.modules import LookupModule, lookup_modules
 from lcnn_compile.report import plots
-from lcnn_compile.report.table import percent, times
+from lcnn_compile.report.table import lowering_text, percent, times
 from lcnn_compile.torch_private import module_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def render(report: Report, model: nn.Module | None, layers: Sequence[str] | None
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "size": size}
+    environment.filters |= {"lowering": lowering_text, "percent": percent, "size": size}
     environment.globals["times"] = times
     pictures: dict[str, tuple[str, str]] = {}
     drawn = plots.available()

@@ -25,11 +25,11 @@ class LayerReport:
         dictionary_size: k, None where it stays dense.
         taps: taps per filter, averaged over filters, None where it stays dense.
         group_size: filters that share indices, None where it stays dense.
-        error: relative output error ‖y − ŷ‖² / ‖y − mean(y)‖² on calibration data; None where none was given.
+        error: relative output error ‖y − ŷ‖² / ‖y − mean(y)‖² on calibration data, rounding included; None where none was given.
         macs_before, macs_after: multiply-adds per sample; None where the layer's input size is not known.
         bytes_before, bytes_after: bytes of weight and bias.
         lowering: how it is computed: "lookup", "factored" or "dense".
-        precision: "bfloat16" where lookups may round their operands; ``error`` includes that.
+        precision: "bfloat16" where lookups may round their operands, "int8" where it computes in bytes, be it dense or a lookup layer.
         reason: why it stays dense, or a remark.
         seconds_before, seconds_after: seconds in one run of the eager dense and lookup model on the example inputs, as
             :func:`~lcnn_compile.report.times.time_layers` measured them; None where it did not.
@@ -84,6 +84,11 @@ class Report:
         """The layers that are lookup layers."""
         return tuple(layer for layer in self.layers if layer.replaced)
 
+    @property
+    def changed(self) -> tuple[LayerReport, ...]:
+        """The layers that are lookup layers, or are computed in bytes."""
+        return tuple(layer for layer in self.layers if layer.replaced or layer.precision == "int8")
+
     def macs(self) -> tuple[int, int]:
         """Multiply-adds per sample before and after, over the layers whose input size is known."""
         known = [(r.macs_before, r.macs_after) for r in self.layers]
@@ -116,6 +121,8 @@ class Report:
         """One sentence: how many layers, multiply-adds and bytes."""
         before, after = self.macs()
         text = f"{len(self.replaced)} of {len(self.layers)} layers replaced"
+        if in_bytes := sum(row.precision == "int8" for row in self.layers):
+            text += f", {in_bytes} in eight bits"
         if before:
             text += (
                 f", {before / 1e6:.1f} → {after / 1e6:.1f} million multiply-adds per sample ({before / max(after, 1):.2f}x fewer)"

@@ -101,10 +101,12 @@ def _nothing(report: Report) -> str:
     return ""
 
 
-def _lowering(row: LayerReport) -> str:
+def lowering_text(row: LayerReport) -> str:
+    """How a layer is computed, in words."""
     if not row.replaced:
-        return "left dense"
-    return row.lowering if row.precision == "float32" or row.lowering != "lookup" else f"{row.lowering}, {row.precision}"
+        return "left dense" if row.precision == "float32" else f"dense, {row.precision}"
+    exact = row.precision == "float32" or (row.lowering != "lookup" and row.precision != "int8")
+    return row.lowering if exact else f"lookup, {row.precision}"
 
 
 def _worst(report: Report) -> str:
@@ -126,5 +128,5 @@ COLUMNS: tuple[tuple[str, Callable[[LayerReport], str], Callable[[Report], str]]
         lambda row: _change(row.bytes_before / 1e3, row.bytes_after / 1e3, 0, row.replaced),
         lambda report: _total(report.nbytes(), 1e3, 0),
     ),
-    ("lowering", _lowering, _nothing),
+    ("lowering", lowering_text, _nothing),
 )
