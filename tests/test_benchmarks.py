@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 from lcnn_compile.bench import macs
 from lcnn_compile.bench.cpu import report, training
@@ -91,10 +92,43 @@ def test_missing_and_failing_engines_are_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "multiply_adds"), [("alexnet", 714e6), ("resnet18", 1814e6), ("mobilenet", 569e6), ("narrow", 211.6e6)]
+    ("name", "multiply_adds"),
+    [
+        *(("alexnet", 714e6), ("resnet18", 1814e6), ("mobilenet", 569e6), ("narrow", 211.6e6)),
+        *(("mobilenet_v2", 300e6), ("mobilenet_v3", 217e6), ("densenet121", 2834e6)),
+    ],
 )
 def test_networks_have_the_published_cost(name: str, multiply_adds: float) -> None:
     assert macs.count(build(name), torch.zeros(1, 3, 224, 224)) == pytest.approx(multiply_adds, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("unet", (1, 3, 64, 64)), ("detector", (1, 144, 84)), ("edsr", (1, 3, 128, 128)), ("compact_sr", (1, 3, 256, 256))],
+)
+def test_networks_that_give_more_than_a_class(name: str, shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        y = build(name)(torch.zeros(1, 3, 64, 64))
+    assert y.shape == shape
+
+
+@pytest.mark.parametrize(("name", "frozen"), [("inductor", True), ("inductor without freezing", False)])
+def test_inductor_freezes_where_its_name_says_so(name: str, frozen: bool, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
+    x = torch.randn(1, 3, 12, 12)
+
+    def run() -> Tensor:
+        # The first engine's code is of a model of the same classes, and must not serve the second.
+        ENGINES["inductor without freezing" if frozen else "inductor"].prepare(model, x, tmp_path).call()
+        runnable = ENGINES[name].prepare(model, x, tmp_path)
+        return runnable.output()
+
+    with torch.no_grad():
+        y, code = run_and_get_code(run)
+    assert torch.allclose(y, model(x), atol=1e-5)
+    assert frozen == ("extern_kernels.convolution" not in code[-1])
+    assert frozen == ("sqrt" not in code[-1])
 
 
 def test_unknown_network() -> None:

@@ -5,14 +5,17 @@ import pickle
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from nets import SmallResNet, randomise
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from lcnn_compile import LcnnError, LookupConfig, LookupConv2d, convert, freeze
 from lcnn_compile.export import export_pt2
+from lcnn_compile.export import frozen as frozen_file
 from lcnn_compile.kernels import cpu
 
 
@@ -150,15 +153,15 @@ def test_state_goes_on_from_call_to_call(monkeypatch):
     dense = randomise(Stream())
     made = convert(dense, LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
     wanted = steps(copy.deepcopy(made), batches)
-    compiled, torch_compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda graph, **how: compiled.append(how) or torch_compile(graph, **how))
+    constant = []
+    monkeypatch.setattr(frozen_file, "inductor_freezing", lambda: constant.append(1) or nullcontext())
     frozen = freeze(made, batches[0], dynamic_batch=False)
     torch.testing.assert_close(steps(frozen, batches[:2]), wanted[:2], rtol=1e-4, atol=1e-4)
     # A copy has the state of this moment, and a life of its own.
     twin = copy.deepcopy(frozen)
     torch.testing.assert_close(steps(frozen, batches[2:]), wanted[2:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(steps(twin, batches[2:]), wanted[2:], rtol=1e-4, atol=1e-4)
-    assert not compiled[0]["options"]  # nothing that is written may be taken for a constant
+    assert not constant  # nothing that is written may be taken for one
     assert made.calls == 0
     assert not made.past.any()
 
@@ -185,6 +188,39 @@ def test_writes_to_inputs():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(LcnnError, match="share memory"):
         frozen(x, x)
+
+
+def test_what_is_left_to_inductor_has_constant_weights():
+    # The lookups of a graph that nothing of ours runs become dense convolutions; what stands between them is Inductor's.
+    model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Softshrink(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32)).eval()
+    with torch.no_grad():
+        model[3].running_var.uniform_(0.5, 2.0)
+    x = torch.randn(2, 4, 9, 9)
+    converted = convert(model, LookupConfig(dictionary_size=3, lowering="dense"), calibration=[x]).eval()
+    frozen = freeze(converted, x)
+    assert not frozen.alone
+    for batch in (x, torch.randn(3, 4, 9, 9)):
+        y, code = run_and_get_code(frozen, batch)
+        torch.testing.assert_close(y, converted(batch), rtol=1e-4, atol=1e-5)
+        assert "extern_kernels.convolution" not in code[-1]
+        assert "sqrt" not in code[-1]
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="the C++ kernels are unavailable")
+def test_a_profile_names_the_steps():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, 2), nn.Flatten(), nn.Linear(36, 5)).eval()
+    x = torch.randn(2, 4, 9, 9)
+    frozen = freeze(convert(model, LookupConfig(exclude=("4",), dictionary_size=3, lowering="lookup"), calibration=[x]), x)
+    rows = frozen.profile(x, calls=2)
+    names = ["lookup convolution 4 to 8, 3x3, relu", "lookup convolution 8 to 4, 3x3, stride 2x2", "linear 36 to 5"]
+    assert [row.name for row in rows] == names
+    assert [row.shape for row in rows] == [(2, 8, 7, 7), (2, 4, 3, 3), (2, 5)]
+    assert all(row.milliseconds > 0 for row in rows)
+    with pytest.raises(LcnnError, match="freeze it again"):
+        frozen.profile(x[:, :, 1:])
+    other = freeze(convert(nn.Sequential(model[0], nn.Softshrink()), LookupConfig(dictionary_size=3), calibration=[x]), x)
+    with pytest.raises(LcnnError, match="not one program"):
+        other.profile(x)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "copy", "pickle", "torch.save"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,10 +21,12 @@ from lcnn_compile.export.dimensions import refuse_hidden_state
 from lcnn_compile.export.writes import writes_to
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.passes import gather_programs
-from lcnn_compile.passes.programs import left_over, programs, single_program
+from lcnn_compile.passes.programs import is_handle, left_over, programs, single_program
+from lcnn_compile.passes.targets import attribute
 from lcnn_compile.structures import Structure, difference, flatten, unflatten
-from lcnn_compile.torch_private import least_size, plain_dtypes, pytree
+from lcnn_compile.torch_private import inductor_freezing, least_size, plain_dtypes, pytree
 
+log = logging.getLogger("lcnn_compile")
 _P = inspect.Parameter
 _KINDS = {
     int(kind): kind for kind in (_P.POSITIONAL_ONLY, _P.POSITIONAL_OR_KEYWORD, _P.VAR_POSITIONAL, _P.KEYWORD_ONLY, _P.VAR_KEYWORD)
@@ -50,6 +54,20 @@ class _Call:
         for name, kind, has_default, default in self.parameters:
             made.append(inspect.Parameter(name, _KINDS[kind], default=default if has_default else inspect.Parameter.empty))
         return inspect.Signature(made)
+
+
+class StepTime(NamedTuple):
+    """A step of a native program and the time it takes.
+
+    Attributes:
+        name: the operation, with what its time depends on.
+        shape: of the result.
+        milliseconds: per call.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    milliseconds: float
 
 
 class Frozen:
@@ -87,8 +105,7 @@ class Frozen:
         if alone is not None:
             [self.program], self.single = programs(gm), alone
         else:
-            options: dict[str, Any] | None = None if stateful else {"freezing": True}
-            self._rest = torch.compile(gm, options=options, dynamic=False)
+            self._rest = torch.compile(gm, dynamic=False) if stateful else _constant(gm)
 
     @property
     def input_names(self) -> list[str]:
@@ -155,6 +172,21 @@ class Frozen:
                 found_outputs = pytree.tree_leaves(self._rest(*leaves))
         return unflatten(self._call.returned, found_outputs)
 
+    def profile(self, *args: Any, calls: int = 10, **kwargs: Any) -> list[StepTime]:
+        """Where the time of a call goes: every step of the model's native program, with its mean over ``calls`` calls.
+
+        A step that only gives a value another shape takes no time and is left out. A batch that is run in parts counts as one part.
+
+        Raises:
+            ExportError: the model is not one program (``alone``), or the arguments are not those it was frozen for.
+        """
+        if self._program is None:
+            raise ExportError(f"the frozen model is not one program, whose steps could be timed: {'; '.join(self.left_over)}")
+        leaves, _ = self._bind(args, kwargs)
+        self._check(leaves)
+        rows = self._program.profile(*[leaves[i] for i in self._alone.inputs], calls=calls)
+        return [StepTime(step.described(), tuple(shape), seconds * 1e3) for step, shape, seconds in rows]
+
     def _check(self, leaves: list[Any]) -> None:
         """Complain about other sizes, dtypes or devices than the model was frozen for."""
         batch = None
@@ -174,6 +206,47 @@ class Frozen:
                 raise ExportError(f"the model is frozen for tensors {forms}{remark}; it got {got}; freeze it again")
         if self._writes_inputs and len({t.untyped_storage().data_ptr() for t in leaves}) < len(leaves):
             raise ExportError("the model writes to its inputs, and two of them share memory; pass copies")
+
+
+def _constant(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A graph by Inductor, with its tensors as constants: convolutions of weights that are laid out once, and no batch norm."""
+    open_graph, handles = _with_handles(gm)
+    run, plain = torch.compile(open_graph, dynamic=False), torch.compile(gm, dynamic=False)
+    met: dict[tuple[Any, ...], bool] = {}
+
+    def call(*leaves: Any) -> Any:
+        form = tuple((x.shape, x.stride()) for x in leaves)
+        works = met.get(form)
+        if works is None:
+            try:
+                # Dynamo asks the configuration when it compiles, which an option of torch.compile does not reach.
+                with inductor_freezing():
+                    made = run(*leaves, *handles)
+                met[form] = True
+                return made
+            except Exception as error:
+                # Inductor freezes not all that it compiles: sizes that depend on data, for one. What is no fault of it raises again.
+                log.info("Inductor cannot freeze what is left of a model (%s); it is compiled as it is", first_line(error))
+                met[form] = False
+        return run(*leaves, *handles) if works else plain(*leaves)
+
+    return call
+
+
+def _with_handles(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A copy that takes the handles of its programs as inputs: Inductor's caches would keep constants of another process."""
+    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    handles: list[Tensor] = []
+    for node in copied.graph.find_nodes(op="get_attr"):
+        if is_handle(gm, node.target):
+            handles.append(attribute(gm, node.target))
+            with copied.graph.inserting_before(next(n for n in copied.graph.nodes if n.op != "placeholder")):
+                given = copied.graph.placeholder(f"handle_{len(handles)}")
+            given.meta = dict(node.meta)
+            node.replace_all_uses_with(given)
+            copied.graph.erase_node(node)
+    copied.recompile()
+    return copied, handles
 
 
 def _arguments(bound: inspect.BoundArguments) -> tuple[list[Any], Structure]:

@@ -42,6 +42,12 @@ def programs(gm: fx.GraphModule) -> list[Program]:
     return [module.program for module in gm.children() if isinstance(module, HeldProgram)]
 
 
+def is_handle(gm: fx.GraphModule, name: Any) -> bool:
+    """Whether an attribute is the tensor by which the operator finds a program."""
+    holder, _, own = str(name).rpartition(".")
+    return own == "handle" and isinstance(getattr(gm, holder, None), HeldProgram)
+
+
 VIEWS_OF_RESULTS = {
     *(torch.narrow, torch.select, operator.getitem, "permute", "transpose"),
     *(

@@ -11,12 +11,15 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lcnn_compile.torch_private import inductor_freezing
 
 CALIBRATION_BATCHES = 4
 
@@ -64,10 +67,14 @@ def _channels_last(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     return run_torch(last, example.contiguous(memory_format=torch.channels_last))
 
 
-def _inductor(**options: bool) -> Prepare:
+def _inductor(freezing: bool = True, **options: bool) -> Prepare:
     def prepare(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
         # Freezing turns weights into constants of the graph and may drop them from the module: hence the copy.
-        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, options={"freezing": True, **options})
+        # The option alone does not freeze: Dynamo asks the configuration, and makes parameters inputs. But engines whose options
+        # differ share no compiled code, where a frozen model's calls would find that of an unfrozen copy.
+        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, options={"freezing": freezing, **options})
+        with inductor_freezing() if freezing else nullcontext():
+            compiled(example)
         return run_torch(compiled, example)
 
     return prepare
@@ -152,6 +159,7 @@ ENGINES = {
         Engine("eager", True, (), run_torch),
         Engine("eager channels_last", True, (), _channels_last),
         Engine("inductor", True, (), _inductor()),
+        Engine("inductor without freezing", True, (), _inductor(freezing=False)),
         Engine("inductor max-autotune", True, (), _inductor(max_autotune=True)),
         Engine("onnxruntime", True, ("onnx", "onnxruntime"), _onnxruntime),
         Engine("openvino", True, ("openvino",), _openvino("f32")),

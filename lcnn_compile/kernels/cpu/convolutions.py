@@ -45,6 +45,14 @@ class Convolution(Step):
         """Always."""
         return True
 
+    def described(self) -> str:
+        """Name, channels, kernel, stride, and what follows."""
+        high, wide = self.kernel_size
+        stride = "" if self.stride == (1, 1) else f", stride {self.stride[0]}x{self.stride[1]}"
+        ending = "" if self.activation == "none" else f", {self.activation}"
+        added = "" if self.residual is None else ", residual"
+        return f"{self.named} {self.in_channels} to {self.out_channels}, {high}x{wide}{stride}{ending}{added}"
+
     def convolved(self, shapes: Sequence[Shape]) -> Shape:
         """[N, n, H', W'].
 
@@ -157,6 +165,10 @@ class Linear(Step):
     x: int
     in_features: int
     out_features: int
+
+    def described(self) -> str:
+        """Name and sizes."""
+        return f"linear {self.in_features} to {self.out_features}"
 
     @property
     def weighted(self) -> bool:

@@ -87,6 +87,10 @@ class Step:
         """Whether it may write its result over a value of the same shape that it reads."""
         return False
 
+    def described(self) -> str:
+        """What it does, for people: the name of its kind, and what its time depends on."""
+        return type(self).__name__.lower()
+
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """The shape of what it makes; the batch is the first dimension.
 
