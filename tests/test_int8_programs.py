@@ -88,12 +88,12 @@ def test_programs_equal_their_steps_in_plain_pytorch(seed):
     model = convert(net, CONFIG, calibration=[images(i, 4) for i in range(3)])
     frozen = freeze(model, (images(9, 2),))
     assert frozen.alone
-    steps = [step for step in frozen._program.recipe.steps if isinstance(step, LookUp)]
+    steps = [step for step in frozen.program.recipe.steps if isinstance(step, LookUp)]
     assert len(steps) >= 4
     assert all(isinstance(step, ByteLookUp) for step in steps)
     x = images(10, 3)
     y = frozen(x)
-    assert torch.equal(y, in_plain_pytorch(frozen._program, x)[0])
+    assert torch.equal(y, in_plain_pytorch(frozen.program, x)[0])
     for i in range(3):
         assert torch.equal(frozen(x[i : i + 1]), y[i : i + 1])
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_programs_equal_their_steps_in_plain_pytorch(seed):
 
 def test_values_between_layers_are_bytes_and_threads_change_no_bit(converted):
     frozen, x, before = freeze(converted[1], (images(9, 2),)), images(11, 5), torch.get_num_threads()
-    recipe = frozen._program.recipe
+    recipe = frozen.program.recipe
     floats = {value for value, element in enumerate(recipe.elements()) if element == "float32"}
     residuals = {step.residual for step in recipe.steps if isinstance(step, LookUp)}
     assert floats <= {0, *recipe.outputs, *residuals}, "all that no layer reads as its input may be float32"
@@ -205,7 +205,7 @@ def test_one_layer_alone_may_be_of_bytes():
     x = images(3, 2)
     frozen = freeze(model, (x,))
     assert [module.precision for name, module in lookup_modules(model) if name == "third"] == ["int8"]
-    assert sum(isinstance(step, ByteLookUp) for p in [frozen._program] if p for step in p.recipe.steps) <= 1
+    assert sum(isinstance(step, ByteLookUp) for p in [frozen.program] if p for step in p.recipe.steps) <= 1
     with torch.no_grad():
         assert torch.allclose(frozen(x), model(x), rtol=0.05, atol=0.05 * float(model(x).abs().max()))
 

@@ -112,48 +112,81 @@ struct ByteLookup {
   float six;
 };
 
-// Sums in the order in which they come out become pixels in their order, without those that are not valid.
-static inline void in_order(const IntVec (&sums)[4], uint64_t mask, int32_t* to) {
-  alignas(64) int32_t lanes[BYTES];
-  std::memcpy(lanes, sums, sizeof lanes);
-  for (; mask; mask &= mask - 1) {
-    const int pixel = __builtin_ctzll(mask);
-    *to++ = lanes[pixel % 16 / 4 * LANES + pixel / 16 * 4 + pixel % 4];
+// What becomes of sums that are not plain, one vector of pixels in their order after the other. Operations follow one another as in Python;
+// none may be fused.
+struct AnyFinish {
+  const ByteFinish of;
+  const Epilogue activate;
+
+  explicit AnyFinish(const ByteFinish& finish) : of(finish), activate(finish.activation == RELU6 ? NONE : int(finish.activation), false) {}
+
+  // `more`: of the residual, before its factor.
+  Vec value(IntVec sums, float factor, Vec more) const {
+    Vec v = to_floats(sums) * factor;
+    if (of.has_residual) more = more * float(of.residual_factor);
+    if (of.has_residual && !of.residual_last) v = v + more;
+    if (of.activation != NONE) v = of.activation == RELU6 ? at_most(at_least(v, 0.0f), float(of.six)) : activate(v);
+    return of.has_residual && of.residual_last ? v + more : v;
   }
+  // 0 to 255
+  IntVec steps(Vec v) const {
+    v = v * float(of.step);
+    v = v == v ? v : splat(0.0f);
+    IntVec found = nearest(at_most(at_least(v, -1024.0f), 1024.0f)) + int32_t(of.zero);
+    found = found < 0 ? IntVec{} : found;
+    return found > 255 ? IntVec{} + 255 : found;
+  }
+};
+typedef uint8_t FewBytes __attribute__((vector_size(LANES)));
+
+// Sums in the order in which they come out become pixels in their order.
+static inline void in_order(IntVec (&sums)[4]) {
+#if defined(__AVX512F__)
+  // Four by four of 128 bits, turned.
+  const auto shuffled = [](IntVec a, IntVec b, auto order) { return _mm512_shuffle_i32x4((__m512i)a, (__m512i)b, order.value); };
+  constexpr std::integral_constant<int, 0x44> low;
+  constexpr std::integral_constant<int, 0xEE> high;
+  constexpr std::integral_constant<int, 0x88> even;
+  constexpr std::integral_constant<int, 0xDD> odd;
+  const IntVec a = (IntVec)shuffled(sums[0], sums[1], low), b = (IntVec)shuffled(sums[2], sums[3], low);
+  const IntVec c = (IntVec)shuffled(sums[0], sums[1], high), d = (IntVec)shuffled(sums[2], sums[3], high);
+  sums[0] = (IntVec)shuffled(a, b, even), sums[1] = (IntVec)shuffled(a, b, odd);
+  sums[2] = (IntVec)shuffled(c, d, even), sums[3] = (IntVec)shuffled(c, d, odd);
+#else
+  int32_t lanes[4][LANES], ordered[BYTES];
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (int v = 0; v < 4; ++v)
+    for (int i = 0; i < LANES / 4; ++i) std::memcpy(ordered + 16 * i + 4 * v, lanes[v] + 4 * i, 16);
+  std::memcpy(sums, ordered, sizeof ordered);
+#endif
 }
 
-// The way out for all that is not plain. Operations follow one another as in Python; none may be fused.
-// `in`: sums of `count` pixels from `first` on, in their order, in whole vectors.
-static __attribute__((noinline)) void finish_any(const ByteLookup& to, int64_t first, int count, int32_t filter, float factor, const int32_t* in) {
-  const ByteFinish& finish = to.weight.finish;
-  alignas(64) int32_t out[BYTES];
-  alignas(64) float more[BYTES] = {};
+// The way out for all that is not plain: sums as they come out, of which the pixels in `lanes` are written from `first` on.
+static __attribute__((noinline)) void finish_any(const ByteLookup& to, int64_t first, const Lanes& lanes, int32_t filter, float factor, const IntVec* in) {
+  const AnyFinish finish(to.weight.finish);
   const int64_t target = filter * to.plane + first;
-  if (to.residual && finish.has_residual == 2)
-    std::memcpy(more, static_cast<const float*>(to.residual) + target, sizeof(float) * count);
-  else if (to.residual)
-    for (int i = 0; i < count; ++i) more[i] = float(static_cast<const uint8_t*>(to.residual)[target + i] - int32_t(finish.residual_zero));
-  Epilogue activate(finish.activation == RELU6 ? NONE : int(finish.activation), false);
-  for (int i = 0; i < count; i += LANES) {
-    IntVec sum;
-    std::memcpy(&sum, in + i, sizeof sum);
-    Vec v = to_floats(sum) * factor;
-    const Vec residual = load(more + i) * float(finish.residual_factor);
-    if (to.residual && !finish.residual_last) v = v + residual;
-    v = finish.activation == RELU6 ? at_most(at_least(v, 0.0f), float(finish.six)) : activate(v);
-    if (to.residual && finish.residual_last) v = v + residual;
-    if (!finish.to_bytes) {
-      store_first(static_cast<float*>(to.y) + target + i, v, std::min(LANES, count - i));
-      continue;
+  IntVec sums[4];
+  std::memcpy(sums, in, sizeof sums);
+  in_order(sums);
+  Vec values[4], more[4] = {};
+  if (finish.of.has_residual == 2) load_floats(static_cast<const float*>(to.residual) + target, more, lanes);
+  if (finish.of.has_residual == 1) {
+    alignas(64) uint8_t bytes[BYTES];
+    store_bytes(bytes, load_valid(static_cast<const uint8_t*>(to.residual) + target, lanes, no_bytes()));
+    UNROLL for (int v = 0; v < 4; ++v) {
+      FewBytes few;
+      std::memcpy(&few, bytes + v * LANES, sizeof few);
+      more[v] = to_floats(__builtin_convertvector(few, IntVec) - int32_t(finish.of.residual_zero));
     }
-    v = v * float(finish.step);
-    v = v == v ? v : splat(0.0f);
-    const IntVec steps = nearest(at_most(at_least(v, -1024.0f), 1024.0f));
-    std::memcpy(out + i, &steps, sizeof steps);
   }
-  if (finish.to_bytes)
-    for (int i = 0; i < count; ++i)
-      static_cast<uint8_t*>(to.y)[target + i] = uint8_t(std::clamp<int32_t>(out[i] + int32_t(finish.zero), 0, 255));
+  UNROLL for (int v = 0; v < 4; ++v) values[v] = finish.value(sums[v], factor, more[v]);
+  if (!finish.of.to_bytes) return store_floats(static_cast<float*>(to.y) + target, values, lanes);
+  alignas(64) uint8_t bytes[BYTES];
+  UNROLL for (int v = 0; v < 4; ++v) {
+    const FewBytes few = __builtin_convertvector(finish.steps(values[v]), FewBytes);
+    std::memcpy(bytes + v * LANES, &few, sizeof few);
+  }
+  store_valid(static_cast<uint8_t*>(to.y) + target, load_bytes(bytes), lanes);
 }
 
 // F filters that share their taps, and what belongs to them.
@@ -217,9 +250,7 @@ static void look_up_bytes(const ByteLookup& to, const BytePixels& p, const ByteF
     sums[f][2 * half.value + 1] = second;
   });
   for (int f = 0; f < F; ++f) {
-    alignas(64) int32_t ordered[BYTES] = {};
-    in_order(sums[f], p.lanes.mask, ordered);
-    finish_any(to, p.target, p.lanes.count, of.numbers[f], of.factors[f], ordered);
+    finish_any(to, p.target, p.lanes, of.numbers[f], of.factors[f], sums[f]);
   }
 }
 
@@ -251,17 +282,26 @@ static void look_up_sixteen(const ByteLookup& to, const Sixteen& p, const ByteFi
     const IntVec quad = (IntVec)_mm512_permutex2var_epi8(two(at[0], at[1]), order, two(at[2], at[3]));
     UNROLL for (int f = 0; f < F; ++f) acc[f] = add_products(acc[f], quad, coefficients[f]);
   }
-  if (!to.plain) {
-    for (int f = 0; f < F; ++f) {
-      alignas(64) int32_t sums[LANES];
-      std::memcpy(sums, &acc[f], sizeof sums);
-      finish_any(to, p.target, p.count, of.numbers[f], of.factors[f], sums);
-    }
-    return;
-  }
   const __mmask16 lanes = __mmask16((1u << p.count) - 1);
   const ByteFinish finish = to.weight.finish;
   const int64_t plane = to.plane;
+  if (!to.plain) {
+    const AnyFinish any(finish);
+    for (int f = 0; f < F; ++f) {
+      const int64_t target = of.numbers[f] * plane + p.target;
+      Vec more{};
+      if (finish.has_residual == 2) more = (Vec)_mm512_maskz_loadu_ps(lanes, static_cast<const float*>(to.residual) + target);
+      if (finish.has_residual == 1)
+        more = to_floats((IntVec)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, static_cast<const uint8_t*>(to.residual) + target)) -
+                         int32_t(finish.residual_zero));
+      const Vec v = any.value(acc[f], of.factors[f], more);
+      if (finish.to_bytes)
+        _mm_mask_storeu_epi8(static_cast<uint8_t*>(to.y) + target, lanes, _mm512_cvtepi32_epi8((__m512i)any.steps(v)));
+      else
+        _mm512_mask_storeu_ps(static_cast<float*>(to.y) + target, lanes, (__m512)v);
+    }
+    return;
+  }
   const IntVec least = splat_integer(to.low), most = splat_integer(to.high);
   const uint8_t* const residual = to.residual ? static_cast<const uint8_t*>(to.residual) + p.target : nullptr;
   uint8_t* const y = static_cast<uint8_t*>(to.y) + p.target;

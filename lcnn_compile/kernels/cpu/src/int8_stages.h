@@ -85,10 +85,7 @@ inline void ByteCall::copy_plane(const uint8_t* origin, const Phase& at, const G
   for (int64_t row = grid.begin / p.pitch; row * p.pitch < grid.stop; ++row) {
     uint8_t* to = plane + row * p.pitch + at.first_valid;
     const uint8_t* from = origin + grid.first_source + row * grid.row_source + at.first_valid * grid.column_source;
-    if (grid.column_source == 1)
-      std::memcpy(to, from, length);
-    else
-      for (int64_t i = 0; i < length; ++i) to[i] = from[i * grid.column_source];
+    copy_spread_bytes(to, from, length, grid.column_source);
   }
 }
 
@@ -125,16 +122,25 @@ inline void ByteCall::pack(const uint8_t* origin, const Phase& at, const Grid& g
 #endif
   if (contiguous)
     return pack_channels(from, step, channels, packed, [&](const uint8_t* x) __attribute__((always_inline)) { return load_valid(x, lanes, fill); });
-  alignas(BYTES) uint8_t bytes[BYTES];
+  // Rows one by one, the same ones for all channels: what lies between them stays `fill`. Some buffers, lest a vector waits for its own bytes.
+  struct Piece {
+    int64_t source, lane, length;
+  } pieces[BYTES];
+  int count = 0;
+  for (int64_t row = first / p.pitch; row * p.pitch < std::min(first + BYTES, grid.stop); ++row) {
+    const int64_t begin = std::max({first, grid.begin, row * p.pitch + at.first_valid});
+    const int64_t end = std::min({first + BYTES, row * p.pitch + at.end_valid, grid.stop});
+    if (end > begin)
+      pieces[count++] = {grid.first_source + row * grid.row_source + (begin - row * p.pitch) * grid.column_source, begin - first, end - begin};
+  }
+  constexpr int BUFFERS = 8;
+  alignas(64) uint8_t bytes[BUFFERS][BYTES];
+  for (auto& buffer : bytes) store_bytes(buffer, fill);
+  int turn = 0;
   pack_channels(origin, step, channels, packed, [&](const uint8_t* x) {
-    store_bytes(bytes, fill);
-    for (int64_t row = first / p.pitch; row * p.pitch < std::min(first + BYTES, grid.stop); ++row) {
-      const int64_t begin = std::max({first, grid.begin, row * p.pitch + at.first_valid});
-      const int64_t end = std::min({first + BYTES, row * p.pitch + at.end_valid, grid.stop});
-      const uint8_t* source = x + grid.first_source + row * grid.row_source + (begin - row * p.pitch) * grid.column_source;
-      for (int64_t i = begin; i < end; ++i, source += grid.column_source) bytes[i - first] = *source;
-    }
-    return load_bytes(bytes);
+    uint8_t* const buffer = bytes[turn++ % BUFFERS];
+    for (int i = 0; i < count; ++i) copy_spread_bytes(buffer + pieces[i].lane, x + pieces[i].source, pieces[i].length, grid.column_source);
+    return load_bytes(buffer);
   });
 }
 

@@ -37,13 +37,6 @@ static void widen_part(const uint8_t* x, int64_t count, float scale, int32_t zer
   for (int64_t i = 0; i < count; ++i) y[i] = float(int32_t(x[i]) - zero) * scale;
 }
 
-constexpr int HALF_BYTES = BYTES / 2;
-typedef uint8_t Half __attribute__((vector_size(HALF_BYTES), may_alias));
-typedef uint16_t Pairs16 __attribute__((vector_size(BYTES), may_alias));
-typedef uint16_t UnalignedPairs __attribute__((vector_size(BYTES), aligned(1), may_alias));
-
-// Bytes 0, 2, 4, ... from `from` on, one to a word of 16 bits.
-static inline Pairs16 even_bytes(const uint8_t* from) { return *reinterpret_cast<const UnalignedPairs*>(from) & uint16_t(255); }
 static inline Pairs16 larger(Pairs16 a, Pairs16 b) { return a > b ? a : b; }
 
 static inline void store_halves(uint8_t* to, Pairs16 v, int64_t count) {
@@ -106,6 +99,28 @@ static void pool_tiles(const uint8_t* x, int64_t rows, int64_t half, uint8_t* y)
   }
 }
 
+#if defined(__AVX512BW__)
+// One output row at stride 2 from `count` rows of windows of up to three columns. Lanes outside of the image are zeros, the least bytes.
+static inline void pool_row_by_twos(const Pool& p, const uint8_t* rows, int64_t count, uint8_t* y) {
+  const auto joined = [&](int64_t column) __attribute__((always_inline)) {
+    const int64_t before = std::clamp<int64_t>(-column, 0, 64), valid = std::clamp<int64_t>(p.width - column, 0, 64);
+    const __mmask64 mask = before >= valid ? 0 : (~uint64_t(0) << before) & (~uint64_t(0) >> (64 - valid));
+    Bytes found = no_bytes();
+    for (int64_t r = 0; r < count; ++r) found = largest_bytes(found, _mm512_maskz_loadu_epi8(mask, rows + r * p.width + column));
+    return (Pairs16)found;
+  };
+  for (int64_t x = 0; x < p.out_width; x += HALF_BYTES) {
+    const int64_t column = 2 * x - p.left;
+    const Pairs16 here = joined(column);
+    Pairs16 found = here & uint16_t(255);
+    if (p.kernel[1] > 1) found = larger(found, here >> 8);
+    if (p.kernel[1] > 2) found = larger(found, joined(column + 2) & uint16_t(255));
+    const __mmask64 mask = ~uint64_t(0) >> (64 - std::min<int64_t>(HALF_BYTES, p.out_width - x));
+    _mm512_mask_storeu_epi8(y + x, mask, _mm512_castsi256_si512(_mm512_cvtepi16_epi8((__m512i)found)));
+  }
+}
+#endif
+
 // Maxima of planes [first, end).
 static void pool_planes(const Pool& p, int64_t first, int64_t end, const uint8_t* x, uint8_t* y) {
   if (p.pairs() && p.height == 2 * p.out_height && p.out_width <= JOINED / 2)
@@ -115,6 +130,12 @@ static void pool_planes(const Pool& p, int64_t first, int64_t end, const uint8_t
     const uint8_t* const from = x + plane * p.height * p.width;
     uint8_t* to = y + plane * p.out_height * p.out_width;
     for (int64_t h = 0; h < p.out_height; ++h, to += p.out_width) {
+#if defined(__AVX512BW__)
+      if (p.stride[1] == 2 && p.kernel[1] <= 3) {
+        pool_row_by_twos(p, from + p.first_row(h) * p.width, std::max<int64_t>(0, p.end_row(h) - p.first_row(h)), to);
+        continue;
+      }
+#endif
       uint8_t* const inside = row.data() + p.left;
       const int64_t top = p.first_row(h), bottom = p.end_row(h);
       if (bottom > top)

@@ -4,6 +4,8 @@
 // first four in the first vector, and so on. Sums come out in that order, and packing them undoes it.
 #pragma once
 
+#include <algorithm>
+
 #include "vector.h"
 
 namespace lcnn {
@@ -179,7 +181,6 @@ struct Lanes {
   }
 };
 
-#if !defined(__AVX512VBMI2__)
 // Calls `each(lane, place, length)` for all runs.
 template <class Each>
 static inline void for_runs(uint64_t mask, Each each) {
@@ -192,7 +193,6 @@ static inline void for_runs(uint64_t mask, Each each) {
     mask &= ~((~uint64_t(0) >> (64 - length)) << lane);
   }
 }
-#endif
 
 // The valid lanes to memory.
 static inline void store_valid(uint8_t* to, Bytes v, const Lanes& lanes) {
@@ -238,6 +238,73 @@ static inline Bytes load_valid(const uint8_t* from, const Lanes& lanes, Bytes fi
   store_bytes(bytes, fill);
   for_runs(lanes.mask, [&](int lane, int place, int length) { std::memcpy(bytes + lane, from + place, length); });
   return load_bytes(bytes);
+#endif
+}
+
+constexpr int HALF_BYTES = BYTES / 2;
+typedef uint8_t Half __attribute__((vector_size(HALF_BYTES), may_alias));
+typedef uint16_t Pairs16 __attribute__((vector_size(BYTES), may_alias));
+typedef uint16_t UnalignedPairs __attribute__((vector_size(BYTES), aligned(1), may_alias));
+
+// Bytes 0, 2, 4, ... from `from` on, one to a word of 16 bits.
+static inline Pairs16 even_bytes(const uint8_t* from) { return *reinterpret_cast<const UnalignedPairs*>(from) & uint16_t(255); }
+
+// `length` bytes that lie `step` apart.
+static inline void copy_spread_bytes(uint8_t* to, const uint8_t* from, int64_t length, int64_t step) {
+  if (step == 1) {
+    std::memcpy(to, from, size_t(length));
+    return;
+  }
+  int64_t i = 0;
+  if (step == 2) {
+#if defined(__AVX512BW__)
+    for (; i < length; i += HALF_BYTES) {
+      const int64_t left = std::min<int64_t>(HALF_BYTES, length - i);
+      const __m512i both = _mm512_maskz_loadu_epi8(~uint64_t(0) >> (65 - 2 * left), from + 2 * i);
+      _mm512_mask_storeu_epi8(to + i, ~uint64_t(0) >> (64 - left), _mm512_castsi256_si512(_mm512_cvtepi16_epi8(both)));
+    }
+#else
+    // The last byte of a vector lies behind the last one that is wanted.
+    for (; i + HALF_BYTES < length; i += HALF_BYTES) {
+      const Half bytes = __builtin_convertvector(even_bytes(from + 2 * i), Half);
+      std::memcpy(to + i, &bytes, HALF_BYTES);
+    }
+#endif
+  }
+  for (; i < length; ++i) to[i] = from[i * step];
+}
+
+// The valid lanes of a vector's floats to memory, where they lie one after the other.
+static inline void store_floats(float* to, const Vec (&v)[4], const Lanes& lanes) {
+#if defined(__AVX512F__)
+  uint64_t mask = lanes.mask;
+  UNROLL for (int i = 0; i < 4; ++i, mask >>= LANES) {
+    const __mmask16 own = __mmask16(mask);
+    const int count = __builtin_popcount(own);
+    _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), _mm512_maskz_compress_ps(own, (__m512)v[i]));
+    to += count;
+  }
+#else
+  alignas(64) float floats[BYTES];
+  std::memcpy(floats, v, sizeof floats);
+  for_runs(lanes.mask, [&](int lane, int place, int length) { std::memcpy(to + place, floats + lane, sizeof(float) * length); });
+#endif
+}
+
+// The inverse; zeros elsewhere.
+static inline void load_floats(const float* from, Vec (&v)[4], const Lanes& lanes) {
+#if defined(__AVX512F__)
+  uint64_t mask = lanes.mask;
+  UNROLL for (int i = 0; i < 4; ++i, mask >>= LANES) {
+    const __mmask16 own = __mmask16(mask);
+    const int count = __builtin_popcount(own);
+    v[i] = (Vec)_mm512_maskz_expand_ps(own, _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from));
+    from += count;
+  }
+#else
+  alignas(64) float floats[BYTES] = {};
+  for_runs(lanes.mask, [&](int lane, int place, int length) { std::memcpy(floats + lane, from + place, sizeof(float) * length); });
+  std::memcpy(v, floats, sizeof floats);
 #endif
 }
 
