@@ -42,17 +42,24 @@ static inline __attribute__((always_inline)) void by_vectors(int64_t n, Each eac
   if (i < n) each(i, int(n - i));
 }
 
+// What an operation reads: elements side by side, or (step 0) one vector of the same number.
+struct Source {
+  const float* at;
+  int64_t step;
+  Vec operator()(int64_t i, int count) const { return load_first(at + i * step, count); }
+};
+
 template <class F>
-static inline void one(float* to, const float* a, int64_t n, F f) {
-  by_vectors(n, [&](int64_t i, int count) { store_first(to + i, f(load_first(a + i, count)), count); });
+static inline void one(float* to, Source a, int64_t n, F f) {
+  by_vectors(n, [&](int64_t i, int count) { store_first(to + i, f(a(i, count)), count); });
 }
 
 template <class F>
-static inline void two(float* to, const float* a, const float* b, int64_t n, F f) {
-  by_vectors(n, [&](int64_t i, int count) { store_first(to + i, f(load_first(a + i, count), load_first(b + i, count)), count); });
+static inline void two(float* to, Source a, Source b, int64_t n, F f) {
+  by_vectors(n, [&](int64_t i, int count) { store_first(to + i, f(a(i, count), b(i, count)), count); });
 }
 
-static inline void apply(const Operation& o, float* to, const float* a, const float* b, int64_t n) {
+static inline void apply(const Operation& o, float* to, Source a, Source b, int64_t n) {
   const float u = float(o.u), v = float(o.v), inf = std::numeric_limits<float>::infinity();
   switch (o.function) {
     case ADD: return two(to, a, b, n, [&](Vec x, Vec y) { return x + u * y; });
@@ -106,9 +113,7 @@ static inline void apply(const Operation& o, float* to, const float* a, const fl
 // An operand's elements of `rows` rows of `width`, side by side.
 static inline void expand_rows(const float* from, int64_t row, int64_t step, int64_t rows, int64_t width, float* to) {
   for (int64_t r = 0; r < rows; ++r, from += row, to += width) {
-    if (step == 0)
-      std::fill_n(to, width, *from);
-    else if (step == 1)
+    if (step == 1)
       std::copy_n(from, width, to);
     else
       for (int64_t i = 0; i < width; ++i) to[i] = from[i * step];
@@ -131,14 +136,16 @@ inline void map(const Map& m, int64_t threads, const float* const* x, float* y) 
   for (int64_t part = 0; part < team; ++part) {
     float* const own = scratch + part * buffers * MAP_BLOCK;
     const float* base[MAP_OPERANDS];
-    bool uniform[MAP_OPERANDS];
-    const float* registers[MAP_OPERANDS + MAP_OPERATIONS];
+    bool uniform[MAP_OPERANDS], row_by_row = false;
+    Source registers[MAP_OPERANDS + MAP_OPERATIONS];
     for (int64_t i = 0, next = 0; i < m.operands; ++i) {
       base[i] = m.constants[i] ? m.constants[i] : x[next++];
       uniform[i] = std::all_of(m.strides[i], m.strides[i] + MAP_DIMENSIONS, [](int64_t s) { return s == 0; });
-      if (uniform[i]) std::fill_n(own + i * MAP_BLOCK, MAP_BLOCK, units ? *base[i] : 0.0f);
+      if (uniform[i]) store(own + i * MAP_BLOCK, splat(units ? *base[i] : 0.0f));
+      // One number for each row, such as a channel's factor, is no vector of its own: it is not written out.
+      row_by_row |= m.strides[i][LAST] == 0 && !uniform[i] && width >= LANES;
     }
-    for (int64_t b = 0; b < m.buffers; ++b) registers[m.operands + b] = own + (m.operands + b) * MAP_BLOCK;
+    for (int64_t b = 0; b < m.buffers; ++b) registers[m.operands + b] = {own + (m.operands + b) * MAP_BLOCK, 1};
     for (int64_t unit = units * part / team, end = units * (part + 1) / team; unit < end; ++unit) {
       int64_t at[MAP_DIMENSIONS], rest = unit;
       const int64_t piece = rest % pieces;
@@ -149,27 +156,38 @@ inline void map(const Map& m, int64_t threads, const float* const* x, float* y) 
       rest /= bands;
       const int64_t height = std::min(rows, m.sizes[ROW] - at[ROW]), n = height * columns;
       for (int d = ROW - 1; d >= 0; --d) at[d] = rest % m.sizes[d], rest /= m.sizes[d];
+      const float* first[MAP_OPERANDS];
       for (int64_t i = 0; i < m.operands; ++i) {
-        const int64_t* const s = m.strides[i];
-        const float* from = base[i];
-        for (int d = 0; d < MAP_DIMENSIONS; ++d) from += at[d] * s[d];
-        registers[i] = own + i * MAP_BLOCK;
-        if (s[LAST] == 1 && (height == 1 || s[ROW] == columns))
-          registers[i] = from;
-        else if (!uniform[i])
-          expand_rows(from, s[ROW], s[LAST], height, columns, own + i * MAP_BLOCK);
+        first[i] = base[i];
+        for (int d = 0; d < MAP_DIMENSIONS; ++d) first[i] += at[d] * m.strides[i][d];
       }
       float* to = y;
       for (int d = 0; d < MAP_DIMENSIONS; ++d) to += at[d] * m.to[d];
-      const bool whole = height == 1 || m.to[ROW] == columns;
-      float* const result = whole ? to : own + (buffers - 1) * MAP_BLOCK;
-      for (int64_t i = 0; i < m.count; ++i) {
-        const Operation& o = m.operations[i];
-        float* const target = i + 1 == m.count ? result : own + o.to * MAP_BLOCK;
-        apply(o, target, registers[o.a], registers[o.b], n);
+      const int64_t passes = row_by_row ? height : 1, together = height / passes, count = n / passes;
+      const bool whole = together == 1 || m.to[ROW] == columns;
+      for (int64_t r = 0; r < passes; ++r, to += m.to[ROW]) {
+        for (int64_t i = 0; i < m.operands; ++i) {
+          const int64_t* const s = m.strides[i];
+          const float* const from = first[i] + r * s[ROW];
+          float* const buffer = own + i * MAP_BLOCK;
+          registers[i] = {buffer, 1};
+          if (uniform[i])
+            registers[i].step = 0;
+          else if (s[LAST] == 1 && (together == 1 || s[ROW] == columns))
+            registers[i].at = from;
+          else if (s[LAST] == 0 && row_by_row)
+            store(buffer, splat(*from)), registers[i].step = 0;
+          else
+            expand_rows(from, s[ROW], s[LAST], together, columns, buffer);
+        }
+        float* const result = whole ? to : own + (buffers - 1) * MAP_BLOCK;
+        for (int64_t i = 0; i < m.count; ++i) {
+          const Operation& o = m.operations[i];
+          apply(o, i + 1 == m.count ? result : own + o.to * MAP_BLOCK, registers[o.a], registers[o.b], count);
+        }
+        if (!whole)
+          for (int64_t row = 0; row < together; ++row) std::copy_n(result + row * columns, columns, to + row * m.to[ROW]);
       }
-      if (!whole)
-        for (int64_t r = 0; r < height; ++r) std::copy_n(result + r * columns, columns, to + r * m.to[ROW]);
     }
   }
 }
