@@ -130,7 +130,7 @@ class _Tables:
 
     def add(self, values: Tensor) -> int:
         """The number of a table with these values."""
-        values = values.detach().contiguous()
+        values = values.detach().reshape(-1).contiguous()
         content = values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
         key = (TYPES[values.dtype], content)
         if key not in self.known:

@@ -17,7 +17,7 @@ struct Extent {
 
 // Images of so many elements, `image` apart, must lie in a value.
 inline void within(const Extent& value, int64_t images, int64_t image, Wide elements, int64_t bytes, const char* what) {
-  require(images >= 0 && images <= MOST && image >= 0 && image <= MOST && elements >= 0, what);
+  require(images >= 0 && images <= MOST && (image > 0 || (image == 0 && images < 2)) && image <= MOST && elements >= 0, what);
   require(value.bytes == bytes && (images == 0 || Wide(images - 1) * image + elements <= value.available()), what);
 }
 
@@ -146,7 +146,7 @@ inline void check_map(const CallWords& call) {
     return sum;
   };
   require(m.to[MAP_DIMENSIONS - 1] == 1 || m.sizes[MAP_DIMENSIONS - 1] <= 1, what);
-  require(call.y->bytes == 4 && last(m.to) <= call.y->available(), what);
+  require(call.y->bytes == 4 && last(m.to) <= call.y->available() && elements <= std::max<Wide>(1, call.y->available()), what);
   size_t next = 0;
   for (int64_t i = 0; i < m.operands; ++i) {
     if (const Table* table = call.table(&m.constants[i])) {
@@ -178,7 +178,7 @@ inline void check_move(const CallWords& call) {
   Wide elements = 1;
   for (const int64_t size : m.sizes) {
     require(size >= 1 && size <= MOST, what);
-    elements *= size, require(elements <= MOST, what);
+    elements *= size, require(elements <= call.y->available(), what);
   }
   const auto inside = [&](const int64_t* strides, int64_t offset, const Extent& value) {
     Wide low = offset, high = offset;

@@ -102,7 +102,7 @@ class Model:
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 1, library: str | os.PathLike[str] | None = None):
         self._handle = ctypes.c_void_p()
-        self._library = load_library(library or Path(path).parent / "liblcnn.so")
+        self._library = load_library(library or Path(path).resolve().parent / "liblcnn.so")
         self._check(self._library.lcnn_open(os.fsencode(path), threads, ctypes.byref(self._handle)))
         self.inputs = self._ports(self._library.lcnn_input_count, self._library.lcnn_input)
         self.outputs = self._ports(self._library.lcnn_output_count, self._library.lcnn_output)
