@@ -51,6 +51,8 @@ NEEDS = {
     "amx": "AVX512 | AVX512_VNNI | AVX512_VBMI2 | AVX512_BF16 | AMX",
 }
 """Features of native/choose.cpp, the fastest set last."""
+RUNTIME = ("lcnn.cpp", "choose.cpp", "threads.cpp")
+"""Compiled once, for any processor of the kind."""
 HIDDEN = ("-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-gnu-unique")
 SECONDS = 1800
 
@@ -75,7 +77,7 @@ def build_shared(
     """
     if sets is None:
         sets = tuple(NEEDS) if platform.machine() in ("x86_64", "AMD64") else ("portable",)
-    flags = tuple(flag for flag in FLAGS if flag != "-shared") + HIDDEN + tuple(extra)
+    flags = tuple(flag for flag in FLAGS if flag != "-shared") + ("-fopenmp",) + HIDDEN + tuple(extra)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         work = Path(folder)
         (work / "sets.inc").write_text("".join(f"LCNN_SET({name}, {NEEDS[name]})\n" for name in NEEDS if name in sets))
@@ -86,7 +88,7 @@ def build_shared(
                 made = work / f"{name}-{source.stem}.o"
                 own = (*ISA_FLAGS[name], *UNFUSED.get(source.name, ()), table)
                 jobs.append([compiler, *flags, *own, "-c", "-o", str(made), str(source)])
-        for source in (NATIVE / "choose.cpp", NATIVE / "lcnn.cpp"):
+        for source in (NATIVE / name for name in RUNTIME):
             own = (f"-I{work}", f'-DLCNN_VERSION="{VERSION}"')
             jobs.append([compiler, *flags, *own, "-c", "-o", str(work / f"{source.stem}.o"), str(source)])
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -94,26 +96,15 @@ def build_shared(
         wholes = []
         for name in sets:
             whole = work / f"{name}.o"
-            parts = [str(work / f"{name}-{Path(unit).stem}.o") for unit in (*UNITS, "kernel_table.cpp")]
-            _run([f"{tools}ld", "-r", "--force-group-allocation", "-o", str(whole), *parts])
+            units = [str(work / f"{name}-{Path(unit).stem}.o") for unit in (*UNITS, "kernel_table.cpp")]
+            _run([f"{tools}ld", "-r", "--force-group-allocation", "-o", str(whole), *units])
             _run([f"{tools}objcopy", f"--keep-global-symbol=lcnn_kernels_{name}", str(whole)])
             wholes.append(str(whole))
         built = work / target.name
-        alone = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-soname,liblcnn.so", "-Wl,-z,defs")
+        alone = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-soname,liblcnn.so", "-Wl,-z,defs,-z,nodelete")
         small = () if extra else ("-s",)
-        link = [
-            compiler,
-            *extra,
-            "-shared",
-            *alone,
-            *small,
-            "-o",
-            str(built),
-            *wholes,
-            str(work / "choose.o"),
-            str(work / "lcnn.o"),
-        ]
-        _run([*link, "-lpthread"])
+        parts = [*wholes, *(str(work / f"{Path(name).stem}.o") for name in RUNTIME)]
+        _run([compiler, *extra, "-shared", *alone, *small, "-o", str(built), *parts, "-lpthread", "-ldl"])
         built.replace(target)
 
 

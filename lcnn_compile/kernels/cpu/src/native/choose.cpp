@@ -63,15 +63,24 @@ const Set SETS[] = {
 
 }  // namespace
 
+const KernelTable* kernels_named(const char* name) {
+  const unsigned has = features();
+  for (const Set& set : SETS)
+    if ((set.needs & ~has) == 0 && std::strcmp(name, set.name) == 0) return set.kernels;
+  return nullptr;
+}
+
 const KernelTable* choose_kernels(const char** name) {
   const unsigned has = features();
   const char* const asked = std::getenv("LCNN_CPU_ISA");
-  const Set* best = nullptr;
-  for (const Set& set : SETS) {
-    if ((set.needs & ~has) != 0 || (asked && std::strcmp(asked, set.name) != 0)) continue;
-    best = &set;
+  if (asked) {
+    *name = asked;
+    return kernels_named(asked);
   }
-  *name = best ? best->name : asked ? asked : "";
+  const Set* best = nullptr;
+  for (const Set& set : SETS)
+    if ((set.needs & ~has) == 0) best = &set;
+  *name = best ? best->name : "";
   return best ? best->kernels : nullptr;
 }
 

@@ -10,6 +10,8 @@ struct Geometry;
 struct Place;
 struct Pool;
 struct Step;
+struct GradientProblem;
+struct GradientTensors;
 
 struct KernelTable {
   void* (*weight_new)(const int64_t* sizes, const float* dictionary, const float* coefficients, const int32_t* indices,
@@ -27,7 +29,13 @@ struct KernelTable {
   void (*program_free)(void*);
   int (*program_run)(const void* program, void* const* tensors, double* seconds);
   int (*multiplies_pairs)();
+  int (*run)(const void* plan, const float* x, const float* bias, const float* residual, float* y);
+  int (*bytes_run)(const void* plan, const uint8_t* x, const void* residual, void* y);
+  int (*gradients)(const GradientProblem* problem, const GradientTensors* tensors);
 };
+
+// Those of a set of this name; null where the library has none, or the processor cannot run it.
+const KernelTable* kernels_named(const char* name);
 
 // The fastest that this processor runs, or what LCNN_CPU_ISA names; null, and what is wrong in `name`, where that is impossible.
 const KernelTable* choose_kernels(const char** name);

@@ -134,3 +134,6 @@ LCNN_PUBLIC const char* lcnn_version(void) { return LCNN_VERSION; }
 
 // For the exporter, so that the sum is computed in one place.
 LCNN_PUBLIC uint64_t lcnn_checksum(const void* data, size_t bytes) { return lcnn::checksum(static_cast<const uint8_t*>(data), bytes); }
+
+// For lcnn_compile in Python, whose operators call the same kernels: a table of one set, null where it cannot run here.
+LCNN_PUBLIC const void* lcnn_kernels(const char* name) { return lcnn::kernels_named(name); }
