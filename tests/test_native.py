@@ -128,7 +128,9 @@ def test_the_example_in_c(tmp_path):
         found = torch.from_numpy(np.fromfile(tmp_path / "y.bin", np.float32)).view(batch, 5)
         assert torch.equal(found, freeze(model, x)(y))
     (tmp_path / "x.bin").write_bytes(b"12345")
-    done = subprocess.run(["./example", "model.lcnn", "x.bin", "y.bin"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["./example", "model.lcnn", "x.bin", "y.bin"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (1, "x.bin cannot be read as float32\n")
 
 

@@ -1,4 +1,4 @@
-"""Compile the C++ kernels at first use into a per-user cache, and load them.
+"""Load the C++ kernels: those that were installed with the package, else compiled at first use into a per-user cache.
 
 Environment variables:
     LCNN_CACHE_DIR: directory of the compiled libraries, instead of the user's cache directory.
@@ -17,8 +17,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -146,28 +148,66 @@ def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target
         raise OSError(f"{compiler.name} failed: {failure[-500:]}")
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer = ctypes.c_void_p
-    for name, result, arguments in (
-        ("lcnn_multiplies_pairs", ctypes.c_int, []),
-        ("lcnn_weight_new", pointer, [pointer] * 7),
-        ("lcnn_weight_free", None, [pointer]),
-        ("lcnn_plan_new", pointer, [pointer] * 3),
-        ("lcnn_plan_free", None, [pointer]),
-        ("lcnn_run", ctypes.c_int, [pointer] * 5),
-        ("lcnn_bytes_new", pointer, [pointer] * 12),
-        ("lcnn_bytes_free", None, [pointer]),
-        ("lcnn_bytes_plan_new", pointer, [pointer] * 2),
-        ("lcnn_bytes_plan_free", None, [pointer]),
-        ("lcnn_bytes_run", ctypes.c_int, [pointer] * 4),
-        ("lcnn_gradients", ctypes.c_int, [pointer] * 2),
-        ("lcnn_program_new", pointer, [pointer, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]),
-        ("lcnn_program_free", None, [pointer]),
-        ("lcnn_program_run", ctypes.c_int, [pointer] * 3),
-    ):
+_POINTER = ctypes.c_void_p
+FUNCTIONS: tuple[tuple[str, Any, list[Any]], ...] = (
+    ("lcnn_weight_new", _POINTER, [_POINTER] * 7),
+    ("lcnn_weight_free", None, [_POINTER]),
+    ("lcnn_plan_new", _POINTER, [_POINTER] * 3),
+    ("lcnn_plan_free", None, [_POINTER]),
+    ("lcnn_bytes_new", _POINTER, [_POINTER] * 12),
+    ("lcnn_bytes_free", None, [_POINTER]),
+    ("lcnn_bytes_plan_new", _POINTER, [_POINTER] * 2),
+    ("lcnn_bytes_plan_free", None, [_POINTER]),
+    ("lcnn_program_new", _POINTER, [_POINTER, ctypes.c_int64, _POINTER, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]),
+    ("lcnn_program_free", None, [_POINTER]),
+    ("lcnn_program_run", ctypes.c_int, [_POINTER] * 3),
+    ("lcnn_multiplies_pairs", ctypes.c_int, []),
+    ("lcnn_run", ctypes.c_int, [_POINTER] * 5),
+    ("lcnn_bytes_run", ctypes.c_int, [_POINTER] * 4),
+    ("lcnn_gradients", ctypes.c_int, [_POINTER] * 2),
+)
+"""Names, results and arguments of the library's functions, in the order of lcnn::KernelTable."""
+
+
+class Kernels:
+    """The functions of one instruction set."""
+
+    def __init__(self, found: Sequence[Any]):
+        for (name, _, _), function in zip(FUNCTIONS, found, strict=True):
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+def _compiled(path: Path) -> Kernels:
+    """Those of a library that was compiled for this processor."""
+    library = ctypes.CDLL(str(path))
+    found = []
+    for name, result, arguments in FUNCTIONS:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return library
+        found.append(function)
+    return Kernels(found)
+
+
+def _installed() -> Kernels | None:
+    """Those of the library that was installed with the package, where it was made of these sources and has the instruction set."""
+    path = INSTALLED / "liblcnn.so"
+    if not made_of_these_sources(INSTALLED) or os.environ.get("LCNN_CPU_SANITIZE") == "1":
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    library.lcnn_kernels.restype, library.lcnn_kernels.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    table = library.lcnn_kernels(instruction_set().encode())
+    if not table:
+        return None
+    addresses = (ctypes.c_void_p * len(FUNCTIONS)).from_address(table)
+    return Kernels(
+        [ctypes.CFUNCTYPE(result, *arguments)(at) for (_, result, arguments), at in zip(FUNCTIONS, addresses, strict=True)]
+    )
 
 
 def target() -> Path:
@@ -201,9 +241,8 @@ def shared_library() -> Path:
     Raises:
         KernelError: it is not there, and cannot be built.
     """
-    installed = Path(__file__).parent / "lib" / "liblcnn.so"
-    if installed.exists():
-        return installed
+    if made_of_these_sources(INSTALLED):
+        return INSTALLED / "liblcnn.so"
     try:
         compiler = _compiler()
         extra = SANITIZE_FLAGS if os.environ.get("LCNN_CPU_SANITIZE") == "1" else ()
@@ -219,15 +258,18 @@ def shared_library() -> Path:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def library() -> Kernels | None:
     """The loaded kernels, or None, with one warning per process that says why."""
     try:
+        installed = _installed()
+        if installed is not None:
+            return installed
         path = build()
         try:
-            return _declare(ctypes.CDLL(str(path)))
+            return _compiled(path)
         except (OSError, AttributeError):  # a damaged file: once more from the source
             path.unlink(missing_ok=True)
-            return _declare(ctypes.CDLL(str(build())))
+            return _compiled(build())
     except (OSError, AttributeError, subprocess.SubprocessError, filelock.Timeout, KernelError) as error:
         warnings.warn(
             f"the C++ kernels are unavailable, lookups on CPU run as the factored lowering: {error}", LcnnWarning, stacklevel=2

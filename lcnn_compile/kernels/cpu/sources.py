@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -51,6 +52,8 @@ NEEDS = {
     "amx": "AVX512 | AVX512_VNNI | AVX512_VBMI2 | AVX512_BF16 | AMX",
 }
 """Features of native/choose.cpp, the fastest set last."""
+INSTALLED = Path(__file__).parent / "lib"
+"""Where the wheel has liblcnn.so, and beside it a digest of what it was made of."""
 RUNTIME = ("lcnn.cpp", "choose.cpp", "threads.cpp")
 """Compiled once, for any processor of the kind."""
 HIDDEN = ("-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-gnu-unique")
@@ -101,7 +104,13 @@ def build_shared(
             _run([f"{tools}objcopy", f"--keep-global-symbol=lcnn_kernels_{name}", str(whole)])
             wholes.append(str(whole))
         built = work / target.name
-        alone = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-soname,liblcnn.so", "-Wl,-z,defs,-z,nodelete")
+        alone = (
+            "-static-libstdc++",
+            "-static-libgcc",
+            "-Wl,--exclude-libs,ALL",
+            "-Wl,-soname,liblcnn.so",
+            "-Wl,-z,defs,-z,nodelete",
+        )
         small = () if extra else ("-s",)
         parts = [*wholes, *(str(work / f"{Path(name).stem}.o") for name in RUNTIME)]
         _run([compiler, *extra, "-shared", *alone, *small, "-o", str(built), *parts, "-lpthread", "-ldl"])
@@ -114,3 +123,33 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     if done.returncode:
         raise OSError(f"{Path(command[0]).name} failed: {done.stderr.strip()[-1000:]}")
+
+
+def sources_digest() -> str:
+    """A digest of all sources and flags of liblcnn.so."""
+    found = hashlib.sha256(repr((FLAGS, ISA_FLAGS, NEEDS, UNFUSED, HIDDEN, VERSION)).encode())
+    for path in (*(FOLDER / name for name in SOURCES), *sorted(NATIVE.iterdir())):
+        if path.suffix in (".cpp", ".h"):
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def made_of_these_sources(folder: Path) -> bool:
+    """Whether the library in a folder is there, and of these sources: in a checkout they change after it was installed."""
+    try:
+        return (folder / "liblcnn.so").exists() and (folder / "sources.sha256").read_text() == sources_digest()
+    except OSError:
+        return False
+
+
+def install(folder: Path, compiler: str) -> None:
+    """Build the library into a folder, with its digest; nothing where it is there.
+
+    Raises:
+        OSError: as :func:`build_shared`.
+    """
+    if made_of_these_sources(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    build_shared(folder / "liblcnn.so", compiler)
+    (folder / "sources.sha256").write_text(sources_digest())
