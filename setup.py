@@ -17,6 +17,7 @@ class BuildLibrary(build_ext):
     """Compiles with the tools of the system; without a compiler the package is installed without kernels, and says so when it is used."""
 
     def run(self) -> None:
+        """Into the folder that is packed, or beside the sources for an editable installation."""
         root = Path(__file__).parent if self.inplace or self.editable_mode else Path(self.build_lib)
         folder = root / "lcnn_compile" / "kernels" / "cpu" / "lib"
         compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++"))), None)

@@ -109,7 +109,7 @@ class Sorted(nn.Module):
 
 def test_what_is_not_one_program_is_refused_by_name(tmp_path):
     model = convert(Sorted().eval(), LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
-    with pytest.raises(ExportError, match="not one program.*sort"):
+    with pytest.raises(ExportError, match=r"not one program.*sort"):
         export_native(model, tmp_path / "out", torch.randn(2, 3, 9, 9))
     assert not (tmp_path / "out").exists()
 

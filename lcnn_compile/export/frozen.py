@@ -180,11 +180,11 @@ class Frozen:
         Raises:
             ExportError: the model is not one program (``alone``), or the arguments are not those it was frozen for.
         """
-        if self._program is None:
+        if self.program is None:
             raise ExportError(f"the frozen model is not one program, whose steps could be timed: {'; '.join(self.left_over)}")
         leaves, _ = self._bind(args, kwargs)
         self._check(leaves)
-        rows = self._program.profile(*[leaves[i] for i in self._alone.inputs], calls=calls)
+        rows = self.program.profile(*[leaves[i] for i in self.single.inputs], calls=calls)
         return [StepTime(step.described(), tuple(shape), seconds * 1e3) for step, shape, seconds in rows]
 
     def _check(self, leaves: list[Any]) -> None:

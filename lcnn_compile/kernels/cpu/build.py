@@ -32,6 +32,7 @@ from lcnn_compile.kernels.cpu.sources import (
     COMPRESS,
     FLAGS,
     FOLDER,
+    INSTALLED,
     ISA_FLAGS,
     MATRIX,
     NATIVE,
@@ -40,6 +41,7 @@ from lcnn_compile.kernels.cpu.sources import (
     UNITS,
     VNNI,
     build_shared,
+    made_of_these_sources,
 )
 from lcnn_compile.kernels.store import cache_folder
 

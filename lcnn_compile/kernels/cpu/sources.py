@@ -80,7 +80,7 @@ def build_shared(
     """
     if sets is None:
         sets = tuple(NEEDS) if platform.machine() in ("x86_64", "AMD64") else ("portable",)
-    flags = tuple(flag for flag in FLAGS if flag != "-shared") + ("-fopenmp",) + HIDDEN + tuple(extra)
+    flags = (*(flag for flag in FLAGS if flag != "-shared"), "-fopenmp", *HIDDEN, *extra)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         work = Path(folder)
         (work / "sets.inc").write_text("".join(f"LCNN_SET({name}, {NEEDS[name]})\n" for name in NEEDS if name in sets))
