@@ -74,6 +74,7 @@ def random_finish(rng):
 
 def random_case(rng):
     """(layer, x, residual, geometry), small, odd and often degenerate."""
+    depthwise = rng.random() < 0.2
     while True:
         groups, kernel = rng.choice([1, 1, 1, 2, 3]), (rng.randint(1, 4), rng.randint(1, 4))
         size = (rng.randint(1, 20), rng.randint(1, 90)) if rng.random() < 0.7 else (rng.randint(1, 9), rng.randint(1, 9))
@@ -88,7 +89,11 @@ def random_case(rng):
             break
     m, n, k = groups * rng.randint(1, 40), groups * rng.randint(1, 30), rng.choice([1, 2, rng.randint(3, 20)])
     group_size = rng.choice([1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 11, 16])
-    layer = random_layer(rng, m, n, k, kernel, rng.randint(1, 12), group_size, groups, rng.random() < 0.3, **random_finish(rng))
+    if depthwise:  # each filter reads one channel alone
+        groups = m = rng.randint(1, 40)
+        n = m * rng.choice([1, 1, 3])
+    identity = depthwise or rng.random() < 0.3
+    layer = random_layer(rng, m, n, k, kernel, rng.randint(1, 12), group_size, groups, identity, **random_finish(rng))
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     batch = rng.choice([1, 1, 2, 5])
     x = whole(generator, 0, 255, batch, m, *size, dtype=torch.uint8)
@@ -138,6 +143,23 @@ def test_threads_and_batches_change_no_bit():
             equal(packed(x, *geometry, residual), truth, f"{threads} threads")
             for i in (0, 6):
                 equal(packed(x[i : i + 1], *geometry, residual[i : i + 1]), truth[i : i + 1], f"{threads} threads, image {i}")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_share_the_channels_of_a_depthwise_layer():
+    rng = random.Random(3)
+    layer = random_layer(rng, 24, 48, 1, (3, 3), 5, 2, 24, identity=True, activation="silu", zero=3, six=6.0)
+    x = whole(torch.Generator().manual_seed(1), 0, 255, 2, 24, 19, 23, dtype=torch.uint8)
+    before = torch.get_num_threads()
+    try:
+        for stride in ((1, 1), (2, 2), (3, 1)):
+            geometry = (stride, (1, 1, 1, 1), (1, 1))
+            truth = convolve_bytes(layer, x, *geometry)
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                equal(PackedBytes(layer)(x, *geometry), truth, f"{threads} threads, stride {stride}")
+                equal(PackedBytes(layer)(x[:1], *geometry), truth[:1], f"{threads} threads, one image, stride {stride}")
     finally:
         torch.set_num_threads(before)
 

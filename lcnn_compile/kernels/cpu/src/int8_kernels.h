@@ -12,13 +12,6 @@ constexpr int BYTE_FILTERS = 4;
 #endif
 constexpr int BOTH_HALVES = BYTE_FILTERS / 2;  // up to so many filters have room for all four vectors of sums
 
-// A vector of pixels: where its taps start, and the lanes that are valid, which lie side by side where there are no gaps between
-// rows: in x, from `source` on, for the dictionary stage; in y, from `target` on, for the lookup stage.
-struct BytePixels {
-  int64_t source, target;
-  Lanes lanes;
-};
-
 // Where quads of pixels come from: planes of S at the offsets of four taps, or channels that are packed so already.
 struct TapPlanes {
   const uint8_t* s;
@@ -254,18 +247,7 @@ static void look_up_bytes(const ByteLookup& to, const BytePixels& p, const ByteF
   }
 }
 
-// Sixteen pixels of the output that follow one another, where images are so small that vectors of whole planes would be mostly gaps: the bytes
-// of four taps are picked from 32 lanes each.
-struct Sixteen {
-  int64_t source, target;
-  int count;
-  alignas(64) uint8_t order[64];  // where the bytes of each pixel's quad come from, in the 32 bytes of each tap
-};
-constexpr int64_t PICKED = 32;
-
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-constexpr bool PICKS = true;
-
 template <int F>
 static void look_up_sixteen(const ByteLookup& to, const Sixteen& p, const ByteFilters& of) {
   const uint8_t* const s = to.s + p.source;
@@ -317,8 +299,6 @@ static void look_up_sixteen(const ByteLookup& to, const Sixteen& p, const ByteFi
   }
 }
 #else
-constexpr bool PICKS = false;
-
 template <int F>
 static void look_up_sixteen(const ByteLookup&, const Sixteen&, const ByteFilters&) {}
 #endif

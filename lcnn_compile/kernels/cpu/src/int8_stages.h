@@ -6,6 +6,7 @@
 
 #include "form.h"
 #include "int8_kernels.h"
+#include "run.h"
 
 namespace lcnn {
 
@@ -22,12 +23,10 @@ struct ByteCall {
 
  private:
   BytePixels pixels_in(const Grid& grid, const Phase& at, int64_t first) const;
-  BytePixels out_pixels(int64_t v, int64_t per_row, int64_t rows) const;
-  bool picks(int64_t rows, int64_t vectors) const;
-  Sixteen sixteen(int64_t number, int64_t rows) const;
   void copy_plane(const uint8_t* origin, const Phase& at, const Grid& grid, uint8_t* plane) const;
   void pack(const uint8_t* origin, const Phase& at, const Grid& grid, int64_t first, Quad* packed) const;
   void dictionary_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, uint8_t* s, Quad* packed, Team team) const;
+  void depthwise(int64_t image, int64_t first_row, int64_t rows, Team team) const;
   void lookup_stage(int64_t image, int64_t group, int64_t first_row, int64_t rows, const uint8_t* s, Team team) const;
 };
 
@@ -44,42 +43,8 @@ inline BytePixels ByteCall::pixels_in(const Grid& grid, const Phase& at, int64_t
   return found;
 }
 
-// Vector number `v` of output pixels.
-inline BytePixels ByteCall::out_pixels(int64_t v, int64_t per_row, int64_t rows) const {
-  const int64_t wide = p.g.out_width, source = p.by_rows ? v / per_row * p.read_pitch + v % per_row * BYTES : v * BYTES;
-  int64_t row = p.by_rows ? v / per_row : source / p.read_pitch, column = source - row * p.read_pitch;
-  BytePixels found{source, row * wide + std::min(column, wide), {}};
-  for (int64_t lane = 0; lane < BYTES && row < rows; ++row, column = 0) {
-    const int64_t valid = std::clamp<int64_t>(wide - column, 0, BYTES - lane);
-    found.lanes.add(lane, lane + valid);
-    lane += p.read_pitch - column;
-    if (p.by_rows) break;
-  }
-  return found;
-}
-
-// Sixteen pixels of the output from 16 * `number` on.
-inline Sixteen ByteCall::sixteen(int64_t number, int64_t rows) const {
-  const int64_t wide = p.g.out_width, first = 16 * number, count = std::min<int64_t>(16, rows * wide - first);
-  const auto place = [&](int64_t pixel) { return pixel / wide * p.read_pitch + pixel % wide; };
-  Sixteen found{place(first), first, int(count), {}};
-  for (int64_t i = 0; i < 16; ++i)
-    for (int64_t tap = 0; tap < 4; ++tap)
-      found.order[4 * i + tap] = uint8_t(PICKED * tap + place(first + std::min(i, count - 1)) - found.source);
-  return found;
-}
-
-// Whether the pixels of a band are picked sixteen at a time: that costs a third of a vector of planes for each of them.
-inline bool ByteCall::picks(int64_t rows, int64_t vectors) const {
-  const int64_t wide = p.g.out_width, count = ceil_div(rows * wide, 16);
-  if (!PICKS || 13 * count >= 40 * vectors) return false;
-  // From the first of sixteen pixels to the last, gaps between rows included.
-  return 16 + (15 / wide + 1) * (p.read_pitch - wide) <= PICKED;
-}
-
-// One plane of x where S would be formed of it.
+// One plane of x where S would be formed of it, between its padding.
 inline void ByteCall::copy_plane(const uint8_t* origin, const Phase& at, const Grid& grid, uint8_t* plane) const {
-  std::memset(plane, of.weight.middle, p.phase_plane);
   if (grid.stop == 0) return;
   const int64_t length = at.end_valid - at.first_valid;
   for (int64_t row = grid.begin / p.pitch; row * p.pitch < grid.stop; ++row) {
@@ -155,7 +120,10 @@ inline void ByteCall::dictionary_stage(int64_t image, int64_t group, int64_t fir
     uint8_t* const plane = s + phase * p.phase_plane;
     const int64_t first = w.k * team.rank / team.size, end = w.k * (team.rank + 1) / team.size;
     if (weight.identity) {
-      for (int64_t i = first; i < end; ++i) copy_plane(origin + i * p.g.stride_c, at, grid, plane + i * p.plane);
+      for (int64_t i = first; i < end; ++i) {
+        std::memset(plane + i * p.plane, weight.middle, p.phase_plane);
+        copy_plane(origin + i * p.g.stride_c, at, grid, plane + i * p.plane);
+      }
       continue;
     }
     // Whole vectors from the one in which the image begins.
@@ -183,7 +151,6 @@ inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_r
   const ByteFinish& finish = weight.finish;
   const int64_t area = p.g.out_height * p.g.out_width, row = first_row * p.g.out_width;
   const int64_t start = image * p.g.out_image + row, residual_start = image * p.g.residual_image + row;
-  const int64_t per_row = ceil_div(p.g.out_width, BYTES), vectors = p.by_rows ? per_row * rows : p.vectors(rows, p.read_pitch);
   const int64_t first_block = p.w.first_block[group], blocks = p.w.first_block[group + 1] - first_block;
   const bool rectified = finish.activation == RELU || finish.activation == RELU6;
   const bool late = rectified && residual && finish.residual_last;
@@ -200,14 +167,9 @@ inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_r
                       plain,
                       late,
                       finish.activation == RELU6 ? float(finish.six) : std::numeric_limits<float>::infinity()};
-  const bool picked = picks(rows, vectors);
-  BytePixels pixels{};
-  Sixteen sixteen{};
-  for (Share share(picked ? ceil_div(rows * p.g.out_width, 16) : vectors, blocks, team); share.more(); share.advance()) {
-    if (share.new_tile && picked) sixteen = this->sixteen(share.tile, rows);
-    if (share.new_tile && !picked) pixels = out_pixels(share.tile, per_row, rows);
+  const BandPixels& pixels = of.pixels(rows);
+  for (Share share(pixels.tiles(), blocks, team); share.more(); share.advance()) {
     const ByteBlock& block = weight.blocks[first_block + share.block];
-    if (!picked && !pixels.lanes.count) continue;
     for (int f = 0; f < block.size; f += BYTE_FILTERS) {
       const int first = block.first_filter + f, size = std::min(BYTE_FILTERS, block.size - f);
       const ByteFilters filters{of.offsets.data() + block.first_offset,
@@ -217,16 +179,33 @@ inline void ByteCall::lookup_stage(int64_t image, int64_t group, int64_t first_r
                                 weight.coefficients.data() + block.coefficients + f,
                                 block.size,
                                 block.quads};
-      if (picked)
-        byte_kernels.look_up_sixteen[size](to, sixteen, filters);
+      if (pixels.picked)
+        byte_kernels.look_up_sixteen[size](to, pixels.sixteens[share.tile], filters);
       else
-        byte_kernels.look_up[size](to, pixels, filters);
+        byte_kernels.look_up[size](to, pixels.vectors[share.tile], filters);
     }
+  }
+}
+
+// Channels one by one, each in a thread's own plane, whose padding all of them share.
+inline void ByteCall::depthwise(int64_t image, int64_t first_row, int64_t rows, Team team) const {
+  thread_local Memory memory;
+  uint8_t* const s = reinterpret_cast<uint8_t*>(memory.at_least(ceil_div(p.plane, int64_t(sizeof(float)))));
+  thread_local std::vector<Grid> grids;
+  grids.clear();
+  const Call places{p, nullptr, nullptr, nullptr, nullptr};
+  for (const Phase& at : p.phases) grids.push_back(places.grid(at, first_row, rows));
+  std::memset(s, of.weight.middle, size_t(p.plane));
+  for (int64_t group = p.w.groups * team.rank / team.size; group < p.w.groups * (team.rank + 1) / team.size; ++group) {
+    const uint8_t* const origin = x + image * p.g.stride_n + group * p.g.stride_c;
+    for (size_t phase = 0; phase < p.phases.size(); ++phase) copy_plane(origin, p.phases[phase], grids[phase], s + phase * p.phase_plane);
+    lookup_stage(image, group, first_row, rows, s, {0, 1});
   }
 }
 
 inline void ByteCall::band(int64_t image, int64_t index, float* scratch, float* packed, Team team) const {
   const int64_t first = index * p.band_rows, rows = std::min(first + p.band_rows, p.rows) - first;
+  if (of.weight.depthwise()) return depthwise(image, first, rows, team);
   uint8_t* const s = reinterpret_cast<uint8_t*>(scratch);
   for (int64_t group = 0; group < p.w.groups; ++group) {
     if (group > 0) team.wait();

@@ -251,11 +251,18 @@ static inline Pairs16 even_bytes(const uint8_t* from) { return *reinterpret_cast
 
 // `length` bytes that lie `step` apart.
 static inline void copy_spread_bytes(uint8_t* to, const uint8_t* from, int64_t length, int64_t step) {
+  int64_t i = 0;
   if (step == 1) {
+#if defined(__AVX512BW__)
+    for (; i < length; i += BYTES) {
+      const __mmask64 mask = ~uint64_t(0) >> (64 - std::min<int64_t>(BYTES, length - i));
+      _mm512_mask_storeu_epi8(to + i, mask, _mm512_maskz_loadu_epi8(mask, from + i));
+    }
+#else
     std::memcpy(to, from, size_t(length));
+#endif
     return;
   }
-  int64_t i = 0;
   if (step == 2) {
 #if defined(__AVX512BW__)
     for (; i < length; i += HALF_BYTES) {
