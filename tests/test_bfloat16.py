@@ -237,13 +237,13 @@ def test_lowerings_are_measured_for_each_precision(tmp_path, monkeypatch):
     assert len(keys) == 3
     monkeypatch.setenv("LCNN_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("LCNN_TUNE", raising=False)
-    measured._file.cache_clear()
+    measured.facts_file.cache_clear()
     try:
         assert set(measured.measure(low, True)) >= {"dense"}
         assert measured.remembered(low) is not None
         assert measured.remembered(problem) is None
     finally:
-        measured._file.cache_clear()
+        measured.facts_file.cache_clear()
         measured.known.cache_clear()
 
 

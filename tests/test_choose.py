@@ -52,10 +52,10 @@ def test_estimates_follow_the_sizes():
 def store(tmp_path, monkeypatch):
     monkeypatch.setenv("LCNN_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("LCNN_TUNE", raising=False)
-    measured._file.cache_clear()
+    measured.facts_file.cache_clear()
     measured.known.cache_clear()
     yield tmp_path
-    measured._file.cache_clear()
+    measured.facts_file.cache_clear()
     measured.known.cache_clear()
 
 
@@ -84,8 +84,8 @@ def test_random_calls_are_valid_and_leave_the_random_state_alone(store):
 
 
 def test_an_unwritable_or_damaged_store_does_not_matter(store):
-    measured._file().parent.mkdir(parents=True)
-    measured._file().write_text("{")
+    measured.facts_file().parent.mkdir(parents=True)
+    measured.facts_file().write_text("{")
     assert measured.measure(PROBLEM, True)
     measured.known.cache_clear()
     (store / "lowerings" / "x").mkdir()

@@ -14,8 +14,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from lcnn_compile import LcnnError, LookupConfig, LookupConv2d, convert, freeze
-from lcnn_compile.export import export_pt2
-from lcnn_compile.export import frozen as frozen_file
+from lcnn_compile.export import engines, export_pt2
 from lcnn_compile.kernels import cpu
 
 
@@ -154,7 +153,7 @@ def test_state_goes_on_from_call_to_call(monkeypatch):
     made = convert(dense, LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
     wanted = steps(copy.deepcopy(made), batches)
     constant = []
-    monkeypatch.setattr(frozen_file, "inductor_freezing", lambda: constant.append(1) or nullcontext())
+    monkeypatch.setattr(engines, "inductor_freezing", lambda: constant.append(1) or nullcontext())
     frozen = freeze(made, batches[0], dynamic_batch=False)
     torch.testing.assert_close(steps(frozen, batches[:2]), wanted[:2], rtol=1e-4, atol=1e-4)
     # A copy has the state of this moment, and a life of its own.

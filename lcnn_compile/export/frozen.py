@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
-import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,18 +14,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from lcnn_compile.batches import Inputs, inputs_of, signature_of
-from lcnn_compile.errors import ExportError
+from lcnn_compile.errors import ExportError, LcnnWarning
 from lcnn_compile.export.capture import first_line, prepared, program_of, unlift
 from lcnn_compile.export.dimensions import refuse_hidden_state
+from lcnn_compile.export.engines import DEFAULT, ENGINES
+from lcnn_compile.export.rivals import faster_rival
 from lcnn_compile.export.writes import writes_to
 from lcnn_compile.kernels.cpu.program import Program
+from lcnn_compile.modules import lookup_modules
 from lcnn_compile.passes import gather_programs
-from lcnn_compile.passes.programs import is_handle, left_over, programs, single_program
-from lcnn_compile.passes.targets import attribute
+from lcnn_compile.passes.programs import left_over, programs, single_program
 from lcnn_compile.structures import Structure, difference, flatten, unflatten
-from lcnn_compile.torch_private import inductor_freezing, least_size, plain_dtypes, pytree
+from lcnn_compile.torch_private import least_size, plain_dtypes, pytree
 
-log = logging.getLogger("lcnn_compile")
 _P = inspect.Parameter
 _KINDS = {
     int(kind): kind for kind in (_P.POSITIONAL_ONLY, _P.POSITIONAL_OR_KEYWORD, _P.VAR_POSITIONAL, _P.KEYWORD_ONLY, _P.VAR_KEYWORD)
@@ -83,16 +83,19 @@ class Frozen:
         graph: what runs, with its programs.
         alone: whether it is one native program, with nothing left to the compiler.
         left_over: otherwise, the operations that keep it from being one, with the shapes of their results.
+        writes: whether calls write to inputs or buffers.
         program, single: that program, and how it is called; or None.
+        kept_dense: why the whole model runs on an engine of PyTorch's own instead, with both times; "" where it does not.
         form: of each tensor input: the smallest batch (0 where it has none), sizes, dtype, device.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram, call: _Call):
-        self._exported, self._call = program, call
+    def __init__(self, program: torch.export.ExportedProgram, call: _Call, engine: str = DEFAULT, kept_dense: str = ""):
+        self._exported, self._call, self._engine, self.kept_dense = program, call, engine, kept_dense
         with torch.no_grad():
             gm = gather_programs(unlift(program))
         self.graph: fx.GraphModule = gm
         self._writes_inputs, stateful = writes_to(gm, "placeholder"), writes_to(gm, "get_attr")
+        self.writes = self._writes_inputs or stateful
         self._signature = call.signature()
         self.form = list(call.form)
         names = list(self._signature.parameters)[: len(self.form)]
@@ -105,7 +108,9 @@ class Frozen:
         if alone is not None:
             [self.program], self.single = programs(gm), alone
         else:
-            self._rest = torch.compile(gm, dynamic=False) if stateful else _constant(gm)
+            self._rest = ENGINES["Inductor" if stateful else engine](gm)
+            if kept_dense:
+                self.left_over = [kept_dense]
 
     @property
     def input_names(self) -> list[str]:
@@ -140,7 +145,7 @@ class Frozen:
         except Exception as error:
             # Export writes whatever operators and attributes the model has, and may raise anything.
             raise ExportError(f"the frozen model cannot be written: {first_line(error)}") from error
-        return _restore, (file.getvalue(), self._call)
+        return _restore, (file.getvalue(), self._call, self._engine, self.kept_dense)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Structure]:
         """The tensors of a call, and the structure of its arguments by parameter."""
@@ -164,13 +169,15 @@ class Frozen:
             if found := _first_difference(self._call.given, given):
                 raise ExportError(f"the model is frozen for other arguments: {found}; freeze it again")
         self._check(leaves)
+        return unflatten(self._call.returned, self.run(*leaves))
+
+    def run(self, *leaves: Tensor) -> list[Any]:
+        """The tensors of the outputs for those of the inputs, which nobody has looked at."""
         if self.program is not None:
-            found_outputs = self.single.returned(self.program(*[leaves[i] for i in self.single.inputs]))
-        else:
-            assert self._rest is not None
-            with torch.no_grad(), plain_dtypes():
-                found_outputs = pytree.tree_leaves(self._rest(*leaves))
-        return unflatten(self._call.returned, found_outputs)
+            return self.single.returned(self.program(*[leaves[i] for i in self.single.inputs]))
+        assert self._rest is not None
+        with torch.no_grad(), plain_dtypes():
+            return pytree.tree_leaves(self._rest(*leaves))
 
     def profile(self, *args: Any, calls: int = 10, **kwargs: Any) -> list[StepTime]:
         """Where the time of a call goes: every step of the model's native program, with its mean over ``calls`` calls.
@@ -206,47 +213,6 @@ class Frozen:
                 raise ExportError(f"the model is frozen for tensors {forms}{remark}; it got {got}; freeze it again")
         if self._writes_inputs and len({t.untyped_storage().data_ptr() for t in leaves}) < len(leaves):
             raise ExportError("the model writes to its inputs, and two of them share memory; pass copies")
-
-
-def _constant(gm: fx.GraphModule) -> Callable[..., Any]:
-    """A graph by Inductor, with its tensors as constants: convolutions of weights that are laid out once, and no batch norm."""
-    open_graph, handles = _with_handles(gm)
-    run, plain = torch.compile(open_graph, dynamic=False), torch.compile(gm, dynamic=False)
-    met: dict[tuple[Any, ...], bool] = {}
-
-    def call(*leaves: Any) -> Any:
-        form = tuple((x.shape, x.stride()) for x in leaves)
-        works = met.get(form)
-        if works is None:
-            try:
-                # Dynamo asks the configuration when it compiles, which an option of torch.compile does not reach.
-                with inductor_freezing():
-                    made = run(*leaves, *handles)
-                met[form] = True
-                return made
-            except Exception as error:
-                # Inductor freezes not all that it compiles: sizes that depend on data, for one. What is no fault of it raises again.
-                log.info("Inductor cannot freeze what is left of a model (%s); it is compiled as it is", first_line(error))
-                met[form] = False
-        return run(*leaves, *handles) if works else plain(*leaves)
-
-    return call
-
-
-def _with_handles(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
-    """A copy that takes the handles of its programs as inputs: Inductor's caches would keep constants of another process."""
-    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    handles: list[Tensor] = []
-    for node in copied.graph.find_nodes(op="get_attr"):
-        if is_handle(gm, node.target):
-            handles.append(attribute(gm, node.target))
-            with copied.graph.inserting_before(next(n for n in copied.graph.nodes if n.op != "placeholder")):
-                given = copied.graph.placeholder(f"handle_{len(handles)}")
-            given.meta = dict(node.meta)
-            node.replace_all_uses_with(given)
-            copied.graph.erase_node(node)
-    copied.recompile()
-    return copied, handles
 
 
 def _arguments(bound: inspect.BoundArguments) -> tuple[list[Any], Structure]:
@@ -296,7 +262,9 @@ def freeze(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
 
     A call of a compiled model checks every weight and every guard of Dynamo, which takes longer than a small network. Batch
     norm is folded, lowerings are settled by measurement, regions of lookups become native programs (float32 on a CPU); where
-    something else remains, Inductor compiles it. Changing the model afterwards changes nothing: freeze it again. Autocast
+    something else remains, Inductor compiles it. Where all lowerings are "auto" and the whole dense network is faster here on an
+    engine of PyTorch's own (eager in both memory formats, Inductor, frozen or not), that runs it, with a warning; both are
+    timed once where it is close, and remembered. Changing the model afterwards changes nothing: freeze it again. Autocast
     around this call, or around calls of what it returns, has no effect.
 
     Args:
@@ -328,7 +296,24 @@ def freeze(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
     program = program_of(_OfTensors(private, signature, given, found), tuple(leaves), {}, "auto", dynamic_batch)
     form = _form(program, leaves)
     parameters = tuple((p.name, int(p.kind), p.default is not p.empty, _default(p)) for p in signature.parameters.values())
-    return Frozen(program, _Call(parameters, given, found[-1], form))
+    made = _Call(parameters, given, found[-1], form)
+    frozen = Frozen(program, made)
+    layers = [module for _, module in lookup_modules(private)]
+    if not layers or frozen.writes or any(layer.lowering != "auto" or layer.precision != "float32" for layer in layers):
+        return frozen
+    dense: list[torch.export.ExportedProgram] = []
+
+    def dense_form() -> fx.GraphModule:
+        dense.append(program_of(_OfTensors(private, signature, given, []), tuple(leaves), {}, "dense", dynamic_batch))
+        return unlift(dense[-1])
+
+    rival = faster_rival(frozen.run, frozen.graph, dense_form, leaves)
+    if rival is None:
+        return frozen
+    if not dense:
+        dense_form()
+    warnings.warn(f"the frozen model is {rival}", LcnnWarning, stacklevel=2)
+    return Frozen(dense[-1], made, rival.engine, str(rival))
 
 
 def _default(parameter: inspect.Parameter) -> Any:
@@ -347,6 +332,6 @@ def _form(program: torch.export.ExportedProgram, leaves: list[Tensor]) -> tuple[
     return tuple(form)
 
 
-def _restore(data: bytes, call: _Call) -> Frozen:
+def _restore(data: bytes, call: _Call, engine: str, kept_dense: str) -> Frozen:
     """What :meth:`Frozen.__reduce__` wrote."""
-    return Frozen(torch.export.load(io.BytesIO(data)), call)
+    return Frozen(torch.export.load(io.BytesIO(data)), call, engine, kept_dense)

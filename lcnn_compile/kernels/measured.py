@@ -29,8 +29,8 @@ HOPELESS = 4.0
 
 
 @cache
-def _file() -> Path:
-    """The file for this processor, torch and version of the kernels."""
+def facts_file() -> Path:
+    """The file of what was measured on this processor, with this torch and version of the kernels."""
     sources = sorted(
         [
             *(p for p in (Path(__file__).parent / "cpu").rglob("*") if p.suffix in (".py", ".h", ".cpp")),
@@ -52,7 +52,7 @@ def _key(problem: Problem) -> str:
 
 def remembered(problem: Problem) -> dict[str, float] | None:
     """Seconds of the lowerings that were measured for this problem on this machine; None if they were not."""
-    return known(_file()).get(_key(problem))
+    return known(facts_file()).get(_key(problem))
 
 
 def random_call(problem: Problem, device: torch.device | None = None) -> Arguments:
@@ -118,5 +118,5 @@ def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
             callers = {name: _caller(call, name, problem.precision) for name in names}
             bursts = [{name: _burst(call) for name, call in callers.items()} for _ in range(ROUNDS)]
         found = {name: min(burst[name] for burst in bursts) for name in names}
-        remember(_file(), _key(problem), found)
+        remember(facts_file(), _key(problem), found)
     return found
