@@ -1,4 +1,4 @@
-"""The command line ``lcnn-compile``: explain, convert, export, info, bench, demo.
+"""The command line ``lcnn-compile``: explain, convert, export, run, info, bench, demo.
 
 Exit codes: 0 all is well; 1 a benchmark failed; 2 a mistake in what was asked, named on standard error; 3 nothing was replaced and
 nothing written; 130 interrupted. Results go to standard output, everything else to standard error.
@@ -19,6 +19,7 @@ from lcnn_compile.cli.bench import PASSED_ON, bench_command
 from lcnn_compile.cli.conversion import convert_command, explain_command
 from lcnn_compile.cli.exporting import export_command
 from lcnn_compile.cli.inspection import demo_command, info_command
+from lcnn_compile.cli.running import run_command
 from lcnn_compile.errors import LcnnError
 
 MISTAKE, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -32,6 +33,7 @@ cli = typer.Typer(
 cli.command("explain")(explain_command)
 cli.command("convert")(convert_command)
 cli.command("export")(export_command)
+cli.command("run")(run_command)
 cli.command("info")(info_command)
 cli.command("bench", context_settings=PASSED_ON)(bench_command)
 cli.command("demo")(demo_command)

@@ -21,6 +21,7 @@ from lcnn_compile.cli import options as given
 from lcnn_compile.cli.output import output
 from lcnn_compile.cli.sources import load_inputs, load_model
 from lcnn_compile.errors import ExportError, LcnnError
+from lcnn_compile.export.frozen import freeze
 from lcnn_compile.files import check_target, replacing
 from lcnn_compile.modules import lookup_modules
 from lcnn_compile.torch_private import pytree
@@ -37,6 +38,10 @@ def export_command(
     onnx: Annotated[Path | None, typer.Option(help="ONNX of standard operators (.onnx); extra onnx.")] = None,
     pt2: Annotated[Path | None, typer.Option(help="torch.export program (.pt2).")] = None,
     aot: Annotated[Path | None, typer.Option(help="AOTInductor package for this kind of processor (.pt2).")] = None,
+    native: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a model file and the library that runs it: needs neither Python nor a compiler."),
+    ] = None,
     dense: Annotated[Path | None, typer.Option(help="State dict of the plain dense network (.safetensors).")] = None,
     lowering: Annotated[
         str | None,
@@ -50,13 +55,13 @@ def export_command(
     as_json: given.AsJson = False,
 ) -> None:
     """Write a converted model for other runtimes, and compare each file's outputs with the model's own."""
-    chosen = {"onnx": onnx, "pt2": pt2, "aot": aot, "dense": dense}
+    chosen = {"onnx": onnx, "pt2": pt2, "aot": aot, "native": native, "dense": dense}
     wanted = {name: path for name, path in chosen.items() if path is not None}
     if not wanted:
-        raise LcnnError("nothing to write: give at least one of --onnx, --pt2, --aot and --dense with a file name")
+        raise LcnnError("nothing to write: give at least one of --onnx, --pt2, --aot, --native and --dense with a file name")
     with output(as_json) as out:
-        for path in wanted.values():
-            check_target(path)
+        for name, path in wanted.items():
+            check_target(path / "model.lcnn" if name == "native" and path.exists() else path)
         network = load_model(model, weights)
         if checkpoint is not None:
             network = load(network, checkpoint).eval()
@@ -68,6 +73,7 @@ def export_command(
             "onnx": partial(_onnx, network, inputs, {**how, "opset_version": opset}),
             "pt2": partial(_pt2, network, inputs, how),
             "aot": partial(_aot, network, inputs, how),
+            "native": partial(_native, network, inputs, not fixed_batch),
             "dense": partial(_dense, network, inputs),
         }
         rounding = {layer.precision for _, layer in lookup_modules(network)} or {"float32"}
@@ -82,7 +88,10 @@ def export_command(
                     raise ExportError(
                         f"{path} gives other outputs than the model in {engine}: they differ by {far:.2g} of the largest one"
                     )
-            files.append({"format": name, "path": str(path), "bytes": path.stat().st_size, "difference": difference})
+            parts = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+            files.append(
+                {"format": name, "path": str(path), "bytes": sum(part.stat().st_size for part in parts), "difference": difference}
+            )
         out.result(_table(files), {"files": files})
 
 
@@ -116,6 +125,16 @@ def _aot(model: nn.Module, inputs: Any, how: dict[str, Any], path: Path) -> dict
     export.export_aot(model, path, inputs, **how)
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs_of(model, inputs))
     return {"AOTInductor": export.largest_difference(export.load_aot(path)(*args, **kwargs), _own(model, inputs))}
+
+
+def _native(model: nn.Module, inputs: Any, dynamic: bool, path: Path) -> dict[str, float]:
+    """Compared with the frozen model, whose bits it must have: eight-bit networks differ from the converted one by design."""
+    export.export_native(model, path, inputs, dynamic_batch=dynamic)
+    frozen = freeze(model, inputs, dynamic_batch=dynamic)
+    args, kwargs = inputs_of(model, inputs)
+    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    found = export.load_native(path)(*leaves)
+    return {"the library": export.largest_difference(found, frozen(*args, **kwargs))}
 
 
 def _dense(model: nn.Module, inputs: Any, path: Path) -> dict[str, float]:
