@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,20 +26,12 @@ from lcnn_compile.kernels.cpu.moves import Moved, move
 from lcnn_compile.kernels.cpu.program import POOL_FROM, Program
 from lcnn_compile.kernels.cpu.step import BYTES, MOST_READ, Native, Shape, Site
 from lcnn_compile.kernels.cpu.steps import Recipe, pooled
+from lcnn_compile.kernels.cpu.words import Tables, Words, file_of, put_weight
 
-VERSION = 1
-MAGIC = b"LCNNPROG"
-ALIGN = 64
-"""Bytes to whose multiples tables are aligned in the file, which is mapped to memory as it is."""
 BATCHES = (2, 3, 5, 8)
 """Two batches tell how a number grows; the others whether it does so."""
-TYPES = {torch.float32: 0, torch.int32: 1, torch.int8: 2, torch.uint16: 3, torch.uint8: 4}
-"""lcnn::Type."""
 CONSTANT, AFFINE, TABLE, PLAN = range(4)
 """lcnn::Tag, of a word."""
-FLOATS, HALVES, QUADS = range(3)
-"""lcnn::Packing, of a weight: float32, bfloat16, bytes."""
-
 View = Callable[[Tensor], Tensor]
 
 
@@ -101,51 +93,6 @@ def _stride(value: Tensor, dim: int) -> int:
     return int((value.select(dim, 1) - value.select(dim, 0)).reshape(-1)[0])
 
 
-class _Words:
-    """A list of 64-bit words."""
-
-    def __init__(self) -> None:
-        self.found: list[int] = []
-
-    def put(self, *values: int) -> None:
-        self.found += [int(v) for v in values]
-
-    def text(self, value: str) -> None:
-        """Its length in bytes, and as many words as hold them."""
-        data = value.encode()
-        self.put(len(data))
-        self.found += np.frombuffer(data + bytes(-len(data) % 8), np.int64).tolist()
-
-    def affine(self, first: int, slope: int) -> None:
-        self.put(first, slope)
-
-
-@dataclass
-class _Tables:
-    """What addresses refer to: tables of the file, each once."""
-
-    data: bytearray = field(default_factory=bytearray)
-    entries: list[tuple[int, int, int]] = field(default_factory=list)  # type, elements, offset
-    known: dict[tuple[int, bytes], int] = field(default_factory=dict)
-
-    def add(self, values: Tensor) -> int:
-        """The number of a table with these values."""
-        values = values.detach().reshape(-1).contiguous()
-        content = values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
-        key = (TYPES[values.dtype], content)
-        if key not in self.known:
-            self.data += bytes(-len(self.data) % ALIGN)
-            self.known[key] = len(self.entries)
-            self.entries.append((key[0], values.numel(), len(self.data)))
-            self.data += content
-        return self.known[key]
-
-    def small(self, values: Tensor) -> int:
-        """The same for integers from 0 on, in as few bytes as they need."""
-        most = int(values.max()) if values.numel() else 0
-        return self.add(values.to(torch.uint8 if most < 1 << 8 else torch.uint16 if most < 1 << 16 else torch.int32))
-
-
 class _Instance(NamedTuple):
     """What the library is called with for one batch."""
 
@@ -176,7 +123,7 @@ def written(
     recipe, weights = _laid_out(program, inputs, outputs, batch, dynamic)
     batches = BATCHES if dynamic else (batch,)
     made = [_instance(recipe, weights, inputs, n, dynamic) for n in batches]
-    tables, words, plans = _Tables(), _Words(), _Words()
+    tables, words, plans = Tables(), Words(), Words()
     numbers = {
         id(entry[0]): i for i, entry in enumerate(e for e in weights if e and isinstance(e[0], PackedWeight | PackedBytes))
     }
@@ -196,14 +143,14 @@ def written(
             found = view(found)
         words.text(name)
         words.put(found.dim() - 1, *found.shape[1:])
-    weight_words = _Words()
+    weight_words = Words()
     for weight in packed:
-        _weight(weight, weight_words, tables)
+        put_weight(weight, weight_words, tables)
     words.put(len(packed), *weight_words.found)
     words.put(plan_count, *plans.found)
     _values(made, batches, words)
     words.put(*calls.found)
-    return _file(words, tables)
+    return file_of(words, tables)
 
 
 def _reshaped(recipe: Recipe, value: int) -> bool:
@@ -263,7 +210,7 @@ def _affine(values: Sequence[int], batches: Sequence[int], what: str) -> tuple[i
     return first, slope
 
 
-def _values(made: Sequence[_Instance], batches: Sequence[int], words: _Words) -> None:
+def _values(made: Sequence[_Instance], batches: Sequence[int], words: Words) -> None:
     placements = [instance.placement for instance in made]
     words.affine(*_affine([p.size for p in placements], batches, "the arena"))
     words.put(len(placements[0].tensors))
@@ -279,10 +226,10 @@ def _values(made: Sequence[_Instance], batches: Sequence[int], words: _Words) ->
 
 
 def _calls(
-    made: Sequence[_Instance], batches: Sequence[int], tables: _Tables, plans: _Words, numbers: dict[int, int]
-) -> tuple[_Words, int]:
+    made: Sequence[_Instance], batches: Sequence[int], tables: Tables, plans: Words, numbers: dict[int, int]
+) -> tuple[Words, int]:
     """Every call: kind, value made, values read, words. Plans are added as calls need them."""
-    words, plan_count = _Words(), 0
+    words, plan_count = Words(), 0
     words.put(len(made[0].calls))
     for same in zip(*(instance.calls for instance in made), strict=True):
         y, call = same[0]
@@ -344,7 +291,7 @@ def _values_of(thing: Any) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytes(thing), kind).copy())
 
 
-def _plan(same: Sequence[PlanHandle], batches: Sequence[int], words: _Words, numbers: dict[int, int]) -> None:
+def _plan(same: Sequence[PlanHandle], batches: Sequence[int], words: Words, numbers: dict[int, int]) -> None:
     """The weight, the words of the geometry, and those of the pooling, each (constant, per image)."""
     words.put(numbers[id(same[0].weight)])
     for column in zip(*(plan.geometry for plan in same), strict=True):
@@ -353,45 +300,3 @@ def _plan(same: Sequence[PlanHandle], batches: Sequence[int], words: _Words, num
     words.put(len(pools[0]))
     for column in zip(*pools, strict=True):
         words.affine(*_affine(column, batches, "a pooling"))
-
-
-def _weight(packed: PackedWeight | PackedBytes, words: _Words, tables: _Tables) -> None:
-    """Packing, sizes, and the tables of what a weight is packed from."""
-    if isinstance(packed, PackedBytes):
-        layer = packed.layer
-        words.put(QUADS, *packed.sizes, *np.frombuffer(bytes(packed.ending), np.int64).tolist())
-        dictionary = None if layer.dictionary is None else layer.dictionary
-        parts = [dictionary, layer.coefficients]
-        lists = (layer.indices, layer.positions, layer.offsets, layer.filters)
-        rest = [packed.starts, layer.vector_factors, layer.bias, layer.filter_factors]
-    else:
-        if packed.source is None:
-            raise KernelError("a weight was packed without keep_sources")
-        dictionary, coefficients, *integers = packed.source
-        groups, k, m = dictionary.shape
-        identity = k == m and torch.equal(dictionary, torch.eye(k).expand(groups, k, m))
-        halves = packed.precision == "bfloat16"
-        words.put(
-            HALVES if halves else FLOATS, *dictionary.shape, *packed.kernel_size, *packed.source.filters.shape, int(identity)
-        )
-        parts = [None if identity else dictionary, coefficients]
-        lists, rest = tuple(integers), []  # type: ignore[assignment]
-    indices, positions, offsets, filters = lists
-    given = [*parts, None, None, offsets, filters, *rest]
-    for i, part in enumerate(given):
-        if i == 2:
-            words.put(tables.small(indices))
-        elif i == 3:
-            words.put(tables.small(positions))
-        else:
-            words.put(-1 if part is None else tables.add(part))
-
-
-def _file(words: _Words, tables: _Tables) -> bytes:
-    """Header, words, tables: magic, version, bytes in all, checksum (zero here), words, tables, where the tables' data begins."""
-    entries = [word for entry in tables.entries for word in entry]
-    start = -(-(64 + 8 * (len(words.found) + len(entries))) // ALIGN) * ALIGN
-    header = np.array([VERSION, start + len(tables.data), 0, len(words.found), len(tables.entries), start, 0], np.int64)
-    body = np.array([*entries, *words.found], np.int64).tobytes()
-    head = MAGIC + header.tobytes() + body
-    return head + bytes(start - len(head)) + bytes(tables.data)

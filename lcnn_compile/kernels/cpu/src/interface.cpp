@@ -16,13 +16,15 @@ extern "C" {
 // successors, one port multiplies them and two multiply floats, and pairing taps takes instructions too.
 int lcnn_multiplies_pairs() { return lcnn::has_matrix_unit(); }
 
+// `sizes`: groups, k, m, kh, kw, filter groups, filters in each, and 1 to round to bfloat16, 2 where the coefficients last.
 void* lcnn_weight_new(const int64_t* sizes, const float* dictionary, const float* coefficients, const int32_t* indices,
                       const int32_t* positions, const int32_t* offsets, const int32_t* filters) try {
   auto w = std::make_unique<lcnn::Weight>();
   w->groups = sizes[0], w->k = sizes[1], w->m = sizes[2], w->kh = sizes[3], w->kw = sizes[4];
   lcnn::pack_dictionary(*w, dictionary);
-  lcnn::pack_lookups(*w, sizes[5], sizes[6], coefficients, indices, positions, offsets, filters);
-  if (sizes[7]) w->round();
+  const bool rounded = sizes[7] == 1, lasting = sizes[7] == 2;
+  lcnn::pack_lookups(*w, sizes[5], sizes[6], coefficients, indices, positions, offsets, filters, lasting);
+  if (rounded) w->round();
   return w.release();
 } catch (const std::exception&) {
   return nullptr;

@@ -42,7 +42,7 @@ inline void Call::look_up_few(const Lookup& to, int64_t group, int64_t first_row
           narrow_look_up_pairs.at[block.size][size](base, offsets, w.coefficient_pairs.data() + block.pairs, taps.end, sums);
         else
           narrow_look_up.at[block.size][size](base, offsets,
-                                              w.coefficients.data() + block.coefficients + taps.first * block.size,
+                                              w.coefficients_at() + block.coefficients + taps.first * block.size,
                                               taps.end - taps.first, sums);
         for (int i = 0; i < size; ++i) {
           const int64_t to_filter = p.connected ? 1 : to.plane, target = p.connected ? (begin + i) * p.g.out_image : begin + i;
@@ -104,12 +104,12 @@ inline void Call::lookup_stage(int64_t group, int64_t first_row, int64_t rows, c
     units = 1;
     if (block.size == 1 && count <= vectors_for(1)) {
       while (units < share.run() && (&block)[units].size == 1) ++units;
-      kernels.look_up_alone[count](to, pixels, regular, &block, units, p.offsets.data(), w.coefficients.data(), w.filters.data());
+      kernels.look_up_alone[count](to, pixels, regular, &block, units, p.offsets.data(), w.coefficients_at(), w.filters.data());
       continue;
     }
     in_passes(block.size, count, [&](int f, int filters, int64_t v, int64_t width) {
       kernels.look_up[filters][width](to, pixels + v, regular, p.offsets.data() + block.first_tap,
-                                      w.coefficients.data() + block.coefficients + f, block.size, block.taps,
+                                      w.coefficients_at() + block.coefficients + f, block.size, block.taps,
                                       w.filters.data() + block.first_filter + f);
     });
   }

@@ -37,6 +37,7 @@ struct Weight {
   bool identity = false;  // D is, of every group: S is x
   bool bytes = false;  // it is packed elsewhere as quads of bytes, and so is S
   mutable std::vector<float, Lines<float>> dictionary, coefficients;
+  const float* borrowed = nullptr;  // coefficients that lie packed somewhere else, and stay there
   std::vector<uint32_t, Lines<uint32_t>> dictionary_pairs, coefficient_pairs;
   // For a matrix unit: of D [groups][rows / 16][row_chunks], of blocks that share taps [taps / 32], one after the other.
   mutable std::vector<uint32_t, Lines<uint32_t>> dictionary_tiles, coefficient_tiles;
@@ -49,6 +50,7 @@ struct Weight {
   std::vector<int64_t> first_block;  // of each convolution group
   std::vector<int32_t> indices, positions, filters;
 
+  const float* coefficients_at() const { return borrowed ? borrowed : coefficients.data(); }
   // Multiply-adds per pixel of the taps that serve one filter only: they are bound by loads of S.
   int64_t lone_taps() const {
     int64_t taps = 0;
@@ -211,19 +213,33 @@ inline void pack_dictionary(Weight& w, const float* dictionary) {
         for (int f = 0; f < block.size; ++f) *to++ = dictionary[((g * w.k) + block.first_filter + f) * w.m + c];
 }
 
+// Whether taps `a` and `b` are to be looked up in this order: by address, which is kinder to the TLB.
+inline bool tap_before(const int32_t* indices, const int32_t* positions, int32_t a, int32_t b) {
+  if (BY_POSITION && positions[a] != positions[b]) return positions[a] < positions[b];
+  return indices[a] != indices[b] ? indices[a] < indices[b] : positions[a] < positions[b];
+}
+
+// Whether coefficients [taps][size] lie as blocks want them: no filter is missing, and all taps are in order.
+inline bool lie_packed(int64_t filter_groups, int64_t size, const int32_t* indices, const int32_t* positions, const int32_t* offsets,
+                       const int32_t* table) {
+  bool packed = size <= BLOCK && std::all_of(table, table + filter_groups * size, [](int32_t filter) { return filter >= 0; });
+  for (int64_t j = 0; packed && j < filter_groups; ++j)
+    for (int32_t t = offsets[j]; packed && t + 1 < offsets[j + 1]; ++t) packed = !tap_before(indices, positions, t + 1, t);
+  return packed;
+}
+
+// `lasting`: the coefficients stay where they are for as long as the weight lives, with a vector's worth of memory behind them.
 inline void pack_lookups(Weight& w, int64_t filter_groups, int64_t size, const float* coefficients, const int32_t* indices,
-                  const int32_t* positions, const int32_t* offsets, const int32_t* table) {
+                  const int32_t* positions, const int32_t* offsets, const int32_t* table, bool lasting = false) {
   std::vector<int32_t> order;
   w.group_size = size;
+  if (lasting && lie_packed(filter_groups, size, indices, positions, offsets, table)) w.borrowed = coefficients;
   for (int64_t j = 0; j < filter_groups; ++j) {
     if (j % (filter_groups / w.groups) == 0) w.first_block.push_back(int64_t(w.blocks.size()));
     const int64_t first = int64_t(w.indices.size()), taps = offsets[j + 1] - offsets[j];
     order.resize(taps);
     std::iota(order.begin(), order.end(), offsets[j]);
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {  // by address: kinder to the TLB
-      if (BY_POSITION && positions[a] != positions[b]) return positions[a] < positions[b];
-      return indices[a] != indices[b] ? indices[a] < indices[b] : positions[a] < positions[b];
-    });
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return tap_before(indices, positions, a, b); });
     for (int32_t t : order) {
       w.indices.push_back(indices[t]);
       w.positions.push_back(positions[t]);
@@ -234,9 +250,9 @@ inline void pack_lookups(Weight& w, int64_t filter_groups, int64_t size, const f
     const int64_t members = int64_t(columns.size()), parts = ceil_div(members, BLOCK);
     for (int64_t i = 0, next = 0; i < parts; ++i) {
       const int part = part_size(members, parts, i);
-      w.blocks.push_back({first, taps, int64_t(w.coefficients.size()), part, int(w.filters.size())});
-      for (int32_t t : order)
-        for (int f = 0; f < part; ++f) w.coefficients.push_back(coefficients[t * size + columns[next + f]]);
+      w.blocks.push_back({first, taps, w.borrowed ? offsets[j] * size : int64_t(w.coefficients.size()), part, int(w.filters.size())});
+      for (int64_t i = 0; i < (w.borrowed ? 0 : taps); ++i)
+        for (int32_t t = order[i], f = 0; f < part; ++f) w.coefficients.push_back(coefficients[t * size + columns[next + f]]);
       for (int f = 0; f < part; ++f) w.filters.push_back(table[j * size + columns[next + f]]);
       next += part;
     }

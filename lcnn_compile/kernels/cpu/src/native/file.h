@@ -147,8 +147,8 @@ struct File {
     constexpr int64_t SIZES[TYPES] = {4, 4, 1, 2, 1};
     for (int64_t i = 0; i < listed; ++i, entry += 3) {
       require(entry[0] >= 0 && entry[0] < TYPES && entry[1] >= 0 && entry[1] <= MOST && entry[2] >= 0, "a table is of no known kind");
-      require(entry[2] % int64_t(ALIGN) == 0 && entry[2] <= header[2] - start && entry[1] * SIZES[entry[0]] <= header[2] - start - entry[2],
-              "a table reaches past the file");
+      require(entry[2] % int64_t(ALIGN) == 0 && entry[2] <= header[2] - start && entry[1] * SIZES[entry[0]] <= header[2] - start - entry[2] - int64_t(ALIGN),
+              "a table reaches past the file");  // kernels read whole vectors
       tables.push_back({Type(entry[0]), entry[1], mapping.data() + start + entry[2]});
     }
     words = entry;

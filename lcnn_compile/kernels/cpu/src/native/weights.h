@@ -105,7 +105,7 @@ inline Packed read_weight(WordReader& words, const File& file, const KernelTable
       require(is_scale(*number), "a scale of a weight is no number from 0 on");
     }
   } else {
-    sizes[7] = found.packing == HALVES;
+    sizes[7] = found.packing == HALVES ? 1 : 2;  // the file outlives its weights
   }
   int64_t numbers[10] = {};
   for (int i = 0; i < (bytes ? 10 : 6); ++i) numbers[i] = words.next();
