@@ -19,6 +19,8 @@ Precision = Literal["float32", "bfloat16", "int8", "auto"]
 PRECISIONS = ("float32", "bfloat16", "int8")
 """Those that a layer may have."""
 PRECISION_CHOICES = (*PRECISIONS, "auto")
+DEFAULT_MAX_OUTPUT_ERROR = 1e-3
+"""The allowed error of the network's outputs where nothing else limits what a search may do; docs/real.md says how it was chosen."""
 LAYER_FIELDS = ("dictionary_size", "sparsity", "group_size", "max_error", "lowering", "precision")
 
 
@@ -42,7 +44,7 @@ class LayerConfig:
 
     Attributes:
         dictionary_size: k, an int of at least 1; or a float in (0, 1], a fraction of the channels that one convolution
-            group reads; or "auto", found by a search within ``max_error`` or ``target_speedup``.
+            group reads; or "auto", found by a search within ``max_error``, ``max_output_error`` or ``target_speedup``.
         sparsity: taps per (filter, r, c) on average over a filter's positions, may be fractional; None uses all k;
             "auto" as above.
         group_size: g, filters that share one set of indices; 1 is the paper; "auto" as above, where time is counted.
@@ -124,6 +126,11 @@ class LookupConfig(LayerConfig):
 
     Attributes:
         target_speedup: reduction of the whole network's multiply-adds, or time, to reach (> 1); sizes are then found per layer.
+        max_output_error: largest relative error ‖y − ŷ‖² / ‖y − mean(y)‖² of any of the network's outputs on calibration samples
+            that are held out, and, for outputs [samples, classes], largest mean divergence in nats (> 0). Sizes are then found
+            per layer: what saves most for the error that it causes at the outputs comes first, and the network is measured end to
+            end, so that it is never over. With ``target_speedup`` no more than that is saved. Where no sizes are named and no
+            other limit is given, it is 0.001 (for that, and for an error that can be measured, calibration data are needed).
         budget: what ``target_speedup`` and every search count: "macs", multiply-adds; or "time", seconds of convolutions and
             linear layers on this machine, one sample, with the threads that torch has: some layers of each shape are
             timed, which takes seconds.
@@ -136,6 +143,7 @@ class LookupConfig(LayerConfig):
     """
 
     target_speedup: float | None = None
+    max_output_error: float | None = None
     budget: Budget = "macs"
     include: tuple[Rule, ...] = ()
     exclude: tuple[Rule, ...] = ()
@@ -146,6 +154,8 @@ class LookupConfig(LayerConfig):
         super().__post_init__()
         speed = self.target_speedup
         _number("target_speedup", speed, "None or a number > 1", speed is None or (_is_real(speed) and speed > 1))
+        error = self.max_output_error
+        _number("max_output_error", error, "None or a number > 0", error is None or (_is_real(error) and error > 0))
         _number("budget", self.budget, f"one of {BUDGETS}", isinstance(self.budget, str) and self.budget in BUDGETS)
         self._check_groups(self)
         _number("seed", self.seed, "an int from 0 to 2^62", _is_int(self.seed) and 0 <= self.seed <= 1 << 62)
@@ -170,10 +180,10 @@ class LookupConfig(LayerConfig):
 
     def _check_groups(self, config: LayerConfig, where: str = "") -> None:
         # By multiply-adds alone g = 1 always wins, and is slow.
-        if config.group_size == "auto" and (self.budget != "time" or not (self.target_speedup or config.automatic)):
+        if config.group_size == "auto" and (self.budget != "time" or not (self.network_limit or config.automatic)):
             raise ConfigError(
                 f"{where}group_size is 'auto', which needs budget='time' and sizes that are searched "
-                "(target_speedup, or dictionary_size or sparsity 'auto')"
+                "(target_speedup, max_output_error, or dictionary_size or sparsity 'auto')"
             )
 
     def override(self, changes: Mapping[str, Any], name: str = "layers") -> LayerConfig:
@@ -185,6 +195,11 @@ class LookupConfig(LayerConfig):
             return LayerConfig(**{f: changes.get(f, getattr(self, f)) for f in LAYER_FIELDS})
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
+
+    @property
+    def network_limit(self) -> bool:
+        """Whether a limit of the whole network says what sizes are found."""
+        return self.target_speedup is not None or self.max_output_error is not None
 
     @property
     def precisions(self) -> set[str]:
@@ -229,6 +244,14 @@ class LookupConfig(LayerConfig):
         if not isinstance(values, dict):
             raise ConfigError(f"a JSON object is required, not {type(values).__name__}")
         return cls.from_dict(values)
+
+    @classmethod
+    def automatic_sizes(cls, **changes: Any) -> LookupConfig:
+        """What is asked for where a user names no sizes: what makes the network faster here within the default error of its outputs."""
+        given: dict[str, Any] = {"dictionary_size": "auto", "sparsity": "auto"}
+        if changes.get("max_error") is None:
+            given["budget"] = "time"
+        return cls.from_dict({**given, **changes})
 
     def replace(self, **changes: Any) -> LookupConfig:
         """A copy with some fields changed."""

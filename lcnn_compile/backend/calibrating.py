@@ -204,7 +204,7 @@ class Calibrating:
             with without_effects():
                 model, found = convert_in_place(self._bound(inputs), self._config, batches, title="lcnn: compiled graph")
             rows = tuple(replace(row, name=users_name(row.name)) for row in found)
-            fit = Fit(model, Report(rows, title=found.title), self._weights(inputs))
+            fit = Fit(model, replace(found, layers=rows), self._weights(inputs))
             _FITS[self._key] = fit
             self._switch(fit, Lowered(self._captured, inputs, self._captured.compile_later, fit.apply))
             if fit.report.changed:

@@ -25,13 +25,12 @@ from lcnn_compile.passes import find_convolutions, lift_functional_convolutions,
 from lcnn_compile.passes.effects import refuse_lost_writes
 from lcnn_compile.torch_private import compile_with_inductor, dynamo_signals, inductor_modes
 
-MAX_ERROR = 0.05
-
 
 def parse_options(options: Mapping[str, Any] | None) -> tuple[LookupConfig, int]:
     """The configuration and the number of calibration batches that ``torch.compile(options=…)`` asks for.
 
-    Without sizes (dictionary_size, sparsity, target_speedup) these are found per layer within ``max_error``, 0.05 by default.
+    Without sizes (dictionary_size, sparsity, target_speedup) these are found per layer: within ``max_error`` of each layer where
+    that is given, else so that the network is faster and its outputs stay within ``max_output_error``, 0.001 by default.
 
     Raises:
         ConfigError: for unknown keys or bad values.
@@ -40,10 +39,9 @@ def parse_options(options: Mapping[str, Any] | None) -> tuple[LookupConfig, int]
     batches = given.pop("calibration_batches", 1)
     if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
         raise ConfigError(f"calibration_batches is {batches!r}; an int >= 1 is allowed")
-    if not {"dictionary_size", "sparsity", "target_speedup"} & set(given):
-        given = {"dictionary_size": "auto", "sparsity": "auto", "max_error": MAX_ERROR, **given}
+    sizes = {"dictionary_size", "sparsity", "target_speedup"} & set(given)
     try:
-        return LookupConfig.from_dict(given), batches
+        return LookupConfig.from_dict(given) if sizes else LookupConfig.automatic_sizes(**given), batches
     except ConfigError as error:
         raise ConfigError(f'options of torch.compile(backend="lcnn"): {error}; calibration_batches is allowed too') from None
 
@@ -61,7 +59,7 @@ def lcnn(
     * Graph with lookup convolutions, inference: batch norm is folded, lowerings are chosen, epilogues fused; what was left
       dense stays dense.
     * Dense convolutions on parameters, inference: the first ``calibration_batches`` calls return the dense result; then
-      layers are fitted on the inputs seen and replaced, each within its ``max_error``.
+      layers are fitted on the inputs seen and replaced, as far as ``max_output_error`` (or each layer's ``max_error``) allows.
     * Training (gradients enabled for a weight): lookup convolutions train, dense ones stay dense with one warning.
 
     Args:

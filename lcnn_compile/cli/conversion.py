@@ -40,6 +40,7 @@ def explain_command(
     sparsity: given.Sparsity = None,
     group_size: given.GroupSize = None,
     max_error: given.MaxError = None,
+    max_output_error: given.MaxOutputError = None,
     target_speedup: given.TargetSpeedup = None,
     budget: given.Budget = None,
     include: given.Include = None,
@@ -56,7 +57,7 @@ def explain_command(
 
     With --time, layers of the planned sizes with random values are timed against the model's own.
     """
-    limits = (dictionary_size, sparsity, group_size, max_error, target_speedup, budget)
+    limits = (dictionary_size, sparsity, group_size, max_error, max_output_error, target_speedup, budget)
     changes = given.sizes(*limits, include, exclude, lowering, precision, seed)
     with output(as_json) as out:
         _check_targets(html, plot)
@@ -82,6 +83,7 @@ def convert_command(
     sparsity: given.Sparsity = None,
     group_size: given.GroupSize = None,
     max_error: given.MaxError = None,
+    max_output_error: given.MaxOutputError = None,
     target_speedup: given.TargetSpeedup = None,
     budget: given.Budget = None,
     include: given.Include = None,
@@ -109,7 +111,7 @@ def convert_command(
     as_json: given.AsJson = False,
 ) -> None:
     """Convert a model and save it; lcnn_compile.load(model, OUTPUT) loads it again."""
-    limits = (dictionary_size, sparsity, group_size, max_error, target_speedup, budget)
+    limits = (dictionary_size, sparsity, group_size, max_error, max_output_error, target_speedup, budget)
     changes = given.sizes(*limits, include, exclude, lowering, precision, seed)
     if checkpoint is None and reductions is None:
         raise LcnnError("name the checkpoint to write (OUTPUT), or the reductions of a --sweep")

@@ -54,6 +54,13 @@ GroupSize = Annotated[
     str | None, typer.Option(help="Filters that share indices: a number, or auto with --budget time.", rich_help_panel=SIZES)
 ]
 MaxError = Annotated[float | None, typer.Option(help="Largest relative output error of a layer.", rich_help_panel=SIZES)]
+MaxOutputError = Annotated[
+    float | None,
+    typer.Option(
+        help="Largest relative error of the network's outputs on held-out calibration data; sizes are found per layer.",
+        rich_help_panel=SIZES,
+    ),
+]
 TargetSpeedup = Annotated[
     float | None,
     typer.Option(
@@ -107,6 +114,7 @@ def sizes(
     sparsity: str | None,
     group_size: str | None,
     max_error: float | None,
+    max_output_error: float | None,
     target_speedup: float | None,
     budget: str | None,
     include: list[str] | None,
@@ -120,6 +128,7 @@ def sizes(
         "dictionary_size": None if dictionary_size is None else _number("--dictionary-size", dictionary_size, whole=True),
         "group_size": None if group_size is None else _number("--group-size", group_size, whole=True),
         "max_error": max_error,
+        "max_output_error": max_output_error,
         "target_speedup": target_speedup,
         "budget": budget,
         "include": tuple(include) if include else None,

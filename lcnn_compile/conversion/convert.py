@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lcnn_compile.batches import call_model, conversion_inputs
-from lcnn_compile.config import LookupConfig
+from lcnn_compile.config import DEFAULT_MAX_OUTPUT_ERROR, LookupConfig
 from lcnn_compile.conversion.eight_bits import to_eight_bits
 from lcnn_compile.conversion.plan import Plan
 from lcnn_compile.conversion.untouched import untouched
@@ -46,7 +46,8 @@ def convert(
     Args:
         model: any module, control flow included; of one that ``torch.compile`` wrapped, the module inside. Other wrappers
             (``DataParallel``, ``AveragedModel``) are kept.
-        config: what to replace and with which sizes.
+        config: what to replace and with which sizes; by default, with calibration data, what makes the network faster on this
+            machine within ``max_output_error``.
         calibration: batches that the model is run on (see :mod:`lcnn_compile.batches`): a few dozen unlabelled inputs
             like those of deployment. It is read once, front to back. Without any the fit sees the weights alone.
         example_inputs: the arguments of one call, to count multiply-adds and to find convolutions that are called as functions;
@@ -66,7 +67,7 @@ def convert(
     title = f"lcnn: {type(model).__name__}"
     result, report = convert_in_place(
         private.eval(),
-        config or LookupConfig(),
+        config or (LookupConfig() if calibration is None else LookupConfig.automatic_sizes()),
         calibration,
         example_inputs=example_inputs,
         title=title,
@@ -102,6 +103,7 @@ def convert_in_place(
     Its tensors are never changed, only its modules. Returns the model and the report.
     """
     example, batches = conversion_inputs(model, example_inputs, calibration)
+    config = config if batches is None else limited(config)
     kept: list[Any] = []
     if batches is not None and config.takes_bytes:
         batches = _keeping(batches, kept)
@@ -114,6 +116,7 @@ def convert_in_place(
             calibration=batches,
             call=call_model,
             target_speedup=config.target_speedup,
+            max_output_error=config.max_output_error,
             other=plan.other(config.budget),
             timer=plan.timer(config.budget),
             pixels={name: (use.out_pixels, use.in_pixels) for name, use in plan.survey.usage.items()},
@@ -123,9 +126,19 @@ def convert_in_place(
             distributed=distributed,
         )
     result, rounded = to_eight_bits(plan.replace(plan.model, fitted), plan, fitted, config, kept)
-    report = Report(tuple(plan.row(name, fitted.get(name), rounded.get(name)) for name in plan.names()), title=title)
+    rows = tuple(plan.row(name, fitted.get(name), rounded.get(name)) for name in plan.names())
+    report = Report(rows, title=title, output_error=fitted.output_error, remarks=fitted.remarks)
     log.info("%s\n%s", report.title, report)
     return result, report
+
+
+def limited(config: LookupConfig) -> LookupConfig:
+    """The configuration with the default limit where sizes are to be found and nothing says how far."""
+    settings = [config, *(config.override(override) for override in config.layers.values())]
+    endless = any(each.automatic and each.max_error is None for each in settings)
+    if config.network_limit or not endless:
+        return config
+    return config.replace(max_output_error=DEFAULT_MAX_OUTPUT_ERROR)
 
 
 def _keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:

@@ -62,7 +62,7 @@ class Plan:
         for name, layer in self.survey.layers.items():
             settings = layer_config(config, name, layer)
             reason = self.survey.reasons[name] or ruled[name]
-            if not reason and config.target_speedup is None and not any(name == str(rule) for rule in config.layers):
+            if not reason and not config.network_limit and not any(name == str(rule) for rule in config.layers):
                 reason = too_narrow(layer, settings)
             self.reasons[name] = reason
             if not reason:
@@ -182,6 +182,7 @@ class Plan:
             lowering=self._lowering(name, layer, weight.dictionary_size, weight.taps, weight.group_size),  # type: ignore[arg-type]
             reason="never ran on the example inputs" if use is None and self.survey.usage else "",
             precision=self.configs[name].precision,
+            output_error=fit.output_error,
         )
 
     def _planned(self, name: str, layer: Layer, use: Usage | None, size: int) -> LayerReport:

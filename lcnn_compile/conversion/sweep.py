@@ -93,6 +93,7 @@ def sweep(
         calibration=batches,
         call=call_model,
         target_speedups=[setting.target_speedup for setting in settings],
+        max_output_error=config.max_output_error,
         other=plan.other(config.budget),
         timer=plan.timer(config.budget),
         pixels={name: (use.out_pixels, use.in_pixels) for name, use in plan.survey.usage.items()},
@@ -107,7 +108,8 @@ def sweep(
         assert target is not None
         converted, rounded = to_eight_bits(_assemble(plan, fitted), plan, fitted, setting, batches[:BATCHES])
         rows = tuple(plan.row(name, fitted.get(name), rounded.get(name)) for name in plan.names())
-        report = Report(rows, title=f"lcnn: {type(model).__name__} at {target:g}x")
+        title = f"lcnn: {type(model).__name__} at {target:g}x"
+        report = Report(rows, title=title, output_error=fitted.output_error, remarks=fitted.remarks)
         converted.lcnn_report = report  # type: ignore[assignment]
         error = _error(truth, [_outputs(converted, batch) for batch in seen])
         metric = None if evaluate is None else float(evaluate(converted))

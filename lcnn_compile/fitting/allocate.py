@@ -71,5 +71,46 @@ def allocate(
         chosen[name] = point
 
 
+def cheapest_within(curves: Mapping[str, Sequence[Point]], shares: Mapping[str, float], level: float) -> dict[str, Point]:
+    """One point per layer: the least Σ cost for which Σ share·loss is at most ``level``.
+
+    Args:
+        curves: points of each layer, one of them the dense layer (``size`` 0, no loss).
+        shares: error of the network's outputs for a loss of 1 of each layer.
+        level: what all layers together may cause.
+    """
+
+    def caused(chosen: Mapping[str, Point]) -> float:
+        return sum(shares[name] * point.loss for name, point in chosen.items())
+
+    def solve(price: float) -> dict[str, Point]:
+        return {
+            name: min(points, key=lambda p, name=name: (p.cost + price * shares[name] * p.loss, p.loss))  # type: ignore[misc]
+            for name, points in curves.items()
+        }
+
+    chosen = {name: min(points, key=lambda p: p.loss) for name, points in curves.items()}
+    low, high = 0.0, 1.0
+    while caused(solve(high)) > level and high < 1e60:
+        low, high = high, 8 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if caused(solve(middle)) > level else (low, middle)
+    if caused(solve(high)) <= level:
+        chosen = solve(high)
+    while True:
+        room = level - caused(chosen)
+        better = [
+            ((chosen[name].cost - point.cost) / max(1e-30, shares[name] * (point.loss - chosen[name].loss)), name, point)
+            for name, points in curves.items()
+            for point in points
+            if point.cost < chosen[name].cost and shares[name] * (point.loss - chosen[name].loss) <= room
+        ]
+        if not better:
+            return chosen
+        _, name, point = max(better, key=lambda entry: entry[0])
+        chosen[name] = point
+
+
 def _cost(chosen: Mapping[str, Point]) -> float:
     return sum(point.cost for point in chosen.values())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lcnn_compile.fitting.output_error import OutputError
 from lcnn_compile.geometry import Geometry
 from lcnn_compile.lookup import LookupWeight, filter_table
 
@@ -20,12 +22,30 @@ class FittedLayer:
         error: relative output error ‖y - ŷ‖² / ‖y - mean(y)‖² on calibration pixels that were held out, with the
             compressed network's own inputs; None without calibration data.
         reason: why the layer should stay dense; empty if it should not.
+        output_error: relative error of the network's output that this layer alone is expected to cause, summed over the
+            outputs: its error times its :class:`~lcnn_compile.fitting.sensitivity.Sensitivity`'s share; None where not known.
     """
 
     weight: LookupWeight
     bias: Tensor | None
     error: float | None
     reason: str
+    output_error: float | None = None
+
+
+class FittedNetwork(dict[str, FittedLayer]):
+    """What every layer of a network becomes, by name.
+
+    Attributes:
+        output_error: of the network's outputs, measured end to end on samples that were held out; None where it was not.
+        remarks: what there is to know about the whole: which part of the data was used, what was given up and why.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, FittedLayer], output_error: OutputError | None = None, remarks: Sequence[str] = ()
+    ) -> None:
+        super().__init__(layers)
+        self.output_error, self.remarks = output_error, tuple(remarks)
 
 
 def dense_layer(geometry: Geometry, like: Tensor, bias: Tensor | None, reason: str) -> FittedLayer:

@@ -12,7 +12,7 @@ from torch import nn
 from lcnn_compile.config import LayerConfig
 from lcnn_compile.errors import ConversionError, LcnnWarning
 from lcnn_compile.fitting.costs import Timer
-from lcnn_compile.fitting.fitted import FittedLayer
+from lcnn_compile.fitting.fitted import FittedNetwork
 from lcnn_compile.fitting.network import Network
 from lcnn_compile.fitting.processes import Processes
 from lcnn_compile.fitting.sampling import Calibration, calibrate
@@ -29,6 +29,7 @@ def fit_model(
     calibration: Iterable[Any] | None,
     call: Callable[[nn.Module, Any], Any],
     target_speedup: float | None = None,
+    max_output_error: float | None = None,
     other: float = 0,
     timer: Timer | None = None,
     pixels: Mapping[str, tuple[int, int]] | None = None,
@@ -36,7 +37,7 @@ def fit_model(
     progress: Progress | None = None,
     resume: Path | None = None,
     distributed: bool = False,
-) -> dict[str, FittedLayer]:
+) -> FittedNetwork:
     """Fit lookup weights for convolutions and fully connected layers of a network.
 
     Args:
@@ -46,6 +47,8 @@ def fit_model(
         calibration: batches, iterated once, any number of them; None to work on the weights alone.
         call: runs the model on one batch.
         target_speedup: reduction of all multiply-adds (or seconds) to reach; the sizes in ``configs`` are then searched.
+        max_output_error: allowed error of the network's outputs, see :mod:`~lcnn_compile.fitting.within`; a budget is then
+            reached as far as that allows. Without calibration data it cannot be measured and does not count.
         other: multiply-adds (or seconds) per sample outside ``layers``.
         timer: measures what sizes of a layer cost in seconds, in place of multiply-adds.
         pixels: (output, input) pixels per sample of each layer; measured on the calibration data by default.
@@ -65,6 +68,7 @@ def fit_model(
         calibration=calibration,
         call=call,
         target_speedups=(target_speedup,),
+        max_output_error=max_output_error,
         other=other,
         timer=timer,
         pixels=pixels,
@@ -84,6 +88,7 @@ def fit_budgets(
     calibration: Iterable[Any] | None,
     call: Callable[[nn.Module, Any], Any],
     target_speedups: Sequence[float | None],
+    max_output_error: float | None = None,
     other: float = 0,
     timer: Timer | None = None,
     pixels: Mapping[str, tuple[int, int]] | None = None,
@@ -91,7 +96,7 @@ def fit_budgets(
     progress: Progress | None = None,
     resume: Path | None = None,
     distributed: bool = False,
-) -> Iterator[dict[str, FittedLayer]]:
+) -> Iterator[FittedNetwork]:
     """As :func:`fit_model` for each budget in turn; statistics, dictionaries and error curves are made once.
 
     Either all budgets are None, or none is.
@@ -104,7 +109,7 @@ def fit_budgets(
         if not found.batches:
             raise ConversionError("the calibration data holds no batch")
         found.combine(processes)
-    free = target_speedups[0] is not None
+    free = target_speedups[0] is not None or (max_output_error is not None and found is not None)
     fitting = Fitting(network, configs, found, pixels, seed, free, tell, processes, timer, other)
     if found is None and not all(fitting.lossless(name) for name in layers):
         warnings.warn(
@@ -116,5 +121,7 @@ def fit_budgets(
     for number, target in enumerate(target_speedups, 1):
         if resume is not None:
             batches = [] if found is None else found.batches
-            fitting.saved = SavedFits(resume, fingerprint(network, configs, batches, target, seed, fitting.costs.unit))
-        yield fitting.run(target, last=number == len(target_speedups))
+            fitting.saved = SavedFits(
+                resume, fingerprint(network, configs, batches, (target, max_output_error), seed, fitting.costs.unit)
+            )
+        yield fitting.run(target, max_output_error, last=number == len(target_speedups))

@@ -18,6 +18,7 @@ BATCH_ELEMENTS = 10_000_000  # of input kept for the layer-by-layer passes: 66 i
 BATCH_IMAGES = 1024
 PIXELS = 16384  # sampled per layer
 PATCH_ELEMENTS = 24_000_000  # floats of patches per layer at most; fewer pixels where patches are large
+CALL_ELEMENTS = 16_000_000  # of one layer's input and output together, while a batch runs: larger batches run in parts
 OUTPUT_ELEMENTS = 200_000_000  # floats of outputs kept between passes
 HELD_OUT = 5  # one image in HELD_OUT measures, the others fit
 
@@ -53,13 +54,24 @@ class Calibration:
         """Images that the kept batches show to a layer."""
         return sum(sum(batch.get(name, [])) for batch in self.images)
 
+    def held_rows(self, number: int) -> Tensor | None:
+        """bool [images of the batch]: those that no layer is fitted to; None where a batch is not one call of the first layer."""
+        counts = [batch.get(self.order[0], []) if self.order else [] for batch in self.images]
+        total = sum(map(sum, counts))
+        if total < 2 or any(len(calls) > 1 for calls in counts):
+            return None
+        return held_images(torch.arange(sum(counts[number])) + sum(map(sum, counts[:number])), total)
+
 
 def calibrate(network: Network, data: Iterable[Any], seed: int, progress: Callable[[int], None] | None = None) -> Calibration:
     """The streaming pass: input moments of every layer over all of ``data``, which may be a generator."""
     result = Calibration({name: InputMoments(geometry, seed) for name, geometry in network.geometry.items()})
     kept = samples = 0
+    together: int | None = None
     for number, whole in enumerate(data, 1):
-        for batch in _pieces(whole):
+        if together is None and leading(whole) > 1:
+            together = max(1, CALL_ELEMENTS // max(1, _largest_call(network, whole)))
+        for batch in _pieces(whole, together):
             images: dict[str, list[int]] = {}
             network.run(batch, {name: _streamer(result, name, images) for name in network.layers})
             if kept < BATCH_ELEMENTS and samples < BATCH_IMAGES:
@@ -70,6 +82,12 @@ def calibrate(network: Network, data: Iterable[Any], seed: int, progress: Callab
         if progress is not None:
             progress(number)
     return result
+
+
+def held_images(number: Tensor, total: int) -> Tensor:
+    """Which of ``total`` images, by number, are held out: about one in HELD_OUT, spread evenly."""
+    held = max(1, round(total / HELD_OUT))
+    return (number * held) % total < held
 
 
 def leading(batch: Any) -> int:
@@ -84,10 +102,22 @@ def _elements(batch: Any) -> int:
     return sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
-def _pieces(batch: Any) -> Iterator[Any]:
-    """The batch, or if it is too large to keep, parts of it."""
+def _largest_call(network: Network, batch: Any) -> int:
+    """Elements that one image makes of the input and output of a layer, the most of all layers."""
+    found = [0]
+
+    def watch(x: Tensor, y: Tensor) -> None:
+        found.append(x.numel() + y.numel())
+
+    network.run(pytree.tree_map_only(Tensor, lambda t: t[:1], batch), dict.fromkeys(network.layers, watch))
+    return max(found)
+
+
+def _pieces(batch: Any, together: int | None) -> Iterator[Any]:
+    """The batch, or if it is too large to keep or to run, parts of it, of at most so many images."""
     images = leading(batch)
     size = max(1, images * BATCH_ELEMENTS // max(1, _elements(batch)))
+    size = size if together is None else min(size, together)
     if not images or size >= images:
         yield batch
         return
@@ -219,8 +249,7 @@ class Sampler:
         generator = torch.Generator().manual_seed(hash((self.seed, self._number[name], number, call)) % (1 << 62))
         pixel = torch.rand(shape[0], high * wide, generator=generator).topk(quota, dim=1).indices.flatten()
         image = torch.arange(shape[0]).repeat_interleave(quota)
-        held_images = max(1, round(total / HELD_OUT))
-        pixel_held, image_held = torch.arange(quota) < quota // HELD_OUT, ((image + first) * held_images) % total < held_images
+        pixel_held, image_held = torch.arange(quota) < quota // HELD_OUT, held_images(image + first, total)
         held = image_held if total > 1 else pixel_held
         device = self.network.layers[name].weight.device
         return image.to(device), pixel.to(device), held.to(device)

@@ -32,11 +32,16 @@ FACTORS = ("dictionary", "coefficients", "indices", "positions", "offsets", "fil
 
 
 def fingerprint(
-    network: Network, configs: Mapping[str, LayerConfig], batches: Any, target_speedup: float | None, seed: int, unit: str
+    network: Network,
+    configs: Mapping[str, LayerConfig],
+    batches: Any,
+    limits: tuple[float | None, float | None],
+    seed: int,
+    unit: str,
 ) -> str:
-    """A digest of everything that a conversion's outcome depends on: weights, sizes, calibration data, seed, what budgets are counted in."""
+    """A digest of everything that a conversion's outcome depends on: weights, sizes, calibration data, (target_speedup, max_output_error), seed, what budgets are counted in."""
     asked = {name: asdict(config) for name, config in configs.items()}
-    digest = hashlib.blake2b(json.dumps([FORMAT, asked, target_speedup, seed, unit], sort_keys=True).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([FORMAT, asked, limits, seed, unit], sort_keys=True).encode(), digest_size=16)
     weights = [value for name in network.layers for value in (network.weight(name), network.bias(name))]
     for leaf in (*weights, *pytree.tree_leaves(batches)):
         if isinstance(leaf, Tensor):

@@ -13,14 +13,15 @@ from lcnn_compile.config import LayerConfig
 from lcnn_compile.fitting.allocate import allocate
 from lcnn_compile.fitting.costs import Costs, MultiplyAdds, Seconds, Timer
 from lcnn_compile.fitting.dictionary import Basis, fit_dictionary, most_vectors
-from lcnn_compile.fitting.fitted import FittedLayer, dense_layer
+from lcnn_compile.fitting.fitted import FittedLayer, FittedNetwork, dense_layer
 from lcnn_compile.fitting.layer import Fit, fit_layer, fit_lossless, refit_layer
 from lcnn_compile.fitting.network import Network
 from lcnn_compile.fitting.processes import Processes
 from lcnn_compile.fitting.sampling import PATCH_ELEMENTS, Calibration, Sample, Sampler
 from lcnn_compile.fitting.saved_fits import SavedFits
 from lcnn_compile.fitting.search import MARGIN, Point, error_curve, ladder, most_taps
-from lcnn_compile.fitting.sensitivity import Sensitivity, output_sensitivity
+from lcnn_compile.fitting.sensitivity import Seen, Sensitivity, output_sensitivity
+from lcnn_compile.fitting.within import fit_within
 
 DEFAULT_MAX_ERROR = 0.05  # where sizes are "auto" and nothing else limits them
 PASSES = 64  # runs through the calibration sample that fit layers; deeper networks fit several layers in each
@@ -54,6 +55,7 @@ class Fitting:
         self.points: dict[str, Point] = {}
         self.sensitivity: dict[str, Sensitivity] = {}
         self.curves: dict[str, list[Point]] = {}
+        self.seen = Seen()
         self.costs: Costs = (
             MultiplyAdds(network.geometry, self.pixels, int(other))
             if timer is None
@@ -68,33 +70,61 @@ class Fitting:
         moments = self.calibration.moments[name]
         return moments.out_pixels // moments.images, moments.in_pixels // moments.images
 
-    def run(self, target_speedup: float | None, *, last: bool = True) -> dict[str, FittedLayer]:
+    def run(self, target_speedup: float | None, max_output_error: float | None = None, *, last: bool = True) -> FittedNetwork:
         """Fit every layer; unless this is the ``last`` run, what the next one can use is kept."""
-        result = {name: self._stay(name, reason) for name in self.network.layers if (reason := self._hopeless(name))}
+        result = {name: self.stay(name, reason) for name in self.network.layers if (reason := self._hopeless(name))}
         order = [name for name in self._order() if name not in result]
+        outside = self.costs.other + sum(self.costs.dense(name) for name in result if self._runs(name))
+        within = max_output_error is not None and self.calibration is not None
+        if max_output_error is not None and within:
+            found = fit_within(self, order, max_output_error, target_speedup, outside)
+        else:
+            points = {} if target_speedup is None else self._allocate(order, target_speedup, outside)
+            found = FittedNetwork(self.fit_all(order, points, saved=True))
+            self._refit(found, [name for name in order if self._lossy(name, found)])
+        for name in order:  # S has been white until here, which a fit wants and descent does not
+            if self._lossy(name, found):
+                found[name] = replace(found[name], weight=found[name].weight.balanced())
+        if last:
+            self.bases.clear()
+        remarks = [*found.remarks, *([self.seen.remark] if self.seen.remark else [])]
+        layers = {name: found[name] if name in found else result[name] for name in self.network.layers}
+        return FittedNetwork(layers, found.output_error, remarks)
+
+    def fit_all(
+        self, order: Sequence[str], points: Mapping[str, Point], *, stage: str = "fit", saved: bool = False
+    ) -> dict[str, FittedLayer]:
+        """Fit the layers one after the other, with these sizes or those of their configurations, on the compressed network's inputs.
+
+        Args:
+            order: of the layers.
+            points: sizes of each; empty for those of the configurations.
+            stage: for progress.
+            saved: whether layers are kept in, and taken from, the folder of an interrupted conversion.
+        """
         self.network.fitted.clear()
-        self.points.clear()
-        if target_speedup is not None:
-            self.points = self._allocate(order, target_speedup, self.costs.other + sum(map(self.costs.dense, result)))
+        self.points = dict(points)
+        result: dict[str, FittedLayer] = {}
         if self.sampler is not None:
             self.sampler.remember({name: self._planes(name) for name in order if not self._stays_dense(name)})
         for names in self._steps(order):
-            known = self._known(names)
+            known = self._known(names) if saved else {}
             wanted = [name for name in names if name not in known and not self._stays_dense(name)]
             samples = self._samples(wanted, compressed=True)
             for name in names:
                 result[name] = known.get(name) or self._fit(name, samples.pop(name, None))
-                if self.saved is not None and name not in known:
+                if saved and self.saved is not None and name not in known:
                     self.saved.put(name, result[name])
                 self._install(name, result[name])
-            self.tell("fit", order.index(names[-1]) + 1, len(order))
-        lossy = [name for name in order if not result[name].reason and not self.lossless(name)]
-        self._refit(result, lossy)
-        for name in lossy:  # S has been white until here, which a fit wants and descent does not
-            result[name] = replace(result[name], weight=result[name].weight.balanced())
-        if last:
-            self.bases.clear()
-        return {name: result[name] for name in self.network.layers}
+            self.tell(stage, order.index(names[-1]) + 1, len(order))
+        return result
+
+    def _lossy(self, name: str, found: Mapping[str, FittedLayer]) -> bool:
+        return not found[name].reason and not self.lossless(name)
+
+    def _runs(self, name: str) -> bool:
+        """Whether a layer costs anything: it was called, or there are no data that could tell."""
+        return self.calibration is None or bool(self.calibration.moments[name].images)
 
     def _steps(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
         """The layers that one run through the calibration sample serves, one run after the other."""
@@ -105,6 +135,12 @@ class Fitting:
         """Let the compressed network have a fitted layer."""
         if not fit.reason:
             self.network.fitted[name] = (fit.weight.dense_weight(), fit.bias)
+
+    def install_all(self, fitted: Mapping[str, FittedLayer]) -> None:
+        """Let the compressed network have exactly these layers."""
+        self.network.fitted.clear()
+        for name, fit in fitted.items():
+            self._install(name, fit)
 
     def _refit(self, result: dict[str, FittedLayer], names: Sequence[str]) -> None:
         """Coefficients anew from the first layer on, now from all pixels: those held out have told the errors, which stay.
@@ -136,11 +172,15 @@ class Fitting:
         return {name: fit for name in names if (fit := self.saved.get(name, self.network.weight(name)))}
 
     def _allocate(self, names: Sequence[str], target_speedup: float, other: float) -> dict[str, Point]:
+        self.look(names)
+        weights = {name: found.layer for name, found in self.sensitivity.items()}
+        return allocate(self.curves, target_speedup=target_speedup, other=other, unit=self.costs.unit, sensitivity=weights)
+
+    def look(self, names: Sequence[str]) -> None:
+        """Measure the sensitivities and error curves of these layers, once."""
         if not self.curves:
             self.sensitivity = self._sensitivity(names)
             self.curves = self._curves(names)
-        weights = {name: found.layer for name, found in self.sensitivity.items()}
-        return allocate(self.curves, target_speedup=target_speedup, other=other, unit=self.costs.unit, sensitivity=weights)
 
     def _order(self) -> list[str]:
         return list(self.network.layers) if self.calibration is None else self.calibration.order
@@ -148,7 +188,7 @@ class Fitting:
     def _sensitivity(self, names: Sequence[str]) -> dict[str, Sensitivity]:
         if self.calibration is None:
             return dict.fromkeys(names, Sensitivity(1.0, None))
-        return output_sensitivity(self.network, self.calibration.batches[0], names, self.seed, self.processes)
+        return output_sensitivity(self.network, self.calibration.batches, names, self.seed, self.processes, self.seen)
 
     def _hopeless(self, name: str) -> str:
         if not torch.isfinite(self.network.weight(name)).all():
@@ -240,9 +280,9 @@ class Fitting:
     def _fit(self, name: str, sample: Sample | None) -> FittedLayer:
         config, geometry = self.configs[name], self.network.geometry[name]
         if self._stays_dense(name):
-            return self._stay(name, "dense fits the budget best")
+            return self.stay(name, "dense fits the budget best")
         if self.calibration is not None and sample is None:
-            return self._stay(name, "never called by the compressed network")
+            return self.stay(name, "never called by the compressed network")
         if self.lossless(name):
             bias = self.network.bias(name)
             zero = torch.zeros(geometry.out_channels, device=self.network.weight(name).device)
@@ -281,7 +321,7 @@ class Fitting:
             best = self._at(name, sample, point)
             if best.error <= allowed:
                 return self._finish(name, best)
-        return self._stay(name, f"no size within max_error {allowed:g} is {MARGIN:g} times cheaper than dense")
+        return self.stay(name, f"no size within max_error {allowed:g} is {MARGIN:g} times cheaper than dense")
 
     def _allowed(self, name: str) -> float:
         error = self.configs[name].max_error
@@ -299,6 +339,6 @@ class Fitting:
             reason = f"error {fit.error:.3g} is over max_error {limit:g}"
         return FittedLayer(fit.weight.to(like.device, like.dtype), bias, fit.error if measured else None, reason)
 
-    def _stay(self, name: str, reason: str) -> FittedLayer:
+    def stay(self, name: str, reason: str) -> FittedLayer:
         """The layer as it is."""
         return dense_layer(self.network.geometry[name], self.network.weight(name), self.network.bias(name), reason)

@@ -54,7 +54,8 @@ class InputMoments:
             self._sum = torch.zeros(groups, channels, dtype=torch.float64, device=x.device)
         assert self._sum is not None
         shifted = pixels - self._shift
-        self._sum += shifted.sum(2, dtype=torch.float64)
+        # About the mean float32 sums are exact enough, and many times faster.
+        self._sum += shifted.sum(2).double()
         if self.streams_gram:
             gram = (shifted @ shifted.transpose(1, 2)).double()
             self._gram = gram if self._gram is None else self._gram.add_(gram)

@@ -13,6 +13,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import nn
 
+from lcnn_compile.fitting.output_error import OutputError
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -31,6 +33,8 @@ class LayerReport:
         lowering: how it is computed: "lookup", "factored" or "dense".
         precision: "bfloat16" where lookups may round their operands, "int8" where it computes in bytes, be it dense or a lookup layer.
         reason: why it stays dense, or a remark.
+        output_error: relative error of the network's outputs that this layer alone is expected to cause, from its error and the
+            derivative of the outputs; None where no search has asked for it.
         seconds_before, seconds_after: seconds in one run of the eager dense and lookup model on the example inputs, as
             :func:`~lcnn_compile.report.times.time_layers` measured them; None where it did not.
     """
@@ -51,14 +55,24 @@ class LayerReport:
     seconds_before: float | None = None
     seconds_after: float | None = None
     precision: str = "float32"
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All layers of a conversion or of a dry run, in the order in which the model runs them."""
+    """All layers of a conversion or of a dry run, in the order in which the model runs them.
+
+    Attributes:
+        layers: a row for each.
+        title: what was converted.
+        output_error: of the network's outputs, measured on calibration samples that were held out; None where it was not.
+        remarks: about the whole network: which data were used, what was given up and why.
+    """
 
     layers: tuple[LayerReport, ...]
     title: str = "lcnn"
+    output_error: OutputError | None = None
+    remarks: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -105,7 +119,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
-        return {"title": self.title, "layers": [asdict(layer) for layer in self.layers]}
+        plain: dict[str, Any] = {
+            "title": self.title,
+            "layers": [asdict(layer) for layer in self.layers],
+            "remarks": list(self.remarks),
+        }
+        if self.output_error is not None:
+            plain["output_error"] = asdict(self.output_error)
+        return plain
 
     def totals(self) -> dict[str, Any]:
         """Sums before and after as plain values: layers, multiply-adds, bytes, seconds (0 where not known)."""
@@ -140,7 +161,7 @@ class Report:
         for r in self.layers:
             if r.reason:
                 about.setdefault(r.reason, []).append(r.name or "(the model)")
-        return [f"{', '.join(names)}: {reason}" for reason, names in about.items()]
+        return [*self.remarks, *(f"{', '.join(names)}: {reason}" for reason, names in about.items())]
 
     def to_html(
         self,

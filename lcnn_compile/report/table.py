@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 GOOD, FAIR = 0.01, 0.05
 """Relative output errors up to which a layer is shown as good, as fair."""
-EXPENDABLE = ("fewer", "faster", "kB", "g", "taps", "ms")
+EXPENDABLE = ("at output", "fewer", "faster", "kB", "g", "taps", "ms")
 """What a narrow terminal does without first."""
 
 
@@ -109,6 +109,10 @@ def lowering_text(row: LayerReport) -> str:
     return row.lowering if exact else f"lookup, {row.precision}"
 
 
+def _at_output(report: Report) -> str:
+    return "" if report.output_error is None else percent(max(report.output_error.errors, default=0.0))
+
+
 def _worst(report: Report) -> str:
     errors = [row.error for row in report.replaced if row.error is not None]
     return f"≤ {percent(max(errors))}" if errors else ""
@@ -119,6 +123,7 @@ COLUMNS: tuple[tuple[str, Callable[[LayerReport], str], Callable[[Report], str]]
     ("taps", lambda row: "" if row.taps is None else f"{row.taps:g}", _nothing),
     ("g", lambda row: "" if row.group_size is None else str(row.group_size), _nothing),
     ("error", _error, _worst),
+    ("at output", lambda row: "" if row.output_error is None else percent(row.output_error), _at_output),
     ("MMACs", _macs, lambda report: _total(report.macs(), 1e6, 2)),
     ("fewer", lambda row: times(row.macs_before, row.macs_after) if row.replaced else "", lambda report: times(*report.macs())),
     ("ms", _milliseconds, lambda report: _total(report.seconds(), 1e-3, 2)),

@@ -55,7 +55,7 @@ def time_layers(report: Report, dense: nn.Module, lookup: nn.Module, example_inp
         else row
         for row in report
     ]
-    return Report(tuple(rows), title=report.title)
+    return replace(report, layers=tuple(rows))
 
 
 def time_planned(report: Report, model: nn.Module, example_inputs: Any) -> Report:
@@ -83,7 +83,7 @@ def time_planned(report: Report, model: nn.Module, example_inputs: Any) -> Repor
     found = time_layers(report, model, lookup, example_inputs)
     sized = {row.name for row in report.replaced if row.dictionary_size is not None}
     rows = [row if row.name in sized or not row.replaced else replace(row, seconds_after=None) for row in found]
-    return Report(tuple(rows), title=report.title)
+    return replace(report, layers=tuple(rows))
 
 
 def _run(model: nn.Module, names: Iterable[str], batch: Any) -> dict[str, float]:
