@@ -64,8 +64,12 @@ def _case(
 
 
 CASES = {
-    "pitch": _case(partial(models.pitch, "full"), data.frames, data.pitch_accuracy, "pitch right within 50 cents, %", 192, 32, 400),
-    "pitch, tiny": _case(partial(models.pitch, "tiny"), data.frames, data.pitch_accuracy, "pitch right within 50 cents, %", 512, 64, 2000, timed=8),
+    "pitch": _case(
+        partial(models.pitch, "full"), data.frames, data.pitch_accuracy, "pitch right within 50 cents, %", 192, 32, 400
+    ),
+    "pitch, tiny": _case(
+        partial(models.pitch, "tiny"), data.frames, data.pitch_accuracy, "pitch right within 50 cents, %", 512, 64, 2000, timed=8
+    ),
     "text lines": _case(models.recogniser, data.lines, data.character_accuracy, "characters right, %", 64, 16, 300),
     "text detector": _case(models.detector, data.pages, data.word_score, "F-measure of words, %", 24, 4, 32),
     "up-scaler": _case(models.upscaler, data.crops, data.decibels, "dB against the truth", 32, 8, 24, 2, 156, 7),

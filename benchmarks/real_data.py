@@ -39,7 +39,9 @@ def frames(count: int, seed: int, test: bool) -> tuple[Tensor, Tensor]:
             formants = generator.uniform([300, 900, 2200], [900, 2200, 3500])
             widths = generator.uniform(80, 300, 3)
             gains = sum(1 / (1 + ((number * f - c) / w) ** 2) for c, w in zip(formants, widths, strict=True)) + 0.02
-            wobble = 1 + generator.uniform(0, 0.004) * np.sin(2 * np.pi * generator.uniform(3, 7) * time + generator.uniform(0, 6))
+            wobble = 1 + generator.uniform(0, 0.004) * np.sin(
+                2 * np.pi * generator.uniform(3, 7) * time + generator.uniform(0, 6)
+            )
         else:
             gains = number ** -generator.uniform(0.3, 2.0) * generator.uniform(0.3, 1.0, len(number))
             wobble = 1 + generator.uniform(-0.01, 0.01) * (time - time.mean()) / time[-1]
@@ -75,7 +77,11 @@ def _fonts(test: bool) -> list[str]:
     import matplotlib as mpl
 
     folder = Path(mpl.get_data_path()) / "fonts" / "ttf"
-    names = ("DejaVuSans", "DejaVuSerif-Italic", "DejaVuSansMono-Bold") if test else ("DejaVuSerif", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSans-Oblique")
+    names = (
+        ("DejaVuSans", "DejaVuSerif-Italic", "DejaVuSansMono-Bold")
+        if test
+        else ("DejaVuSerif", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSans-Oblique")
+    )
     return [str(folder / f"{name}.ttf") for name in names]
 
 
@@ -154,7 +160,7 @@ def word_score(maps: Tensor, truth: Sequence[Sequence[tuple[int, int, int, int]]
     """F-measure in % of words found: boxes of connected parts of the maps that overlap a word's by half."""
     hits = found = wanted = 0
     for (text, link), boxes in zip(maps, truth, strict=True):
-        labels, count = ndimage.label(((text > 0.4) | (link > 0.4)).numpy())
+        labels, _ = ndimage.label(((text > 0.4) | (link > 0.4)).numpy())
         seen = []
         for number, part in enumerate(ndimage.find_objects(labels), 1):
             inside = labels[part] == number

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,18 @@ def package(name: str) -> Path:
     if not folder.is_dir():
         wheels = STORE / "wheels"
         wheels.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--dest",
+            str(wheels),
+        ]
         subprocess.run([*command, f"{name}=={PACKAGES[name]}"], check=True)
         [wheel] = wheels.glob(f"{name.replace('-', '_')}-*.whl")
         partial = folder.with_suffix(".partial")
@@ -50,8 +62,7 @@ class Pitch(nn.Module):
         channels = [1, *(width * f for f in (32, 4, 4, 4, 8, 16))]
         self.features = 4 * channels[-1]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(m, n, (512 if m == 1 else 64, 1), (4 if m == 1 else 1, 1))
-            for m, n in zip(channels, channels[1:], strict=False)
+            nn.Conv2d(m, n, (512 if m == 1 else 64, 1), (4 if m == 1 else 1, 1)) for m, n in pairwise(channels)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(n, eps=1e-3) for n in channels[1:])
         self.classifier = nn.Linear(self.features, 360)
