@@ -270,6 +270,28 @@ def test_export_writes_files_that_agree(folder):
     torch.testing.assert_close(plain(x), model(x), atol=1e-5, rtol=1e-4)
 
 
+def test_an_exported_model_is_run(folder):
+    run("convert", "net.py:build", "m.safetensors", "--calibration", "samples.npy", *SIZES)
+    arguments = ["export", "net.py:build", "--checkpoint", "m.safetensors", "--input", "2x4x9x9", "--native", "served", "--json"]
+    [row] = json.loads(run(*arguments).stdout)["files"]
+    assert (row["format"], row["difference"]) == ("native", 0.0)
+    x = torch.randn(3, 4, 9, 9)
+    np.save("x.npy", x.numpy())
+    model = load(network(), "m.safetensors").eval()
+    shown = run("run", "served/model.lcnn", "x.npy", "--times").stdout
+    assert "lookup convolution" in shown
+    run("run", "served/model.lcnn", "x.npy", "--save", "y.npy")
+    torch.testing.assert_close(torch.from_numpy(np.load("y.npy")), model(x), atol=1e-4, rtol=1e-4)
+    data = json.loads(run("run", "served/model.lcnn", "x.npy", "--json").stdout)
+    assert np.allclose(data["outputs"]["output"], np.load("y.npy"))
+    with pytest.raises(LcnnError, match="takes 1 inputs; it got 2"):
+        run("run", "served/model.lcnn", "x.npy", "x.npy")
+    with pytest.raises(LcnnError, match="cannot be loaded"):
+        run("run", "model.lcnn", "x.npy")
+    with pytest.raises(LcnnError, match=r"is no \.npy file, and the input .* no image"):
+        run("run", "served/model.lcnn", "x.png")
+
+
 def test_a_dictionary_as_a_picture(folder):
     pytest.importorskip("matplotlib")
     run("convert", "net.py:build", "m.safetensors", *SIZES, "--input", "1x4x9x9", "--no-time")

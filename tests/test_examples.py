@@ -5,6 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from lcnn_compile import LookupConfig, convert
+from lcnn_compile.export import export_native
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -50,3 +55,15 @@ def test_few_iterations(example, capsys):
 def test_transformers(example, name):
     pytest.importorskip("transformers")
     assert example(name).main(width=16, size=64, compiled=False) < 0.5
+
+
+def test_web_service(example, tmp_path):
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+    torch.manual_seed(0)
+    model = convert(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), LookupConfig(dictionary_size=1.0, sparsity=None)
+    )
+    export_native(model, tmp_path, torch.randn(1, 3, 9, 9))
+    found = example("web_service").measure(tmp_path, threads=1, clients=2, seconds=0.5)
+    assert found["requests per second"] > 0

@@ -21,7 +21,7 @@ from lcnn_compile.cli import options as given
 from lcnn_compile.cli.output import output
 from lcnn_compile.cli.sources import load_inputs, load_model
 from lcnn_compile.errors import ExportError, LcnnError
-from lcnn_compile.export.frozen import freeze
+from lcnn_compile.export.frozen import frozen_form
 from lcnn_compile.files import check_target, replacing
 from lcnn_compile.modules import lookup_modules
 from lcnn_compile.torch_private import pytree
@@ -130,7 +130,7 @@ def _aot(model: nn.Module, inputs: Any, how: dict[str, Any], path: Path) -> dict
 def _native(model: nn.Module, inputs: Any, dynamic: bool, path: Path) -> dict[str, float]:
     """Compared with the frozen model, whose bits it must have: eight-bit networks differ from the converted one by design."""
     export.export_native(model, path, inputs, dynamic_batch=dynamic)
-    frozen = freeze(model, inputs, dynamic_batch=dynamic)
+    frozen = frozen_form(model, inputs, dynamic, may_stay_dense=False)
     args, kwargs = inputs_of(model, inputs)
     leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     found = export.load_native(path)(*leaves)

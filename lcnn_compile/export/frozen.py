@@ -89,10 +89,17 @@ class Frozen:
         form: of each tensor input: the smallest batch (0 where it has none), sizes, dtype, device.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram, call: _Call, engine: str = DEFAULT, kept_dense: str = ""):
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        call: _Call,
+        engine: str = DEFAULT,
+        kept_dense: str = "",
+        dense_too: bool = False,
+    ):
         self._exported, self._call, self._engine, self.kept_dense = program, call, engine, kept_dense
         with torch.no_grad():
-            gm = gather_programs(unlift(program))
+            gm = gather_programs(unlift(program), dense_too)
         self.graph: fx.GraphModule = gm
         self._writes_inputs, stateful = writes_to(gm, "placeholder"), writes_to(gm, "get_attr")
         self.writes = self._writes_inputs or stateful
@@ -282,6 +289,11 @@ def freeze(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
     Raises:
         ExportError: if the model has no lookup layers, ``torch.export`` cannot capture it, or it keeps a state in Python.
     """
+    return frozen_form(model, example_inputs, dynamic_batch)
+
+
+def frozen_form(model: nn.Module, example_inputs: Any, dynamic_batch: bool, may_stay_dense: bool = True) -> Frozen:
+    """:func:`freeze`; where the model may not stay dense, no engine of PyTorch's own takes its place, however fast."""
     private = prepared(model, "auto")
     args, kwargs = inputs_of(private, example_inputs)
     refuse_hidden_state(private, args, kwargs)
@@ -297,9 +309,14 @@ def freeze(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
     form = _form(program, leaves)
     parameters = tuple((p.name, int(p.kind), p.default is not p.empty, _default(p)) for p in signature.parameters.values())
     made = _Call(parameters, given, found[-1], form)
-    frozen = Frozen(program, made)
+    frozen = Frozen(program, made, dense_too=not may_stay_dense)
     layers = [module for _, module in lookup_modules(private)]
-    if not layers or frozen.writes or any(layer.lowering != "auto" or layer.precision != "float32" for layer in layers):
+    if (
+        not may_stay_dense
+        or not layers
+        or frozen.writes
+        or any(layer.lowering != "auto" or layer.precision != "float32" for layer in layers)
+    ):
         return frozen
     dense: list[torch.export.ExportedProgram] = []
 
@@ -312,7 +329,7 @@ def freeze(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
         return frozen
     if not dense:
         dense_form()
-    warnings.warn(f"the frozen model is {rival}", LcnnWarning, stacklevel=2)
+    warnings.warn(f"the frozen model is {rival}", LcnnWarning, stacklevel=3)
     return Frozen(dense[-1], made, rival.engine, str(rival))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lcnn_compile.errors import ExportError, KernelError
-from lcnn_compile.export.frozen import Frozen, freeze
+from lcnn_compile.export.frozen import Frozen, frozen_form
 from lcnn_compile.files import replacing
 from lcnn_compile.kernels.cpu import keep_sources
 from lcnn_compile.kernels.cpu.build import shared_library
@@ -48,7 +48,7 @@ def export_native(model: nn.Module, folder: str | os.PathLike[str], example_inpu
         OSError: the folder cannot be written.
     """
     with keep_sources():
-        frozen = freeze(model, example_inputs, dynamic_batch=dynamic_batch)
+        frozen = frozen_form(model, example_inputs, dynamic_batch, may_stay_dense=False)
     data = _written(frozen, dynamic_batch)
     library = shared_library()
     target = Path(folder) / MODEL

@@ -139,16 +139,17 @@ class _Among(OperatorSupportBase):
         return node in self._nodes
 
 
-def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
+def gather_programs(gm: fx.GraphModule, dense_too: bool = False) -> fx.GraphModule:
     """Replace regions of lookup convolutions, pooling, linear layers and views by calls of ``run_program``: float32, CPU, for inference.
 
-    A region has one lookup convolution at least; its lowering is settled and its epilogue fused. The weights move into the
+    A region has one lookup convolution at least, unless ``dense_too`` (where nothing else can run it); its lowering is settled and its
+    epilogue fused. The weights move into the
     program, copied: where they change, the pass must run again on the original graph. Graphs under autocast are left alone.
     A region lies between two writes in place, where these touch what it reads. The graph is changed in place and returned.
     """
     to_functional(gm)
     autocast = torch.is_autocast_enabled("cpu") or any("autocast" in str(node.target) for node in gm.graph.nodes)
-    if autocast or not cpu.is_available() or not any(is_lookup(node) for node in gm.graph.nodes):
+    if autocast or not cpu.is_available() or not (dense_too or any(is_lookup(node) for node in gm.graph.nodes)):
         return gm
     fold_constants(gm)
     _name_parts(gm)
@@ -157,7 +158,7 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
     edges = effects.order_edges()
     # A region's nodes come to stand together; where writes elsewhere forbid that, every write bounds regions.
     for every_write in (False, True):
-        regions = _regions(gm, effects, every_write)
+        regions = _regions(gm, effects, every_write, dense_too)
         if sort(gm, edges, regions):
             break
     gathered = {node for region in regions for node in region}
@@ -169,7 +170,7 @@ def gather_programs(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _regions(gm: fx.GraphModule, effects: Effects, every_write: bool) -> list[list[fx.Node]]:
+def _regions(gm: fx.GraphModule, effects: Effects, every_write: bool, dense_too: bool) -> list[list[fx.Node]]:
     """The regions to gather, each in order: between two writes that touch what regions read, or between any two writes."""
     runnable = [node for node in gm.graph.nodes if steps_of(gm, node) is not None and not effects.has_effect(node)]
     read = frozenset().union(*(effects.touched(node) | effects.memory(node) for node in runnable))
@@ -188,7 +189,7 @@ def _regions(gm: fx.GraphModule, effects: Effects, every_write: bool) -> list[li
             partitions = partitioner.propose_partitions()
         for partition in partitions:
             _drop_views(gm, partition.nodes)
-            if any(is_lookup(node) for node in partition.nodes):
+            if dense_too or any(is_lookup(node) for node in partition.nodes):
                 regions.append(sorted(partition.nodes))
     return regions
 
