@@ -1,8 +1,11 @@
 """export_native: programs as files, run by liblcnn.so without Python, equal to freeze to the bit."""
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +142,47 @@ def test_the_library_needs_nothing_but_the_c_library(tmp_path):
     needed = subprocess.run(["ldd", "liblcnn.so"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     names = {line.split()[0].rpartition("/")[2] for line in needed.splitlines()}
     assert names <= {"linux-vdso.so.1", "libm.so.6", "libc.so.6", "ld-linux-x86-64.so.2", "libpthread.so.0"}
+
+
+SANITIZERS = {"address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "thread": ("-fsanitize=thread",)}
+
+
+@pytest.mark.parametrize("kind", SANITIZERS)
+def test_callers_under_sanitizers(kind, tmp_path):
+    """A C program of several threads; the library itself is sanitized by tests/native/sanitize.py."""
+    export_native(*net()[:1], tmp_path, torch.randn(2, 3, 17, 19))
+    for source in ("example.c", str(Path(__file__).parent / "native" / "threads.c")):
+        build = [
+            "cc",
+            "-g",
+            *SANITIZERS[kind],
+            "-I.",
+            source,
+            "-o",
+            Path(source).stem,
+            "-L.",
+            "-llcnn",
+            "-lpthread",
+            "-Wl,-rpath,.",
+        ]
+        if subprocess.run(build, cwd=tmp_path, capture_output=True, check=False).returncode:
+            pytest.skip(f"this compiler has no {kind} sanitizer")
+    torch.randn(3, 3, 17, 19).numpy().tofile(tmp_path / "x.bin")
+    subprocess.run(["./example", "model.lcnn", "x.bin", "y.bin"], cwd=tmp_path, check=True)
+    for threads in ("1", "3"):
+        done = subprocess.run(["./threads", "model.lcnn", threads], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "all threads agree\n", "")
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_the_example_under_valgrind(tmp_path):
+    export_native(*net()[:1], tmp_path, torch.randn(2, 3, 17, 19))
+    subprocess.run("cc -g example.c -o example -L. -llcnn -Wl,-rpath,.", shell=True, cwd=tmp_path, check=True)
+    torch.randn(2, 3, 17, 19).numpy().tofile(tmp_path / "x.bin")
+    command = ["valgrind", "-q", "--error-exitcode=9", "--leak-check=full", "./example", "model.lcnn", "x.bin", "y.bin"]
+    environment = {**os.environ, "LCNN_CPU_ISA": "portable"}  # it knows no wider vectors than 256 bits
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_python_without_torch(tmp_path):
