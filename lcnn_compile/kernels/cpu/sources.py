@@ -70,7 +70,7 @@ def build_shared(
 
     Args:
         target: the file, replaced once it is whole.
-        compiler: a C++ compiler; ``ld`` and ``objcopy`` of ``tools`` + their name are called beside it.
+        compiler: a C++ compiler; ``ld``, ``nm`` and ``objcopy`` of ``tools`` + their name are called beside it.
         sets: keys of ISA_FLAGS; all on x86-64, else the portable ones.
         extra: more flags, such as those of a sanitizer.
         tools: a prefix of binutils, such as "aarch64-linux-gnu-".
@@ -101,6 +101,10 @@ def build_shared(
             whole = work / f"{name}.o"
             units = [str(work / f"{name}-{Path(unit).stem}.o") for unit in (*UNITS, "kernel_table.cpp")]
             _run([f"{tools}ld", "-r", "--force-group-allocation", "-o", str(whole), *units])
+            if "_GLOBAL__sub_I" in _run([f"{tools}nm", str(whole)]):
+                raise OSError(
+                    f"the kernels of {name} run code as they are loaded, which is of a set that the processor may not have"
+                )
             _run([f"{tools}objcopy", f"--keep-global-symbol=lcnn_kernels_{name}", str(whole)])
             wholes.append(str(whole))
         built = work / target.name
@@ -117,12 +121,13 @@ def build_shared(
         built.replace(target)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"{command[0]} is not installed")
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     if done.returncode:
         raise OSError(f"{Path(command[0]).name} failed: {done.stderr.strip()[-1000:]}")
+    return done.stdout
 
 
 def sources_digest() -> str:

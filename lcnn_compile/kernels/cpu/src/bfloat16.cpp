@@ -3,15 +3,15 @@
 
 namespace lcnn {
 
-HalfKernels::HalfKernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
+constexpr HalfKernels::HalfKernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
 
 template <class Kind, class Offsets>
-NarrowKernels<Kind, Offsets>::NarrowKernels() {
+constexpr NarrowKernels<Kind, Offsets>::NarrowKernels() {
   fill<BLOCK>();
 }
 
-const HalfKernels half_kernels;
-const NarrowKernels<Pairs, Channels> narrow_form_pairs;
-const NarrowKernels<Pairs, const int32_t*> narrow_look_up_pairs;
+constexpr HalfKernels half_kernels;
+constexpr NarrowKernels<Pairs, Channels> narrow_form_pairs;
+constexpr NarrowKernels<Pairs, const int32_t*> narrow_look_up_pairs;
 
 }  // namespace lcnn

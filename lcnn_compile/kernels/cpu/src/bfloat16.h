@@ -170,11 +170,11 @@ struct HalfKernels {
   FormHalves form[FILTERS + 1][TILE + 1] = {};
   LookUpHalves look_up[FILTERS + 1][TILE / 2 + 1] = {};
 
-  HalfKernels();
+  constexpr HalfKernels();
 
  private:
   template <int F, int V>
-  void fill() {
+  constexpr void fill() {
     if constexpr (F > 0) {
       form[F][V] = form_halves<F, V>;
       if constexpr (V <= twos_for(F)) look_up[F][V] = look_up_halves<F, V>;

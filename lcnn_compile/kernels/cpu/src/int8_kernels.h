@@ -313,11 +313,11 @@ struct ByteKernels {
   LookUpBytes look_up[BYTE_FILTERS + 1] = {};
   LookUpSixteen look_up_sixteen[BYTE_FILTERS + 1] = {};
 
-  ByteKernels() { fill<BYTE_FILTERS>(); }
+  constexpr ByteKernels() { fill<BYTE_FILTERS>(); }
 
  private:
   template <int F>
-  void fill() {
+  constexpr void fill() {
     if constexpr (F > 0) {
       form[F] = form_bytes<F>;
       look_up[F] = look_up_bytes<F>;

@@ -10,7 +10,7 @@
 
 namespace lcnn {
 
-static const ByteKernels byte_kernels;
+static constexpr ByteKernels byte_kernels;
 
 struct ByteCall {
   const BytePlan& of;

@@ -3,15 +3,15 @@
 
 namespace lcnn {
 
-Kernels::Kernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
+constexpr Kernels::Kernels() { fill<FILTERS, vectors_for(FILTERS)>(); }
 
 template <class Kind, class Offsets>
-NarrowKernels<Kind, Offsets>::NarrowKernels() {
+constexpr NarrowKernels<Kind, Offsets>::NarrowKernels() {
   fill<BLOCK>();
 }
 
-const Kernels kernels;
-const NarrowKernels<Singles, Channels> narrow_form;
-const NarrowKernels<Singles, const int32_t*> narrow_look_up;
+constexpr Kernels kernels;
+constexpr NarrowKernels<Singles, Channels> narrow_form;
+constexpr NarrowKernels<Singles, const int32_t*> narrow_look_up;
 
 }  // namespace lcnn

@@ -216,17 +216,18 @@ using LookUp = decltype(&look_up_together<1, 1>);
 using LookUpAlone = decltype(&look_up_alone<1>);
 
 // The kernels for every number of filters and vectors that fits the registers. Filled in a source file of its own, and so
-// are the other tables of kernels: they take longest to compile, and can be compiled at the same time.
+// are the other tables of kernels: they take longest to compile, and can be compiled at the same time. All are constants: where a
+// library holds several instruction sets, code that ran as it is loaded would be of sets that the processor may not have.
 struct Kernels {
   Form form[FILTERS + 1][TILE + 1] = {};
   LookUp look_up[FILTERS + 1][TILE + 1] = {};
   LookUpAlone look_up_alone[TILE + 1] = {};
 
-  Kernels();
+  constexpr Kernels();
 
  private:
   template <int F, int V>
-  void fill() {
+  constexpr void fill() {
     if constexpr (F > 0) {
       form[F][V] = lcnn::form<F, V>;
       look_up[F][V] = look_up_together<F, V>;

@@ -71,11 +71,11 @@ struct NarrowKernels {
   using Kernel = void (*)(const float* const*, Offsets, const typename Kind::Coefficient*, int64_t, float*);
   Kernel at[BLOCK + 1][FEW + 1] = {};
 
-  NarrowKernels();
+  constexpr NarrowKernels();
 
  private:
   template <int F>
-  void fill() {
+  constexpr void fill() {
     if constexpr (F > 0) {
       at[F][1] = narrow<Kind, F, 1, Offsets>;
       at[F][2] = narrow<Kind, F, 2, Offsets>;
