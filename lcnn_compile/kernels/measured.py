@@ -9,21 +9,26 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcnn_compile.files import digest
 from lcnn_compile.kernels.arguments import Arguments, Geometry, Weight, flat
-from lcnn_compile.kernels.cpu.forward import packed_weight
+from lcnn_compile.kernels.cpu.forward import PackedWeight, packed_weight
 from lcnn_compile.kernels.cpu.program import Program
-from lcnn_compile.kernels.cpu.steps import LookUp, Recipe
+from lcnn_compile.kernels.cpu.steps import Depthwise, LookUp, Recipe, Step
 from lcnn_compile.kernels.problem import Problem, estimate, estimated_seconds
 from lcnn_compile.kernels.reference import filter_table
 from lcnn_compile.kernels.store import cache_folder, known, remember
 from lcnn_compile.torch_private import without_modes
 
 ROUNDS, WARM_UP, TIMED = 3, 1, 3
+GROUP = 8
+"""Filters of a dense layer that share their taps in a program."""
+LARGEST = 1 << 23
+"""Elements of a dense layer's weight that a program is measured with."""
 HOPELESS = 4.0
 """A lowering whose estimate is so many times the cheapest one's is not worth measuring."""
 
@@ -79,29 +84,56 @@ def random_call(problem: Problem, device: torch.device | None = None) -> Argumen
     )
 
 
-def _caller(call: Arguments, lowering: str, precision: str) -> Callable[[], object]:
-    """What runs a layer as a compiled graph does: lookups in a program, the others as operators."""
+def _caller(call: Arguments, lowering: str, precision: str) -> Callable[[], float]:
+    """What runs a layer as a step of a program, or two, and tells the seconds that they take inside of it."""
     x, weight, geometry = call[:3]
+    groups, size, per_group = weight.dictionary.shape
+    kernel, channels = geometry.kernel_size, {"dense": per_group, "factored": size}.get(lowering, 0)
+    if channels * max(groups * channels, geometry.out_channels * kernel[0] * kernel[1]) > LARGEST:
+        return lambda: _operator(flat(call._replace(lowering=lowering)))
     if lowering == "lookup":
-        step = LookUp(0, None, x.shape[1], *geometry)
-        program = Program(Recipe(1, (step,), (1,)), [(packed_weight(weight, geometry.kernel_size, precision), None)])
-        return lambda: program(x)
-    arguments = flat(call._replace(lowering=lowering))
-    return lambda: torch.ops.lcnn.lookup_conv2d_inference(*arguments)
+        steps: list[Step] = [LookUp(0, None, x.shape[1], *geometry)]
+        weights: list[tuple[Any, ...]] = [(packed_weight(weight, kernel, precision), None)]
+    elif lowering == "factored":
+        inner = Geometry(groups * size, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
+        steps = [LookUp(0, None, x.shape[1], *inner), LookUp(1, None, groups * size, *geometry)]
+        weights = [(_dense(groups, per_group, inner), None), (_dense(groups, size, geometry), None)]
+    elif per_group == 1 and groups > 1:
+        steps, weights = [Depthwise(0, None, x.shape[1], *geometry)], [(torch.randn(geometry.out_channels, 1, *kernel), None)]
+    else:
+        steps, weights = [LookUp(0, None, x.shape[1], *geometry)], [(_dense(groups, per_group, geometry), None)]
+    program = Program(Recipe(1, tuple(steps), (len(steps),)), weights)
+    return lambda: program.seconds(x)
 
 
-def _burst(call: Callable[[], object]) -> float:
-    seconds = []
-    for number in range(WARM_UP + TIMED):
-        start = time.perf_counter()
-        call()
-        if number >= WARM_UP:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def _operator(arguments: tuple[Any, ...]) -> float:
+    """Seconds of a layer outside of programs, as one too large for them is run."""
+    start = time.perf_counter()
+    torch.ops.lcnn.lookup_conv2d_inference(*arguments)
+    return time.perf_counter() - start
+
+
+def _dense(groups: int, per_group: int, geometry: Geometry) -> PackedWeight:
+    """A random dense layer as a program runs it: a lookup whose dictionary is the identity, and that has every tap."""
+    area = geometry.kernel_size[0] * geometry.kernel_size[1]
+    filters = filter_table(geometry.out_channels, GROUP, groups)
+    count, width = filters.shape
+    taps = per_group * area
+    columns = torch.arange(taps, dtype=torch.int32).repeat(count)
+    offsets = torch.arange(count + 1, dtype=torch.int32) * taps
+    dictionary = torch.eye(per_group).expand(groups, per_group, per_group).contiguous()
+    coefficients = torch.randn(count * taps, width) * (filters >= 0).repeat_interleave(taps, 0)
+    weight = Weight(dictionary, coefficients, columns // area, columns % area, offsets, filters)
+    return PackedWeight(weight, geometry.kernel_size)
+
+
+def _burst(call: Callable[[], float]) -> float:
+    seconds = [call() for _ in range(WARM_UP + TIMED)]
+    return statistics.median(seconds[WARM_UP:])
 
 
 def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:
-    """Seconds of every lowering that may win, kept on disk; those the estimate rules out are left out.
+    """Seconds of every lowering that may win, as steps of a program, kept on disk; those the estimate rules out are left out.
 
     LCNN_TUNE=0 turns measuring off; the estimates take its place then.
     """
