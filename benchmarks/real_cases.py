@@ -21,7 +21,7 @@ class Case:
         evaluate: the metric of a function that runs the network on many inputs; more is better.
         example: what it is timed on.
         metric: what ``evaluate`` returns, and its unit.
-        noise: half the width of the metric's 95 % interval over test data of this size, for the dense network.
+
     """
 
     build: Callable[[], nn.Module]

@@ -262,3 +262,47 @@ def test_the_error_of_each_layer_alone_goes_on_as_before():
     assert report.replaced
     assert report.output_error is None
     assert all(row.error <= 0.1 for row in report.replaced)
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_calibration_in_parts_is_that_of_the_whole(monkeypatch, batch):
+    """Large batches run in parts; moments, order and held-out images are as without."""
+    from lcnn_compile.fitting.sampling import calibrate
+
+    model, data = Filter().eval(), pictures(18, seed=4)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    network = Network(model, layers, lambda m, x: m(x))
+    whole = calibrate(network, [data], 0)
+    assert [len(piece) for piece in whole.batches] == [18]
+    monkeypatch.setattr("lcnn_compile.fitting.sampling.CALL_ELEMENTS", batch * 80 * 20 * 20)
+    parts = calibrate(network, [data], 0)
+    assert {len(piece) for piece in parts.batches} <= {batch, 18 % batch}
+    assert torch.equal(torch.cat(parts.batches), data)
+    assert parts.order == whole.order
+    rows = torch.cat([parts.held_rows(number) for number in range(len(parts.batches))])
+    assert torch.equal(rows, whole.held_rows(0))
+    for name in layers:
+        torch.testing.assert_close(parts.moments[name].covariance(), whole.moments[name].covariance(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(parts.moments[name].mean(), whole.moments[name].mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_large_kernels_are_searched_within_what_a_sample_tells():
+    """k·kh·kw is bounded, and so is the work of a selection; small kernels lose nothing."""
+    from lcnn_compile.config import LayerConfig
+    from lcnn_compile.fitting.search import MOST_COLUMNS, SELECTION_WORK, ladder, most_taps
+    from lcnn_compile.geometry import geometry_of
+
+    automatic = LayerConfig("auto", "auto")
+    tall = geometry_of(nn.Conv2d(1024, 128, (64, 1)))
+    sizes = ladder(tall, automatic, True)
+    assert sizes == [32, 64, 72]
+    for size in sizes:
+        taps = most_taps(tall, (128, 128), size)
+        assert size * 64 <= MOST_COLUMNS
+        assert 1 <= taps
+        assert 128 / 8 * size * 64 * taps**2 / 2 <= SELECTION_WORK
+    usual = geometry_of(nn.Conv2d(256, 256, 3))
+    assert ladder(usual, automatic, True) == [8, 16, 24, 32, 48, 64, 96, 128]
+    assert most_taps(usual, (196, 196), 64) == 48 * 9
+    huge = geometry_of(nn.Conv2d(8, 8, 101))
+    assert ladder(huge, automatic, True) == [1]

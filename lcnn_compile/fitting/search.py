@@ -19,10 +19,15 @@ from lcnn_compile.geometry import Geometry
 
 FRACTIONS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)  # of the input channels, tried as k
 GROUP_SIZES = (1, 4, 8, 16)  # tried as g
+SHARED = 8  # filters to a group that estimates of work go by
 NARROW = 4  # input channels up to which every k is tried
 MARGIN = 1.5  # a layer whose sizes are searched must get cheaper by this factor, or stays dense
 STEP = 1.12  # neighbouring numbers of taps on a curve differ by at least this factor
 MOST_SPARSITY = 48  # taps per kernel position beyond which lookups are not worth their loads
+MOST_COLUMNS = (
+    4608  # k·kh·kw up to which dictionary sizes are tried: 512 vectors of a 3x3 kernel; more than the pixels of a sample tell
+)
+SELECTION_WORK = 1.5e10  # multiply-adds of one selection of taps, which bounds the taps of large kernels
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ def ladder(geometry: Geometry, config: LayerConfig, free: bool) -> list[int]:
     if config.dictionary_size == "auto" or free:
         if geometry.channels <= NARROW:
             return list(range(1, most + 1))
-        return sorted({min(most, max(1, round(f * geometry.channels))) for f in FRACTIONS})
+        sizes = sorted({min(most, max(1, round(f * geometry.channels))) for f in FRACTIONS})
+        largest = max(sizes[0], MOST_COLUMNS // geometry.area)
+        return sorted({min(size, largest) for size in sizes})
     return [min(most, config.vectors(geometry.channels))]
 
 
@@ -104,7 +111,10 @@ def most_taps(geometry: Geometry, pixels: tuple[int, int], size: int) -> int:
     """Taps per filter with which k = ``size`` vectors still make a layer cheaper by MARGIN in multiply-adds; may be below 1."""
     outputs, inputs = pixels
     room = geometry.macs * outputs / MARGIN - geometry.in_channels * size * inputs
-    return min(size * geometry.area, MOST_SPARSITY * geometry.area, math.floor(room / max(1, geometry.out_channels * outputs)))
+    # A selection of T taps out of K columns for F filter groups takes F·K·T²/2.
+    fast = math.sqrt(2 * SELECTION_WORK * SHARED / (geometry.out_channels * size * geometry.area))
+    most = min(size * geometry.area, MOST_SPARSITY * geometry.area, max(1, math.floor(fast)))
+    return min(most, math.floor(room / max(1, geometry.out_channels * outputs)))
 
 
 def _errors(
