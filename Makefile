@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test lint docs readme fuzz sanitize mutate zoo bench-cpu bench-gpu bench-gpu-chains clean
+.PHONY: demo test lint docs readme wheel fuzz sanitize sanitize-native arm mutate zoo bench-cpu bench-gpu bench-gpu-chains clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,19 @@ sanitize: $(VENV)/ready
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_cpu_gradients.py tests/test_program*.py tests/test_operator_safety.py tests/test_passes.py \
 		-k "not without_kernels and not damaged and not concurrent"
+
+# liblcnn.so under the same sanitizers, on 20,000 damaged model files.
+sanitize-native: $(VENV)/ready
+	$(BIN)/python -W ignore tests/native/sanitize.py
+
+# liblcnn.so for ARM, run by an emulator: needs g++-aarch64-linux-gnu and qemu-user.
+arm: $(VENV)/ready
+	$(BIN)/python -W ignore tests/native/arm.py
+
+# A wheel with the kernels of every instruction set, tagged with the oldest system that it runs on.
+wheel: $(VENV)/ready
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/auditwheel repair --wheel-dir dist build/wheel/lcnn_compile-*.whl
 
 # Break the code in known ways, one at a time in a copy, and see that the tests notice; an hour or two. See tests/mutate.py.
 mutate: $(VENV)/ready
