@@ -55,21 +55,44 @@ session.run(None, {session.get_inputs()[0].name: x})[0].tofile(sys.argv[3])
 WAIT = "print('ready', flush=True); sys.stdin.read()"
 
 
-def process(command: Sequence[str], folder: Path) -> dict[str, float]:
-    """Milliseconds from start to end, and the peak of resident memory in MiB."""
+LAUNCH = """
+import json, os, subprocess, sys, time
+for line in sys.stdin:
+    command, folder = json.loads(line)
     start = time.perf_counter()
     child = subprocess.Popen(command, cwd=folder)
     _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{command[0]} failed")
-    return {"milliseconds": 1e3 * seconds, "peak MiB": usage.ru_maxrss / 1024}
+    print(json.dumps([os.waitstatus_to_exitcode(status), 1e3 * (time.perf_counter() - start), usage.ru_maxrss / 1024]), flush=True)
+"""
+
+
+class Launcher:
+    """A small process that starts others: the peak of memory that the system states includes that of the process it was forked from."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-S", "-c", LAUNCH]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, command: Sequence[str], folder: Path) -> dict[str, float]:
+        """Milliseconds from start to end, and the peak of resident memory in MiB."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([list(command), str(folder)]) + "\n")
+        self._process.stdin.flush()
+        code, milliseconds, peak = json.loads(self._process.stdout.readline())
+        if code:
+            raise RuntimeError(f"{command[0]} failed")
+        return {"milliseconds": milliseconds, "peak MiB": peak}
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
 
 
 def in_turns(commands: dict[str, Sequence[str]], folder: Path, wanted: dict[str, np.ndarray[Any, Any] | None]) -> dict[str, Any]:
     """Medians of processes that take turns; the first run of each is not counted."""
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    process = Launcher()
     for run in range(RUNS + 1):
         for name, command in commands.items():
             found = process(command, folder)
@@ -79,6 +102,7 @@ def in_turns(commands: dict[str, Sequence[str]], folder: Path, wanted: dict[str,
                 raise RuntimeError(f"{name} gives another result than the frozen model")
             if run:
                 rows[name].append(found)
+    process.close()
     return {name: {key: statistics.median(row[key] for row in found) for key in found[0]} for name, found in rows.items()}
 
 
