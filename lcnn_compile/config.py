@@ -19,8 +19,8 @@ Precision = Literal["float32", "bfloat16", "int8", "auto"]
 PRECISIONS = ("float32", "bfloat16", "int8")
 """Those that a layer may have."""
 PRECISION_CHOICES = (*PRECISIONS, "auto")
-DEFAULT_MAX_OUTPUT_ERROR = 1e-3
-"""The allowed error of the network's outputs where nothing else limits what a search may do; docs/real.md says how it was chosen."""
+SCORES_ERROR, PICTURES_ERROR = 1e-2, 5e-4
+"""What max_output_error="auto" allows: of outputs with up to three dimensions, and of pictures and maps; docs/real.md says how these were chosen."""
 LAYER_FIELDS = ("dictionary_size", "sparsity", "group_size", "max_error", "lowering", "precision")
 
 
@@ -129,8 +129,9 @@ class LookupConfig(LayerConfig):
         max_output_error: largest relative error ‖y − ŷ‖² / ‖y − mean(y)‖² of any of the network's outputs on calibration samples
             that are held out, and, for outputs [samples, classes], largest mean divergence in nats (> 0). Sizes are then found
             per layer: what saves most for the error that it causes at the outputs comes first, and the network is measured end to
-            end, so that it is never over. With ``target_speedup`` no more than that is saved. Where no sizes are named and no
-            other limit is given, it is 0.001 (for that, and for an error that can be measured, calibration data are needed).
+            end, so that it is never over. With ``target_speedup`` no more than that is saved. "auto" is 0.01, and 0.0005 where an
+            output has four dimensions or more: pictures show what scores of classes hide. That is also what holds where no
+            sizes are named and no other limit is given. To measure it, calibration data are needed.
         budget: what ``target_speedup`` and every search count: "macs", multiply-adds; or "time", seconds of convolutions and
             linear layers on this machine, one sample, with the threads that torch has: some layers of each shape are
             timed, which takes seconds.
@@ -143,7 +144,7 @@ class LookupConfig(LayerConfig):
     """
 
     target_speedup: float | None = None
-    max_output_error: float | None = None
+    max_output_error: float | Literal["auto"] | None = None
     budget: Budget = "macs"
     include: tuple[Rule, ...] = ()
     exclude: tuple[Rule, ...] = ()
@@ -155,7 +156,8 @@ class LookupConfig(LayerConfig):
         speed = self.target_speedup
         _number("target_speedup", speed, "None or a number > 1", speed is None or (_is_real(speed) and speed > 1))
         error = self.max_output_error
-        _number("max_output_error", error, "None or a number > 0", error is None or (_is_real(error) and error > 0))
+        ok = error is None or (isinstance(error, str) and error == "auto") or (_is_real(error) and error > 0)
+        _number("max_output_error", error, 'None, a number > 0, or "auto"', ok)
         _number("budget", self.budget, f"one of {BUDGETS}", isinstance(self.budget, str) and self.budget in BUDGETS)
         self._check_groups(self)
         _number("seed", self.seed, "an int from 0 to 2^62", _is_int(self.seed) and 0 <= self.seed <= 1 << 62)

@@ -251,8 +251,15 @@ def test_sizes_that_nobody_names_are_found_within_the_default_error():
         made = convert(copy.deepcopy(model), config, calibration=[data])
         held = data[held_images(torch.arange(30), 30)]
         with torch.no_grad():
-            assert relative(model(held), made.eval()(held)) <= 1e-3
+            assert relative(model(held), made.eval()(held)) <= 5e-4
         assert made.lcnn_report.remarks
+
+
+@pytest.mark.parametrize(("flat", "allowed"), [(False, 5e-4), (True, 1e-2)])
+def test_pictures_are_held_to_less_than_scores(flat, allowed):
+    model = nn.Sequential(Filter(), nn.Flatten()) if flat else Filter()
+    made = convert(model.eval(), LookupConfig(max_output_error="auto"), calibration=[pictures(30, seed=2)])
+    assert any(f"{allowed:.3g}" in remark for remark in made.lcnn_report.remarks)
 
 
 def test_the_error_of_each_layer_alone_goes_on_as_before():
@@ -299,7 +306,7 @@ def test_large_kernels_are_searched_within_what_a_sample_tells():
     for size in sizes:
         taps = most_taps(tall, (128, 128), size)
         assert size * 64 <= MOST_COLUMNS
-        assert 1 <= taps
+        assert taps >= 1
         assert 128 / 8 * size * 64 * taps**2 / 2 <= SELECTION_WORK
     usual = geometry_of(nn.Conv2d(256, 256, 3))
     assert ladder(usual, automatic, True) == [8, 16, 24, 32, 48, 64, 96, 128]

@@ -30,7 +30,7 @@ def parse_options(options: Mapping[str, Any] | None) -> tuple[LookupConfig, int]
     """The configuration and the number of calibration batches that ``torch.compile(options=…)`` asks for.
 
     Without sizes (dictionary_size, sparsity, target_speedup) these are found per layer: within ``max_error`` of each layer where
-    that is given, else so that the network is faster and its outputs stay within ``max_output_error``, 0.001 by default.
+    that is given, else so that the network is faster and its outputs stay within ``max_output_error``, "auto" by default.
 
     Raises:
         ConfigError: for unknown keys or bad values.

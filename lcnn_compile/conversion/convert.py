@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lcnn_compile.batches import call_model, conversion_inputs
-from lcnn_compile.config import DEFAULT_MAX_OUTPUT_ERROR, LookupConfig
+from lcnn_compile.config import LookupConfig
 from lcnn_compile.conversion.eight_bits import to_eight_bits
 from lcnn_compile.conversion.plan import Plan
 from lcnn_compile.conversion.untouched import untouched
@@ -138,7 +138,7 @@ def limited(config: LookupConfig) -> LookupConfig:
     endless = any(each.automatic and each.max_error is None for each in settings)
     if config.network_limit or not endless:
         return config
-    return config.replace(max_output_error=DEFAULT_MAX_OUTPUT_ERROR)
+    return config.replace(max_output_error="auto")
 
 
 def _keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:

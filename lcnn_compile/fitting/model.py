@@ -18,6 +18,7 @@ from lcnn_compile.fitting.processes import Processes
 from lcnn_compile.fitting.sampling import Calibration, calibrate
 from lcnn_compile.fitting.saved_fits import SavedFits, fingerprint
 from lcnn_compile.fitting.stages import Fitting, Progress
+from lcnn_compile.fitting.within import Limit
 from lcnn_compile.geometry import Layer
 
 
@@ -29,7 +30,7 @@ def fit_model(
     calibration: Iterable[Any] | None,
     call: Callable[[nn.Module, Any], Any],
     target_speedup: float | None = None,
-    max_output_error: float | None = None,
+    max_output_error: Limit | None = None,
     other: float = 0,
     timer: Timer | None = None,
     pixels: Mapping[str, tuple[int, int]] | None = None,
@@ -88,7 +89,7 @@ def fit_budgets(
     calibration: Iterable[Any] | None,
     call: Callable[[nn.Module, Any], Any],
     target_speedups: Sequence[float | None],
-    max_output_error: float | None = None,
+    max_output_error: Limit | None = None,
     other: float = 0,
     timer: Timer | None = None,
     pixels: Mapping[str, tuple[int, int]] | None = None,

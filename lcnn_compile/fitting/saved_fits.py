@@ -35,7 +35,7 @@ def fingerprint(
     network: Network,
     configs: Mapping[str, LayerConfig],
     batches: Any,
-    limits: tuple[float | None, float | None],
+    limits: tuple[float | None, float | str | None],
     seed: int,
     unit: str,
 ) -> str:

@@ -21,7 +21,7 @@ from lcnn_compile.fitting.sampling import PATCH_ELEMENTS, Calibration, Sample, S
 from lcnn_compile.fitting.saved_fits import SavedFits
 from lcnn_compile.fitting.search import MARGIN, Point, error_curve, ladder, most_taps
 from lcnn_compile.fitting.sensitivity import Seen, Sensitivity, output_sensitivity
-from lcnn_compile.fitting.within import fit_within
+from lcnn_compile.fitting.within import Limit, fit_within
 
 DEFAULT_MAX_ERROR = 0.05  # where sizes are "auto" and nothing else limits them
 PASSES = 64  # runs through the calibration sample that fit layers; deeper networks fit several layers in each
@@ -70,7 +70,7 @@ class Fitting:
         moments = self.calibration.moments[name]
         return moments.out_pixels // moments.images, moments.in_pixels // moments.images
 
-    def run(self, target_speedup: float | None, max_output_error: float | None = None, *, last: bool = True) -> FittedNetwork:
+    def run(self, target_speedup: float | None, max_output_error: Limit | None = None, *, last: bool = True) -> FittedNetwork:
         """Fit every layer; unless this is the ``last`` run, what the next one can use is kept."""
         result = {name: self.stay(name, reason) for name in self.network.layers if (reason := self._hopeless(name))}
         order = [name for name in self._order() if name not in result]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from lcnn_compile.config import PICTURES_ERROR, SCORES_ERROR
 from lcnn_compile.errors import ConversionError
 from lcnn_compile.fitting.allocate import allocate, cheapest_within
 from lcnn_compile.fitting.fitted import FittedLayer, FittedNetwork
@@ -17,6 +18,8 @@ from lcnn_compile.fitting.search import Point
 if TYPE_CHECKING:
     from lcnn_compile.fitting.stages import Fitting
 
+Limit = float | Literal["auto"]
+"""Of the error of the network's outputs; see :class:`~lcnn_compile.LookupConfig`."""
 ROUNDS = 4
 """Fits of the whole network at most: the first goes by the predicted error, the others correct it by what was measured."""
 ENOUGH = 0.6
@@ -32,7 +35,7 @@ WORTHWHILE = 1.1
 class Within:
     """One search; see :func:`fit_within`."""
 
-    def __init__(self, fitting: Fitting, limit: float) -> None:
+    def __init__(self, fitting: Fitting, limit: Limit) -> None:
         self._fitting = fitting
         self._reference = Reference(self._outputs(compressed=False), fitting.processes)
         self.remarks: list[str] = []
@@ -40,9 +43,10 @@ class Within:
             raise ConversionError(
                 "the model returns no tensor, so max_output_error cannot be measured; give max_error or target_speedup"
             )
-        self.limit = limit
+        pictures = any(values.dim() > 3 for output in self._reference.outputs for values in output.values)
+        self.limit = (PICTURES_ERROR if pictures else SCORES_ERROR) if limit == "auto" else limit
         if fitting.calibration is not None and fitting.calibration.held_rows(0) is None:
-            self.limit = SAME_DATA * limit
+            self.limit *= SAME_DATA
             self.remarks.append(
                 "the output error was measured on the data of the fit, because nothing could be held out (one sample, or a first "
                 "layer that is called several times); half of the allowed error was used. Give more calibration samples"
@@ -147,7 +151,7 @@ class Within:
         return None if found is None else (outside + sum(cost(name, layer) for name, layer in found.items()), found)
 
 
-def fit_within(fitting: Fitting, names: Sequence[str], limit: float, target: float | None, outside: float) -> FittedNetwork:
+def fit_within(fitting: Fitting, names: Sequence[str], limit: Limit, target: float | None, outside: float) -> FittedNetwork:
     """Layers in the order of what they save for the error that they cause at the network's outputs, as far as ``limit`` allows.
 
     Each layer's error curve times its sensitivity predicts that error. Sizes are chosen by it, all layers fitted, and the network
