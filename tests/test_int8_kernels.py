@@ -10,6 +10,8 @@ import torch
 from lcnn_compile import LcnnError, LookupWeight
 from lcnn_compile.kernels import reference
 from lcnn_compile.kernels.cpu.int8 import PackedBytes
+from lcnn_compile.kernels.cpu.program import Program
+from lcnn_compile.kernels.cpu.steps import ByteMap, ByteMean, Cast, Recipe, Window
 from lcnn_compile.kernels.quantized import Finish, QuantizedLookup, convolve_bytes, float32
 from lcnn_compile.lookup import filter_table
 
@@ -248,3 +250,54 @@ def test_calls_that_do_not_fit_are_refused():
     ):
         with pytest.raises(LcnnError, match="convolve_bytes"):
             packed(given, *geometry, residual)
+
+
+CHAINS = [
+    (("add", (0, 1), ()), ("sigmoid", (3,), ()), ("mul", (4, 0), ())),
+    (("mul", (0, 2), ()), ("gelu", (3,), ()), ("sub", (4, 1), (0.5,))),
+    (("maximum", (0, 1), ()), ("tanh", (3,), ()), ("div", (4, 2), ())),
+    (("elu", (0,), (1.0, 1.0)), ("softplus", (3,), (1.0, 20.0)), ("add", (4, 1), (2.0,))),
+    (("silu", (0,), ()), ("mish", (1,), ()), ("minimum", (3, 4), ()), ("exp", (5,), ())),
+]
+
+
+def between_layers():
+    """Results of chains of functions and of means, of bytes and floats, on shapes of every kind."""
+    rng, found = random.Random(5), []
+    generator = torch.Generator().manual_seed(9)
+    for turn in range(30):
+        shape = (rng.randint(1, 3), rng.randint(1, 7), rng.randint(1, 12), rng.randint(1, 40))
+        x = torch.randn(shape, generator=generator) * 3
+        other = torch.randn([s if rng.random() < 0.6 else 1 for s in shape[1:]], generator=generator).expand(shape[0], -1, -1, -1)
+        constant = torch.rand(shape[1], 1, 1, generator=generator) + 0.5
+        ends = [(rng.uniform(0.01, 0.1), rng.randint(0, 255)) for _ in range(3)]
+        casts = [Cast(i, *ends[i], True) for i in range(2)]
+        chain = ByteMap((2, rng.choice([1, 3])), (tuple(constant.shape),), (), CHAINS[turn % len(CHAINS)], of=(ends[0], None))
+        chain = replace(chain, of=(ends[0], ends[1] if chain.inputs[1] == 3 else None), to=rng.choice([None, ends[2]]))
+        window = rng.choice(
+            [Window(True), Window(True, (1, 1), (2, 1)), Window(True, (2, 3), (2, 2), (1, 1), ceil=True, counted=False)]
+        )
+        if window.kernel_size == (2, 3) and min(shape[2:]) < 2:
+            window = Window(True)
+        mean = ByteMean(*rng.choice([(0, window, None), (2, window, ends[0])]), rng.choice([None, ends[2]]))
+        steps = [*casts, chain, mean]
+        outputs = []
+        for value in (4, 5):
+            to = steps[value - 2].to
+            if to is not None:
+                steps.append(Cast(value, *to, False))
+            outputs.append(value if to is None else len(steps) + 1)
+        found += Program(Recipe(2, tuple(steps), tuple(outputs)), [(constant,)])(x, other.contiguous())
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_this_processor():
+    """What its own instruction set gives."""
+    return between_layers()
+
+
+def test_what_stands_between_layers_has_the_same_bits_everywhere(of_this_processor, byte_instruction_set):
+    for y, truth in zip(between_layers(), of_this_processor, strict=True):
+        assert bool(torch.isfinite(y).all())
+        equal(y, truth, byte_instruction_set)

@@ -16,15 +16,20 @@ from lcnn_compile.batches import call_model
 from lcnn_compile.config import LayerConfig, LookupConfig
 from lcnn_compile.conversion.intercept import replace_layer
 from lcnn_compile.conversion.plan import Plan, Rounding
-from lcnn_compile.errors import ConversionError, LcnnWarning
+from lcnn_compile.errors import ConversionError, LcnnWarning, WeightError
 from lcnn_compile.fitting.fitted import FittedLayer
 from lcnn_compile.fitting.ranges import Observer
+from lcnn_compile.geometry import geometry_of
 from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels.quantized import Range
+from lcnn_compile.kernels.rounding import quantize_lookup
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules import LookupModule, lookup_layer, lookup_modules
 
 SHARED = 8
 """Filters of a dense convolution that are computed together."""
+LARGEST = 1 << 24
+"""Elements of a dense weight that is put into bytes: its lookups take several times its memory until they are packed."""
 SHARE = 0.25
 """Of a layer's error without rounding: so much more may rounding cost it where no error is asked for, and always ..."""
 LEAST = 2e-3
@@ -63,7 +68,7 @@ def to_eight_bits(
         model, dense = take_dense(model, plan.excluded.__contains__)
     without = calibrate_ranges(model, batches, call_model, config.seed)
     if without:
-        text = f'lcnn: {without} have no ranges (they never ran, or on values that are not finite) and stay float32, not "int8"'
+        text = f'lcnn: {without} have no ranges (they never ran, or on values that are not finite, or their sums could leave 32 bits) and stay float32, not "int8"'
         warnings.warn(text, LcnnWarning, stacklevel=5)
     found: dict[str, Rounding] = {}
     costs = rounding_costs(model, batches[:MEASURED], call_model)
@@ -151,7 +156,7 @@ def _compare(sums: _Sums, layer: LookupModule, args: tuple[Any, ...], kwargs: di
 
 
 def take_dense(model: nn.Module, left: Callable[[str], bool]) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Put the 2-d convolutions that stayed dense into bytes: lookups of their input itself, W as it is.
+    """Put the 2-d convolutions and linear layers that stayed dense into bytes: lookups of their input itself, W as it is.
 
     Args:
         model: changed in place where that is possible.
@@ -162,9 +167,17 @@ def take_dense(model: nn.Module, left: Callable[[str], bool]) -> tuple[nn.Module
     """
     taken: dict[str, nn.Module] = {}
     for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Conv2d or left(name) or not layer.weight.is_cpu or layer.weight.dtype != torch.float32:
+        if (
+            type(layer) not in (nn.Conv2d, nn.Linear)
+            or left(name)
+            or not layer.weight.is_cpu
+            or layer.weight.dtype != torch.float32
+        ):
             continue
-        weight = LookupWeight.lossless(layer.weight.detach(), groups=layer.groups, group_size=SHARED)
+        if not 0 < layer.weight.numel() <= LARGEST:
+            continue
+        geometry = geometry_of(layer)
+        weight = LookupWeight.lossless(geometry.weight(layer.weight.detach()), groups=geometry.groups, group_size=SHARED)
         bias = None if layer.bias is None else layer.bias.detach()
         model = replace_layer(model, layer, lookup_layer(weight, layer, bias, "lookup", "int8"))
         taken[name] = layer
@@ -183,7 +196,8 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[Any], call: Callable[[n
         seed: of the values that are kept.
 
     Returns:
-        The names of layers that have none, because they never ran or saw values that are not finite: they compute in float32.
+        The names of layers that have none, because they never ran or saw values that are not finite, or because their sums could leave 32
+        bits: they compute in float32.
 
     Raises:
         ConversionError: there are no batches.
@@ -208,10 +222,22 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[Any], call: Callable[[n
     without = []
     for name, layer in layers.items():
         found = observers[name].found()
+        if found is not None and not _fits(layer, found):
+            found = None
         layer.set_ranges(found)
         if found is None:
             without.append(name)
     return without
+
+
+def _fits(layer: LookupModule, found: tuple[Range, Tensor]) -> bool:
+    """Whether the layer's sums stay within 32 bits."""
+    weight = layer.lookup_weight()
+    try:
+        quantize_lookup(list(weight.tensors().values()), weight.kernel_size, layer.bias, found[0], None, found[1])
+    except WeightError:
+        return False
+    return True
 
 
 def _show(observer: Observer, layer: LookupModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -16,6 +16,8 @@ PIXELS = 1 << 10
 """At which S is kept of each batch."""
 BATCHES = 32
 """Of which values are kept."""
+NOTHING = 1e-12
+"""Of a range: less is as good as always zero."""
 SMALLEST = 1e-30
 """Of a scale: what is always zero has some range too."""
 
@@ -31,6 +33,8 @@ def least_error_range(values: Tensor, low: float, high: float) -> Range:
         high: the largest one.
     """
     low, high = min(low, 0.0), max(high, 0.0)
+    if high - low < NOTHING:
+        return Range(1 / 255, 0)  # of an idle layer, which may wake up: coarse, but no sum leaves its bounds
     x = torch.cat([values.flatten().double(), torch.tensor([low, high], dtype=torch.float64)])
     best, least = Range(max(high - low, 255 * SMALLEST) / 255, 0), torch.inf
     for share in SHARES.flip(0).tolist():

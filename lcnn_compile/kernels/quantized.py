@@ -41,6 +41,15 @@ class Range:
         if not (math.isfinite(self.scale) and torch.finfo(torch.float32).tiny <= self.scale <= torch.finfo(torch.float32).max):
             raise WeightError(f"{name}: the scale of a range of bytes is {self.scale!r}; a normal positive float32 is required")
 
+    def joined(self, other: Range) -> Range:
+        """The range that holds both."""
+        if self == other:
+            return self
+        low = min(-r.zero * r.scale for r in (self, other))
+        high = max((255 - r.zero) * r.scale for r in (self, other))
+        scale = (high - low) / 255
+        return Range(scale, min(255, max(0, round(-low / scale))))
+
     def to_bytes(self, x: Tensor) -> Tensor:
         """uint8 of x's shape: rounded to the nearest, ties to even; saturated. NaN becomes zero."""
         steps = torch.nan_to_num(x.to(torch.float32) * float32(1 / self.scale), nan=0.0)
@@ -261,6 +270,27 @@ def finish_sums(finish: Finish, factors: Tensor, sums: Tensor, residual: Tensor 
     if finish.zero is None:
         return v
     return (torch.nan_to_num(v * finish.step, nan=0.0).round().clamp(-1024, 1024) + finish.zero).clamp(0, 255).to(torch.uint8)
+
+
+def mean_of_bytes(sums: Tensor, rows: Sequence[float], columns: Sequence[float], to: Range | None) -> Tensor:
+    """Means over windows from their sums [N, C, H', W'], exact integers: float32 times the factor of each row [H'], then of each column [W'];
+    rounded to the nearest (ties to even), plus the zero of ``to``, saturated. In the factors are the scales, and ``to`` None gives floats.
+    """
+    v = sums.float() * torch.tensor(rows, dtype=torch.float32)[:, None] * torch.tensor(columns, dtype=torch.float32)
+    return v if to is None else (v.round().clamp(-256, 256) + to.zero).clamp(0, 255).to(torch.uint8)
+
+
+def sums_of_floats(windows: Tensor) -> Tensor:
+    """Sums over the last dimension of float32 values, in an order that is the same everywhere: sixteen sums, each of every sixteenth value,
+    which are then joined two by two.
+    """
+    padded = torch.nn.functional.pad(windows, (0, -windows.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    found = torch.zeros_like(padded[..., 0, :])
+    for part in padded.unbind(-2):
+        found = found + part
+    for half in (8, 4, 2, 1):
+        found = found[..., :half] + found[..., half : 2 * half]
+    return found[..., 0]
 
 
 def activate(finish: Finish, v: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ STEPS = 127
 """Of a signed operand, in each direction."""
 LARGEST_BIAS = 2.0**28
 """In steps of a filter's sums."""
+FINEST = 2.0**29
+"""Steps from zero to the largest value that S may ever have."""
 SMALLEST = 2.0**-100
 """Of a scale: constant channels have some scale too."""
 
@@ -73,6 +75,9 @@ def quantize_lookup(
     else:
         row_scales = dictionary.double().abs().amax(2).clamp(min=SMALLEST) / STEPS
         s_scales = vector_limits.detach().cpu().double().clamp(min=SMALLEST) / STEPS
+        # What was always zero on calibration data may be something else one day: its steps are no finer than what it may ever be allows.
+        most = 255 * x.scale * (dictionary.double().abs() + row_scales[:, :, None]).sum(2)
+        s_scales = torch.maximum(s_scales, most / FINEST)
         rows, factors, middle = (
             _steps(dictionary.double() / row_scales[:, :, None]),
             (x.scale * row_scales / s_scales).float(),

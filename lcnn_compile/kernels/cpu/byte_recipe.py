@@ -1,4 +1,4 @@
-"""A recipe whose lookup convolutions have ranges, rewritten so that they take bytes, and hand bytes on wherever they can."""
+"""A recipe whose lookup convolutions have ranges, rewritten so that they take bytes, and what stands between them hands bytes on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lcnn_compile.errors import WeightError
 from lcnn_compile.kernels.cpu.int8 import PackedBytes
-from lcnn_compile.kernels.cpu.steps import ByteLookUp, BytePool, Cast, LookUp, Pool, Recipe, Step, View
+from lcnn_compile.kernels.cpu.moves import Moved
+from lcnn_compile.kernels.cpu.steps import ByteLookUp, ByteMap, ByteMean, BytePool, Cast, LookUp, Map, Pool, Recipe, Step
 from lcnn_compile.kernels.quantized import QuantizedLookup, Range
 from lcnn_compile.kernels.rounding import quantize_lookup
 
@@ -35,8 +37,9 @@ class Unrounded:
 def in_bytes(recipe: Recipe, weights: Sequence[tuple[Any, ...]]) -> tuple[Recipe, list[tuple[Any, ...]]]:
     """The recipe and its weights with layers that are to be rounded in bytes.
 
-    A value is bytes where some such layer reads it, or reads what maxima or views make of it; one that is nobody's input stays
-    float32, and so does what the program returns. What both kinds read is kept as bytes, and widened for the others.
+    A value is bytes where some such layer reads it, or reads what maxima or moves make of it, or what is made so of the same value; one that
+    is nobody's input stays float32, and so does what the program returns. Means and element-wise steps read and write either. What else reads
+    bytes gets them widened.
     """
     owners = [number for number, step in enumerate(recipe.steps) if step.weighted]
     given = dict(zip(owners, weights, strict=True))
@@ -50,18 +53,32 @@ def in_bytes(recipe: Recipe, weights: Sequence[tuple[Any, ...]]) -> tuple[Recipe
         value = recipe.inputs + number
         if number in unrounded:
             assert isinstance(step, LookUp)
-            layer = _quantized(unrounded[number], given[number][1], step, wanted, value)
+            try:
+                ends = wanted.get(value)
+                layer = _quantized(unrounded[number], given[number][1], step, wanted, ends)
+            except WeightError:  # the range of its reader is too fine for what the layer may put out
+                ends = None
+                layer = _quantized(unrounded[number], given[number][1], step, wanted, ends)
             packed.append((PackedBytes(layer),))
             moved = replace(step, x=writer.as_bytes(step.x))
             if step.residual is not None:
                 of = writer.as_bytes if step.residual in wanted else writer.as_floats
                 moved = replace(moved, residual=of(step.residual))
             fields = {f.name: getattr(moved, f.name) for f in dataclass_fields(moved)}
-            writer.put(value, ByteLookUp(**fields, to_bytes=value in wanted))
-        elif _keeps_bytes(step) and step.reads[0] in wanted:
-            x = writer.as_bytes(step.reads[0])
-            wanted.setdefault(value, wanted[step.reads[0]])
-            writer.put(value, BytePool(x, step.window) if isinstance(step, Pool) else step.renumbered({step.reads[0]: x}))
+            writer.put(value, ByteLookUp(**fields, to_bytes=ends is not None), floats=ends is None)
+        elif _keeps_bytes(step) and value in wanted:
+            kept = step.renumbered({x: writer.as_bytes(x) for x in step.reads})
+            writer.put(value, BytePool(kept.x, kept.window) if isinstance(kept, Pool) else kept)
+        elif type(step) is Map or (type(step) is Pool and step.window.mean):
+            if number in given:
+                packed.append(given[number])
+            places = {x: writer.as_found(x) for x in step.reads}
+            read = tuple(_ends(wanted[x]) if writer.is_bytes(places[x]) else None for x in step.reads)
+            fields = {f.name: getattr(step.renumbered(places), f.name) for f in dataclass_fields(step)}
+            to = _ends(wanted[value]) if value in wanted else None
+            writer.put(
+                value, ByteMap(**fields, of=read, to=to) if isinstance(step, Map) else ByteMean(**fields, of=read[0], to=to)
+            )
         else:
             if number in given:
                 packed.append(given[number])
@@ -69,14 +86,16 @@ def in_bytes(recipe: Recipe, weights: Sequence[tuple[Any, ...]]) -> tuple[Recipe
     return Recipe(recipe.inputs, tuple(writer.steps), tuple(writer.as_floats(value) for value in recipe.outputs)), packed
 
 
-def _quantized(weight: Unrounded, bias: Tensor | None, step: LookUp, wanted: dict[int, Range], value: int) -> QuantizedLookup:
+def _quantized(
+    weight: Unrounded, bias: Tensor | None, step: LookUp, wanted: dict[int, Range], to: Range | None
+) -> QuantizedLookup:
     residual: Range | Literal["float32"] | None = None if step.residual is None else wanted.get(step.residual, "float32")
     return quantize_lookup(
         weight.tensors,
         weight.kernel_size,
         bias,
         wanted[step.x],
-        wanted.get(value),
+        to,
         weight.vector_limits,
         step.activation,
         residual,
@@ -85,21 +104,33 @@ def _quantized(weight: Unrounded, bias: Tensor | None, step: LookUp, wanted: dic
     )
 
 
+def _ends(known: Range) -> tuple[float, int]:
+    return known.scale, known.zero
+
+
 def _keeps_bytes(step: Step) -> bool:
     """Whether a step makes bytes of bytes, of the same range."""
-    return isinstance(step, View) or (type(step) is Pool and not step.window.mean and step.window.plain)
+    return isinstance(step, Moved) or (type(step) is Pool and not step.window.mean and step.window.plain)
 
 
 def _wanted_ranges(recipe: Recipe, unrounded: dict[int, Unrounded]) -> dict[int, Range]:
-    """The range of every value that is bytes: that of the last layer to read it, which all others share."""
-    wanted: dict[int, Range] = {}
-    for number, step in reversed(list(enumerate(recipe.steps))):
-        result = wanted.get(recipe.inputs + number)
-        if number in unrounded:
-            wanted.setdefault(step.reads[0], unrounded[number].x)
-        elif result is not None and _keeps_bytes(step):
-            wanted.setdefault(step.reads[0], result)
-    return wanted
+    """The range of every value that is bytes: one that holds those of all layers that read it, or what is moved from or to it."""
+    same = list(range(recipe.inputs + len(recipe.steps)))
+
+    def of(value: int) -> int:
+        while same[value] != value:
+            value = same[value]
+        return value
+
+    for number, step in enumerate(recipe.steps):
+        if _keeps_bytes(step):
+            for x in step.reads:
+                same[of(x)] = of(recipe.inputs + number)
+    found: dict[int, Range] = {}
+    for number, weight in unrounded.items():
+        kind = of(recipe.steps[number].reads[0])
+        found[kind] = weight.x.joined(found[kind]) if kind in found else weight.x
+    return {value: found[of(value)] for value in range(len(same)) if of(value) in found}
 
 
 class _Writer:
@@ -118,6 +149,14 @@ class _Writer:
     def put(self, value: int, step: Step, floats: bool = False) -> None:
         """Write the step that makes a value: bytes where it has a range, unless it makes ``floats``."""
         (self._floats if floats or value not in self._ranges else self._bytes)[value] = self._add(step)
+
+    def is_bytes(self, place: int) -> bool:
+        """Whether what stands there is bytes."""
+        return place in self._bytes.values()
+
+    def as_found(self, value: int) -> int:
+        """Where a value is, as whatever it is; as floats where it is both."""
+        return self._floats[value] if value in self._floats else self._bytes[value]
 
     def as_bytes(self, value: int) -> int:
         """Where the bytes of a value are; made of its floats where there are none yet."""

@@ -39,7 +39,7 @@ class _Operation(ctypes.Structure):
     )
 
 
-class _Map(ctypes.Structure):
+class NativeMap(ctypes.Structure):
     """lcnn::Map."""
 
     _fields_ = (
@@ -96,6 +96,15 @@ class Map(Step):
         """Each element is read before it is written."""
         return True
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether a step of the same kind may go on with the result as it stands in registers."""
+        return True
+
+    def joined_with(self, first: Map, made: Map) -> Map:
+        """A step of this kind from ``made``, which does what ``first`` does and then this."""
+        return made
+
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """That of the operands broadcast."""
         found = broadcast([*(shapes[x] for x in self.inputs), *self.constants])
@@ -119,7 +128,7 @@ class Map(Step):
             # Images of one element that lie apart: rows of one, as the library writes rows without gaps.
             sizes, target, sources = [*sizes[1:], 1], [*target[1:], 1], [[*row[1:], 0] for row in sources]
         operations, buffers = self._registers()
-        made = _Map(
+        made = NativeMap(
             (ctypes.c_int64 * DIMENSIONS)(*sizes),
             (ctypes.c_int64 * DIMENSIONS)(*target),
             len(sources),
@@ -185,11 +194,12 @@ def merged(steps: Sequence[Step], inputs: int, outputs: Sequence[int], weights: 
             for x in step.inputs:
                 before = left[x - inputs] if x >= inputs else None
                 alone = readers[x] == {number} and x not in outputs
-                if before is not None and isinstance(before[0], Map) and alone and shapes[x] == shapes[inputs + number]:
-                    joined = _joined(before[0], before[1], x, step, own)
+                first = before[0] if before is not None else None
+                if isinstance(first, Map) and _joins(first, step) and alone and shapes[x] == shapes[inputs + number]:
+                    joined = _joined(first, before[1], x, step, own)  # type: ignore[index]
                     if joined is not None:
                         left[x - inputs] = None
-                        for source in before[0].inputs:
+                        for source in first.inputs:
                             readers[source] = readers[source] - {x - inputs} | {number}
                         break
             if joined is None:
@@ -208,6 +218,11 @@ def merged(steps: Sequence[Step], inputs: int, outputs: Sequence[int], weights: 
             held.append(entry[1])
         place[inputs + number] = inputs + len(kept) - 1
     return tuple(kept), tuple(place[y] for y in outputs), held
+
+
+def _joins(first: Map, second: Map) -> bool:
+    """Whether one step may do what both do, as far as their kinds go."""
+    return type(first) is type(second) and first.hands_on
 
 
 def _joined(first: Map, first_weights: Sequence[Tensor], x: int, second: Map, second_weights: Sequence[Tensor]) -> Any:
@@ -230,7 +245,7 @@ def _joined(first: Map, first_weights: Sequence[Tensor], x: int, second: Map, se
     for step, before, done in ((first, 0, 0), (second, len(first.constants), len(first.operations))):
         place = registers(step, before, done)
         operations += [(name, tuple(place[r] for r in read), parameters) for name, read, parameters in step.operations]
-    made = Map(tuple(inputs), tuple(constants), tuple(numbers), tuple(operations))
+    made = second.joined_with(first, Map(tuple(inputs), tuple(constants), tuple(numbers), tuple(operations)))
     return made, (*first_weights, *second_weights)
 
 
@@ -243,7 +258,7 @@ def _absorb(
 ) -> None:
     """Let convolutions do what follows them and what they can: an activation, the addition of a value of the same shape."""
     for number, entry in enumerate(left):
-        if entry is None or not isinstance(entry[0], Map) or entry[0].constants:
+        if entry is None or type(entry[0]) is not Map or entry[0].constants:
             continue
         step, y = entry[0], inputs + number
         for x in step.inputs:

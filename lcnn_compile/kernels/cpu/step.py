@@ -13,7 +13,23 @@ Shape = tuple[Any, ...]
 """Sizes, ints or symbolic ones."""
 BYTES = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1, "int8": 1}
 """Of the types that the elements of a value may have."""
-LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE, RESIZE, LOOK_UP_BYTES, POOL_BYTES, CAST, DEPTHWISE = range(13)
+(
+    LOOK_UP,
+    POOL,
+    TURN,
+    LINEAR,
+    MAP,
+    MOVE,
+    PICK,
+    REDUCE,
+    RESIZE,
+    LOOK_UP_BYTES,
+    POOL_BYTES,
+    CAST,
+    DEPTHWISE,
+    MAP_BYTES,
+    MEAN_BYTES,
+) = range(15)
 """lcnn::Kind."""
 MOST_READ = 8
 """Values that one call of the library reads."""

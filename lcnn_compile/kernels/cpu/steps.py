@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lcnn_compile.errors import KernelError
-from lcnn_compile.kernels.cpu.byte_steps import ByteLookUp, BytePool, Cast
+from lcnn_compile.kernels.cpu.byte_steps import ByteLookUp, ByteMap, ByteMean, BytePool, Cast
 from lcnn_compile.kernels.cpu.convolutions import Depthwise, Linear, LookUp
 from lcnn_compile.kernels.cpu.elementwise import Map
 from lcnn_compile.kernels.cpu.moves import Concat, Copy, Expand, Permute, Slice, Turn, View
@@ -24,6 +24,8 @@ from lcnn_compile.kernels.cpu.windows import Pool, Window
 
 __all__ = [
     "ByteLookUp",
+    "ByteMap",
+    "ByteMean",
     "BytePool",
     "Cast",
     "Concat",

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <memory>
 
+#include "int8_map.h"
 #include "int8_stages.h"
 #include "int8_values.h"
 #include "run.h"
@@ -26,6 +27,10 @@ void round_to_bytes(const float* x, int64_t count, float factor, int32_t zero, i
 void widen_bytes(const uint8_t* x, int64_t count, float scale, int32_t zero, int64_t threads, float* y) {
   in_parts(count, 1, threads, [&](int64_t first, int64_t end) { widen_part(x + first, end - first, scale, zero, y + first); });
 }
+
+void map_bytes(const ByteMap& map, int64_t threads, const float* const* x, float* y) { map_with(map.map, ByteEnds{map}, threads, x, y); }
+
+void mean_bytes(const ByteMean& m, int64_t threads, const float* x, float* y) { mean(m, threads, x, y); }
 
 }  // namespace lcnn
 

@@ -6,6 +6,8 @@
 namespace lcnn {
 
 struct BytePlan;
+struct ByteMap;
+struct ByteMean;
 struct Pool;
 
 // A lookup convolution. y and the residual, which may be null, are bytes or floats, as the layer says.
@@ -19,5 +21,11 @@ void round_to_bytes(const float* x, int64_t count, float factor, int32_t zero, i
 
 // (x - zero) * scale
 void widen_bytes(const uint8_t* x, int64_t count, float scale, int32_t zero, int64_t threads, float* y);
+
+// Element by element, bytes or floats in and out; `x`: the values that operands without constants read, in order.
+void map_bytes(const ByteMap& map, int64_t threads, const float* const* x, float* y);
+
+// Means over windows, bytes or floats in and out.
+void mean_bytes(const ByteMean& mean, int64_t threads, const float* x, float* y);
 
 }  // namespace lcnn

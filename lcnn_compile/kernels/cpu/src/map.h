@@ -34,6 +34,16 @@ struct Map {
   Operation operations[MAP_OPERATIONS];
 };
 
+// How a step of a program of bytes reads its operands and writes its result: bytes stand for scale * (byte - zero); 0: floats.
+// Where bytes are written `scale` is the inverse.
+struct ByteMap {
+  Map map;
+  double scales[MAP_OPERANDS];
+  int64_t zeros[MAP_OPERANDS];
+  double scale;
+  int64_t zero;
+};
+
 // Calls `each(i, count)` for the vectors of a block; only the last may be less than full.
 template <class Each>
 static inline __attribute__((always_inline)) void by_vectors(int64_t n, Each each) {
@@ -111,7 +121,8 @@ static inline void apply(const Operation& o, float* to, Source a, Source b, int6
 }
 
 // An operand's elements of `rows` rows of `width`, side by side.
-static inline void expand_rows(const float* from, int64_t row, int64_t step, int64_t rows, int64_t width, float* to) {
+template <class T>
+static inline void expand_rows(const T* from, int64_t row, int64_t step, int64_t rows, int64_t width, T* to) {
   for (int64_t r = 0; r < rows; ++r, from += row, to += width) {
     if (step == 1)
       std::copy_n(from, width, to);
@@ -120,8 +131,14 @@ static inline void expand_rows(const float* from, int64_t row, int64_t step, int
   }
 }
 
+// Ends that are floats, all of them.
+struct FloatEnds {
+  static constexpr bool BYTES_TOO = false;
+};
+
 // `x`: the values that operands without constants read, in order.
-inline void map(const Map& m, int64_t threads, const float* const* x, float* y) {
+template <class Ends>
+static inline void map_with(const Map& m, const Ends& ends, int64_t threads, const float* const* x, float* y) {
   constexpr int LAST = MAP_DIMENSIONS - 1, ROW = MAP_DIMENSIONS - 2;
   constexpr int64_t ALONE = 1 << 15;  // elements that one thread does faster than several
   const int64_t width = std::min(m.sizes[LAST], MAP_BLOCK), pieces = ceil_div(m.sizes[LAST], std::max<int64_t>(1, width));
@@ -141,6 +158,11 @@ inline void map(const Map& m, int64_t threads, const float* const* x, float* y) 
     for (int64_t i = 0, next = 0; i < m.operands; ++i) {
       base[i] = m.constants[i] ? m.constants[i] : x[next++];
       uniform[i] = std::all_of(m.strides[i], m.strides[i] + MAP_DIMENSIONS, [](int64_t s) { return s == 0; });
+      if constexpr (Ends::BYTES_TOO)
+        if (ends.reads_bytes(i)) {
+          uniform[i] = false;
+          continue;
+        }
       if (uniform[i]) store(own + i * MAP_BLOCK, splat(units ? *base[i] : 0.0f));
       // One number for each row, such as a channel's factor, is no vector of its own: it is not written out.
       row_by_row |= m.strides[i][LAST] == 0 && !uniform[i] && width >= LANES;
@@ -156,21 +178,26 @@ inline void map(const Map& m, int64_t threads, const float* const* x, float* y) 
       rest /= bands;
       const int64_t height = std::min(rows, m.sizes[ROW] - at[ROW]), n = height * columns;
       for (int d = ROW - 1; d >= 0; --d) at[d] = rest % m.sizes[d], rest /= m.sizes[d];
-      const float* first[MAP_OPERANDS];
-      for (int64_t i = 0; i < m.operands; ++i) {
-        first[i] = base[i];
-        for (int d = 0; d < MAP_DIMENSIONS; ++d) first[i] += at[d] * m.strides[i][d];
+      int64_t first[MAP_OPERANDS] = {}, place = 0;
+      for (int d = 0; d < MAP_DIMENSIONS; ++d) {
+        for (int64_t i = 0; i < m.operands; ++i) first[i] += at[d] * m.strides[i][d];
+        place += at[d] * m.to[d];
       }
-      float* to = y;
-      for (int d = 0; d < MAP_DIMENSIONS; ++d) to += at[d] * m.to[d];
       const int64_t passes = row_by_row ? height : 1, together = height / passes, count = n / passes;
-      const bool whole = together == 1 || m.to[ROW] == columns;
-      for (int64_t r = 0; r < passes; ++r, to += m.to[ROW]) {
+      const bool gapless = together == 1 || m.to[ROW] == columns;
+      bool whole = gapless;
+      if constexpr (Ends::BYTES_TOO) whole = whole && !ends.writes_bytes();
+      for (int64_t r = 0; r < passes; ++r, place += m.to[ROW]) {
         for (int64_t i = 0; i < m.operands; ++i) {
           const int64_t* const s = m.strides[i];
-          const float* const from = first[i] + r * s[ROW];
           float* const buffer = own + i * MAP_BLOCK;
           registers[i] = {buffer, 1};
+          if constexpr (Ends::BYTES_TOO)
+            if (ends.reads_bytes(i)) {
+              ends.widen(i, base[i], first[i] + r * s[ROW], s[ROW], s[LAST], together, columns, buffer);
+              continue;
+            }
+          const float* const from = base[i] + first[i] + r * s[ROW];
           if (uniform[i])
             registers[i].step = 0;
           else if (s[LAST] == 1 && (together == 1 || s[ROW] == columns))
@@ -180,16 +207,24 @@ inline void map(const Map& m, int64_t threads, const float* const* x, float* y) 
           else
             expand_rows(from, s[ROW], s[LAST], together, columns, buffer);
         }
-        float* const result = whole ? to : own + (buffers - 1) * MAP_BLOCK;
+        float* const result = whole ? y + place : own + (buffers - 1) * MAP_BLOCK;
         for (int64_t i = 0; i < m.count; ++i) {
           const Operation& o = m.operations[i];
           apply(o, i + 1 == m.count ? result : own + o.to * MAP_BLOCK, registers[o.a], registers[o.b], count);
         }
+        if constexpr (Ends::BYTES_TOO)
+          if (ends.writes_bytes()) {
+            for (int64_t row = 0; row < (gapless ? 1 : together); ++row)
+              ends.round(result + row * columns, gapless ? count : columns, y, place + row * m.to[ROW]);
+            continue;
+          }
         if (!whole)
-          for (int64_t row = 0; row < together; ++row) std::copy_n(result + row * columns, columns, to + row * m.to[ROW]);
+          for (int64_t row = 0; row < together; ++row) std::copy_n(result + row * columns, columns, y + place + row * m.to[ROW]);
       }
     }
   }
 }
+
+inline void map(const Map& m, int64_t threads, const float* const* x, float* y) { map_with(m, FloatEnds(), threads, x, y); }
 
 }  // namespace lcnn

@@ -26,6 +26,14 @@ struct Pool {
   int64_t row_floats() const { return left + std::max(width, out_width * stride[1]) + kernel[1] * dilation[1] + 3 * LANES; }
 };
 
+// Means over windows of planes of bytes, or of floats. A window's sum times the factors of its row and its column.
+struct ByteMean {
+  Pool pool;
+  int64_t images, x_image, y_image;
+  const float *rows, *columns;
+  int64_t reads_bytes, x_zero, writes_bytes, y_zero;
+};
+
 // The larger, and NaN if either is, as torch has it.
 struct Larger {
   static constexpr float START = -std::numeric_limits<float>::infinity();

@@ -15,7 +15,7 @@
 
 namespace lcnn {
 
-enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE, RESIZE, LOOK_UP_BYTES, POOL_BYTES, CAST, DEPTHWISE };
+enum Kind : int64_t { LOOK_UP, POOL, TURN, LINEAR, MAP, MOVE, PICK, REDUCE, RESIZE, LOOK_UP_BYTES, POOL_BYTES, CAST, DEPTHWISE, MAP_BYTES, MEAN_BYTES };
 
 constexpr int MOST_READ = 8;
 
@@ -102,6 +102,8 @@ struct Program {
         for (int64_t i = 0; i < s.images; ++i) pool_bytes(s.pool, threads, bytes(x[0]) + i * s.x_image, bytes(y) + i * s.y_image);
         return;
       }
+      case MAP_BYTES: return map_bytes(*static_cast<const ByteMap*>(step.of), threads, x, y);
+      case MEAN_BYTES: return mean_bytes(*static_cast<const ByteMean*>(step.of), threads, x[0], y);
       case CAST: return cast(*static_cast<const CastStep*>(step.of), x[0], y);
       case LINEAR: return linear(*static_cast<const Linear*>(step.of), threads, x[0], y);
       case MAP: return map(*static_cast<const Map*>(step.of), threads, x, y);

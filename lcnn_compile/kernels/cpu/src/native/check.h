@@ -129,9 +129,15 @@ inline void check_look_up(const CallWords& call, bool of_bytes) {
   if (!of_bytes) floats_or_null(call, &call.as<LookUpStep>().bias, w.n, "a bias is too short");
 }
 
-inline void check_map(const CallWords& call) {
+// `bytes`: which operands are bytes, and what stands for the result; null where all are floats.
+inline void check_map(const CallWords& call, const ByteMap* bytes = nullptr) {
   const char* const what = "an element-wise step reaches past its values";
-  const Map& m = call.as<Map>();
+  const Map& m = bytes ? bytes->map : call.as<Map>();
+  const auto size = [&](double scale, int64_t zero) {
+    require(!bytes || scale == 0 || is_scale(scale), "an element-wise step has a scale that is none");
+    require(!bytes || (zero >= 0 && zero <= 255), "an element-wise step has a zero that is no byte");
+    return bytes && scale != 0 ? 1 : 4;
+  };
   require(m.operands >= 1 && m.operands <= MAP_OPERANDS && m.count >= 1 && m.count <= MAP_OPERATIONS && m.buffers >= 1 && m.buffers <= MAP_OPERATIONS,
           "an element-wise step has too many operands");
   for (int d = 0; d < MAP_DIMENSIONS; ++d) require(m.sizes[d] >= 0 && m.sizes[d] <= MOST, what);
@@ -146,16 +152,17 @@ inline void check_map(const CallWords& call) {
     return sum;
   };
   require(m.to[MAP_DIMENSIONS - 1] == 1 || m.sizes[MAP_DIMENSIONS - 1] <= 1, what);
-  require(call.y->bytes == 4 && last(m.to) <= call.y->available() && elements <= std::max<Wide>(1, call.y->available()), what);
+  require(call.y->bytes == (bytes ? size(bytes->scale, bytes->zero) : 4) && last(m.to) <= call.y->available() && elements <= std::max<Wide>(1, call.y->available()), what);
   size_t next = 0;
   for (int64_t i = 0; i < m.operands; ++i) {
+    const int64_t wanted = bytes ? size(bytes->scales[i], bytes->zeros[i]) : 4;
     if (const Table* table = call.table(&m.constants[i])) {
-      require(table->type == FLOAT32 && last(m.strides[i]) <= table->count, what);
+      require(wanted == 4 && table->type == FLOAT32 && last(m.strides[i]) <= table->count, what);
       continue;
     }
     require(next < call.x.size(), "an element-wise step has more operands than values");
     const Extent& x = *call.x[next++];
-    require(x.bytes == 4 && last(m.strides[i]) <= x.available(), what);
+    require(x.bytes == wanted && last(m.strides[i]) <= x.available(), what);
   }
   require(next == call.x.size(), "an element-wise step reads another number of values");
   std::vector<bool> made(size_t(m.operands + m.buffers), false);
@@ -271,6 +278,21 @@ inline void check_pool_step(const CallWords& call, bool of_bytes) {
   floats_or_null(call, &s.columns, p.out_width, what);
 }
 
+inline void check_mean(const CallWords& call) {
+  const char* const what = "a mean reaches past its values";
+  const ByteMean& m = call.as<ByteMean>();
+  const Pool& p = m.pool;
+  call.reads(1, 1);
+  check_pool(p);
+  require((m.reads_bytes | 1) == 1 && (m.writes_bytes | 1) == 1 && m.x_zero >= 0 && m.x_zero <= 255 && m.y_zero >= 0 && m.y_zero <= 255, what);
+  require(p.lanes == 1 && p.dilation[0] == 1 && p.dilation[1] == 1, what);
+  require(!m.reads_bytes || 255 * Wide(p.kernel[0]) * p.kernel[1] <= INT32_MAX, "a mean's sums leave 32 bits");
+  within(*call.x[0], m.images, m.x_image, Wide(p.planes) * p.height * p.width, m.reads_bytes ? 1 : 4, what);
+  within(*call.y, m.images, m.y_image, Wide(p.planes) * p.out_height * p.out_width, m.writes_bytes ? 1 : 4, what);
+  floats(call, &m.rows, p.out_height, what);
+  floats(call, &m.columns, p.out_width, what);
+}
+
 inline void check_linear(const CallWords& call) {
   const char* const what = "a linear layer reaches past its values";
   const Linear& l = call.as<Linear>();
@@ -307,6 +329,8 @@ inline void check_call(int64_t kind, const CallWords& call) {
     case RESIZE: return check_resize(call);
     case DEPTHWISE: return check_depthwise(call);
     case CAST: return check_cast(call);
+    case MAP_BYTES: return check_map(call, &call.as<ByteMap>());
+    case MEAN_BYTES: return check_mean(call);
     default: throw BadFile("it has a step of a kind that this library does not know");
   }
 }
@@ -325,6 +349,8 @@ inline const char* kind_name(int64_t kind) {
     case RESIZE: return "resizing";
     case DEPTHWISE: return "depthwise convolution";
     case CAST: return "rounding";
+    case MAP_BYTES: return "element-wise of bytes";
+    case MEAN_BYTES: return "mean of bytes";
     default: return "unknown";
   }
 }
@@ -339,6 +365,8 @@ inline bool is_address(int64_t kind, size_t word) {
     case LINEAR: return one(offsetof(Linear, weight)) || one(offsetof(Linear, bias));
     case DEPTHWISE: return one(offsetof(Depthwise, weight)) || one(offsetof(Depthwise, bias));
     case MAP: return one(offsetof(Map, constants), sizeof(Map::constants));
+    case MAP_BYTES: return one(offsetof(ByteMap, map) + offsetof(Map, constants), sizeof(Map::constants));
+    case MEAN_BYTES: return one(offsetof(ByteMean, rows)) || one(offsetof(ByteMean, columns));
     case PICK: return one(offsetof(Pick, rows)) || one(offsetof(Pick, columns));
     case REDUCE: return one(offsetof(Reduce, weight)) || one(offsetof(Reduce, bias));
     case RESIZE: return one(offsetof(Resize, rows), 4 * 8);
