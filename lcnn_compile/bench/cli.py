@@ -79,9 +79,12 @@ def _finish(benchmark: str, command: str, jobs: list[Job], out: Path, as_json: b
         raise typer.Exit(1)
 
 
-def _command(name: str, threads: list[int], batches: list[int] | None, quick: bool, networks: list[str] = EVERY) -> str:
+def _command(
+    name: str, threads: list[int], batches: list[int] | None, quick: bool, networks: list[str] = EVERY, engines: list[str] = EVERY
+) -> str:
     options = (
         "".join(f" --network {n}" for n in networks)
+        + "".join(f" --engine '{e}'" for e in engines)
         + "".join(f" --threads {t}" for t in threads)
         + "".join(f" --batch {b}" for b in batches or [])
     )
@@ -99,7 +102,7 @@ def layers(
 ) -> None:
     """Single layers."""
     jobs = [Job("layers", "", t, b, quick, _engines(engine)) for t in threads for b in batch]
-    _finish("layers", _command("layers", threads, batch, quick), jobs, out, as_json)
+    _finish("layers", _command("layers", threads, batch, quick, engines=engine), jobs, out, as_json)
 
 
 @app.command()
@@ -120,7 +123,7 @@ def networks(
     chosen = _engines(engine)
     for b in batch:
         jobs = [Job("networks", name, t, b, quick, chosen) for name in names for t in threads]
-        _finish(f"networks-batch{b}", _command("networks", threads, [b], quick, network), jobs, out, as_json)
+        _finish(f"networks-batch{b}", _command("networks", threads, [b], quick, network, engine), jobs, out, as_json)
 
 
 @app.command()
