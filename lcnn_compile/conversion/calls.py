@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lcnn_compile.conversion.fixed import attention_macs
 from lcnn_compile.conversion.obstacles import DEPTHWISE, TRANSFORMED, obstacle
 from lcnn_compile.modules import FunctionalWeight, LookupModule
 from lcnn_compile.modules.calls import FUNCTIONS, Settings, arguments, has_module, make_conv, options, settings_of, whole
@@ -60,6 +61,8 @@ class CallWatch(TorchFunctionMode):
         self._calls: dict[Any, Called] = {}
         self._reads: dict[int, set[str]] = {}
         self._ran: set[int] = set()
+        self.attention: dict[str, int] = {}
+        """Multiply-adds per sample of ``scaled_dot_product_attention`` where models call it, by the module that does."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -93,6 +96,10 @@ class CallWatch(TorchFunctionMode):
         layer = self._inside[-1] if self._inside else None
         if isinstance(layer, LookupModule):
             return result
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            tensors = [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value"))]
+            name = self._module_names[-1]
+            self.attention[name] = self.attention.get(name, 0) + attention_macs(*tensors)
         if func in FUNCTIONS:
             found = arguments(FUNCTIONS[func], args, kwargs)
             weight = found["weight"]

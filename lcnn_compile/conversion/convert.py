@@ -158,8 +158,10 @@ def explain(model: nn.Module, config: LookupConfig | None = None, *, example_inp
     """
     model = module_of(model)
     private = _copy(model).eval()
-    plan = Plan(private, config or LookupConfig(), example_inputs)
-    return Report(tuple(plan.row(name, None) for name in plan.names()), title=f"lcnn (dry run): {type(model).__name__}")
+    config = config or LookupConfig()
+    plan = Plan(private, config, example_inputs)
+    rows = tuple(plan.row(name, None) for name in plan.names())
+    return Report(rows, title=f"lcnn (dry run): {type(model).__name__}", remarks=tuple(plan.outlook(config)))
 
 
 def _copy(model: nn.Module) -> nn.Module:

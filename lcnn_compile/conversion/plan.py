@@ -21,6 +21,7 @@ from lcnn_compile.fitting.fitted import FittedLayer
 from lcnn_compile.geometry import Layer, geometry_of, kind_of
 from lcnn_compile.kernels import choose
 from lcnn_compile.kernels.operator import has_lookup_kernel
+from lcnn_compile.kernels.problem import RATE
 from lcnn_compile.modules import lookup_layer
 from lcnn_compile.passes.lift import lift_functional_convolutions
 from lcnn_compile.report import LayerReport
@@ -48,6 +49,7 @@ class Plan:
         self.model = model
         self.survey: Survey = survey(model, example_inputs)
         self.orders: Orders = {}
+        self.searched = config.network_limit
         self._left: dict[str, Called] = {}
         if isinstance(model, fx.GraphModule):
             self._lift(example_inputs)
@@ -102,16 +104,39 @@ class Plan:
         return {name for name, reason in self.reasons.items() if reason == EXCLUDED}
 
     def names(self) -> list[str]:
-        """Rows of the report: layers, then convolutions called as functions that stay so."""
-        return [*self.survey.layers, *self._left]
+        """Rows of the report: layers, then convolutions called as functions that stay so, then recurrent layers and attention."""
+        return [*self.survey.layers, *self._left, *self.survey.fixed]
 
     def other(self, budget: Budget) -> float:
         """Multiply-adds per sample, or seconds where they can be measured, of the layers that are not chosen."""
         others = {name: use for name, use in self.survey.usage.items() if name not in self.configs}
+        fixed = sum(layer.macs or 0 for layer in self.survey.fixed.values())
         if budget == "macs":
-            return sum(use.macs for use in others.values()) + sum(call.macs for call in self._left.values())
+            return sum(use.macs for use in others.values()) + sum(call.macs for call in self._left.values()) + fixed
         kinds = [name for name in others if kind_of(self.survey.layers[name]) is not None and not self.survey.reasons[name]]
-        return sum(self.seconds(name, 0, 0, 1) for name in kinds)
+        return sum(self.seconds(name, 0, 0, 1) for name in kinds) + fixed / RATE
+
+    def outlook(self, config: LookupConfig) -> list[str]:
+        """What can be said of a budget before anything is fitted."""
+        before = sum(use.macs for use in self.survey.usage.values())
+        outside = self.other("macs")
+        before += sum(call.macs for call in self._left.values()) + sum(layer.macs or 0 for layer in self.survey.fixed.values())
+        if config.target_speedup is None or not before:
+            return []
+        room = before / config.target_speedup - outside
+        share = (
+            f"the layers that may change hold {100 * (1 - outside / before):.0f} % of {before / 1e6:.1f} million multiply-adds"
+        )
+        if config.budget == "time":
+            return [f"target_speedup {config.target_speedup:g} is of time, which is measured in a conversion; {share}"]
+        if room <= 0:
+            return [
+                f"target_speedup {config.target_speedup:g} cannot be reached: {share}, so {before / outside:.2f}x is beyond any sizes"
+            ]
+        return [
+            f"target_speedup {config.target_speedup:g} would leave {before / config.target_speedup / 1e6:.1f} million multiply-adds: {share}, "
+            f"which have to get {(before - outside) / room:.2f}x cheaper. What that costs in accuracy only a conversion with calibration data tells"
+        ]
 
     def timer(self, budget: Budget) -> Timer | None:
         """What measures a layer, where time is counted."""
@@ -152,6 +177,12 @@ class Plan:
         return replace(row, precision=rounding.precision, error=error, reason=reason)
 
     def _row(self, name: str, fit: FittedLayer | None) -> LayerReport:
+        if name in self.survey.fixed:
+            stays = self.survey.fixed[name]
+            counts = {"macs_before": stays.macs, "macs_after": stays.macs}
+            return LayerReport(
+                name, stays.kind, False, reason=stays.reason, bytes_before=stays.nbytes, bytes_after=stays.nbytes, **counts
+            )
         if name in self._left:
             call = self._left[name]
             return LayerReport(name, call.function, False, reason=call.reason, macs_before=call.macs, macs_after=call.macs)
@@ -189,7 +220,7 @@ class Plan:
         """The row of a layer that would be replaced."""
         config, kind = self.configs[name], type(layer).__name__
         macs = None if use is None else use.macs
-        if config.automatic or config.group_size == "auto":
+        if config.automatic or config.group_size == "auto" or self.searched:
             remark = "sizes found by a search when it is converted"
             same = {"macs_before": macs, "macs_after": macs, "bytes_before": size, "bytes_after": size}
             return LayerReport(name, kind, True, reason=remark, precision=config.precision, **same)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lcnn_compile.batches import call_model
 from lcnn_compile.conversion.calls import Called, CallWatch
+from lcnn_compile.conversion.fixed import ATTENTION, Fixed, fixed, fixed_layers, fixed_macs
 from lcnn_compile.conversion.obstacles import TRANSFORMED, is_quantised, obstacle, weight_of
 from lcnn_compile.conversion.untouched import untouched
 from lcnn_compile.errors import ConversionError
@@ -51,6 +52,7 @@ class Survey:
         calls: convolutions called as functions on the example inputs.
         only_bias: the bias that a call alone reads, if it has one; see :meth:`~lcnn_compile.conversion.calls.CallWatch.only_bias`.
         outputs: what the model returned.
+        fixed: recurrent layers and attention, which are counted and stay.
     """
 
     layers: dict[str, nn.Module]
@@ -59,6 +61,7 @@ class Survey:
     calls: list[Called] = field(default_factory=list)
     only_bias: Callable[[Called], nn.Parameter | None] = lambda call: None
     outputs: Any = None
+    fixed: dict[str, Fixed] = field(default_factory=dict)
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -106,6 +109,8 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
     usage: dict[str, Usage] = {}
     transformed: set[str] = set()
     watch = CallWatch(model, layers)
+    staying = fixed_layers(model)
+    counted = {name: fixed(layer) for name, layer in staying.items()}
     outputs: Any = None
     if batch is not None:
         names = {id(layer): name for name, layer in layers.items()}
@@ -121,10 +126,18 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
                 seen.macs += new.macs
                 seen.size = new.size
 
+        def count(name: str) -> Callable[..., None]:
+            def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                counted[name].macs = (counted[name].macs or 0) + fixed_macs(layer, args, kwargs)
+
+            return hook
+
         with ExitStack() as stack:
             stack.enter_context(untouched(model))
             for layer in layers.values():
                 stack.callback(layer.register_forward_hook(record, with_kwargs=True).remove)
+            for name, layer in staying.items():
+                stack.callback(layer.register_forward_hook(count(name), with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(watch.watching())
             try:
@@ -136,4 +149,8 @@ def survey(model: nn.Module, batch: Any = None) -> Survey:
     reasons = {
         name: obstacle(layer) or (f"called {TRANSFORMED}" if name in transformed else "") for name, layer in layers.items()
     }
-    return Survey(layers, reasons, usage, watch.calls(), watch.only_bias, outputs)
+    for name, macs in watch.attention.items():
+        if name not in counted:  # attention of PyTorch's own has been counted with its projections
+            function = "scaled_dot_product_attention"
+            counted[f"{name}.{function}" if name else function] = Fixed(function, ATTENTION, 0, macs)
+    return Survey(layers, reasons, usage, watch.calls(), watch.only_bias, outputs, counted)
