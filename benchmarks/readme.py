@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import readme_gpu
+import readme_native
 import readme_zoo
 
 from lcnn_compile.bench.accuracy.report import ROUNDED
@@ -26,7 +27,7 @@ from lcnn_compile.bench.cpu.scaling_report import plot_scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "zoo.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "deployment.md", "gpu.md", "zoo.md")))
 PICTURE, CURVES = ROOT / "docs" / "images" / "measured.png", ROOT / "docs" / "images" / "scaling.png"
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[\w-]+) -->\n).*?(<!-- measured: end -->)", re.DOTALL)
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet", "mobilenet": "MobileNet"}
@@ -298,6 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy-avx2": lambda: accuracy(accuracy_rows("avx2/accuracy*.json")),
     "training-avx2": lambda: training("avx2/training*.json"),
     **readme_gpu.TABLES,
+    **readme_native.TABLES,
     **readme_zoo.TABLES,
 }
 
