@@ -82,6 +82,7 @@ inline void check_geometry(const PlanOf& plan) {
   sized({g.batch, g.top, g.left}, 0, what);
   require(g.activation >= 0 && g.activation <= 4 && (g.residual_last | 1) == 1 && (g.pairs | 1) == 1, what);
   require(g.stride_w == 1 && g.stride_h == g.width && g.stride_c == g.height * g.width && g.stride_n >= 0 && g.stride_n <= MOST, what);
+  require(g.out_image >= 0 && g.out_image <= MOST && g.residual_image >= 0 && g.residual_image <= MOST, what);  // read or not
   require(Wide(g.batch) * g.height * g.width < MOST && Wide(g.batch) * g.out_height * g.out_width < MOST, what);
   const Packed& w = *plan.weight;
   const int64_t kernel[2] = {w.kh, w.kw};
@@ -256,6 +257,7 @@ inline void check_depthwise(const CallWords& call) {
   require(d.activation >= 0 && d.activation <= 4 && (d.residual_last | 1) == 1 && d.channels % d.multiplier == 0, what);
   slides(d.kernel, d.dilation, d.stride, d.height, d.width, d.top, d.left, d.out_height, d.out_width, 1, what);
   within(*call.x[0], d.images, d.x_image, Wide(d.channels / d.multiplier) * d.height * d.width, 4, what);
+  require(d.residual_image >= 0 && d.residual_image <= MOST, what);
   const Wide made = Wide(d.channels) * d.out_height * d.out_width;
   within(*call.y, d.images, d.y_image, made, 4, what);
   if (call.x.size() == 2) within(*call.x[1], d.images, d.residual_image, made, 4, what);
