@@ -41,7 +41,7 @@ sanitize: $(VENV)/ready
 	LCNN_CPU_SANITIZE=1 CXX=$${CXX:-g++} \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_cpu_gradients.py tests/test_program*.py tests/test_operator_safety.py tests/test_passes.py \
+	$(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_cpu_gradients.py tests/test_program*.py tests/test_int8_kernels.py tests/test_int8_programs.py tests/test_operator_safety.py tests/test_passes.py \
 		-k "not without_kernels and not damaged and not concurrent"
 
 # liblcnn.so under the same sanitizers, on 20,000 damaged model files.

@@ -129,7 +129,7 @@ def test_hostile_tensors_with_a_valid_checksum(saved, tmp_path, name):
 
 
 BODIES = {
-    "unknown version": lambda b: b.update(format=2),
+    "unknown version": lambda b: b.update(format=3),
     "no layers": lambda b: b.pop("layers"),
     "layers of another type": lambda b: b.update(layers=[1]),
     "huge kernel": lambda b: b["layers"][LAYER].update(kernel_size=[2**40, 3]),

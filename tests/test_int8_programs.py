@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lcnn_compile import LcnnError, LookupConfig, convert, freeze, load, save
+from lcnn_compile.checkpoint.compact import expanded, small, stepped
 from lcnn_compile.conversion import eight_bits
 from lcnn_compile.errors import LcnnWarning
 from lcnn_compile.fitting.ranges import Observer, least_error_limits, least_error_range
@@ -263,6 +264,69 @@ def test_files_keep_ranges(converted, tmp_path):
     assert [m.precision for _, m in lookup_modules(again)] == ["int8"] * len(list(lookup_modules(model)))
 
 
+def sizes_of_files(model, folder):
+    floats = copy.deepcopy(model)
+    for _, module in lookup_modules(floats):
+        module.precision = "float32"
+        module.set_ranges(None)
+    for name, kind in (("bytes", model), ("floats", floats)):
+        save(kind, folder / name)
+    return (folder / "bytes").stat().st_size, (folder / "floats").stat().st_size
+
+
+@pytest.mark.parametrize("group_size", [1, 8])
+def test_files_of_bytes_are_small_and_give_back_the_same_floats(tmp_path, group_size):
+    torch.manual_seed(4)
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 96, 3)
+    )
+    net[1].running_mean.normal_(), net[1].running_var.uniform_(0.5, 2)
+    config = CONFIG.replace(sparsity=8, group_size=group_size)
+    model = convert(net.eval(), config, calibration=[images(i, 2) for i in range(2)])
+    small, large = sizes_of_files(model, tmp_path)
+    assert small < 0.4 * large
+    again = load(net, tmp_path / "bytes")
+    own = model.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in again.state_dict().items())
+    x = images(5, 2)
+    assert torch.equal(freeze(again, (x,))(x), freeze(model, (x,))(x))
+    with torch.no_grad():  # weights that were changed are no steps: they stay as they are
+        for _, module in lookup_modules(model):
+            module.coefficients.mul_(1.0001).add_(1e-5)
+    save(model, tmp_path / "changed")
+    changed = load(net, tmp_path / "changed").state_dict()
+    assert all(torch.equal(value, changed[key]) for key, value in model.state_dict().items())
+
+
+def test_damaged_scales_in_files_are_refused(converted, tmp_path):
+    net, model = converted
+    scale = dict(lookup_modules(model))["first"].ranges
+    for place, value in ((0, 0.0), (0, float("nan")), (0, 1e-42), (1, -3.0), (2, float("inf"))):
+        broken = copy.deepcopy(model)
+        broken.first.ranges = scale.clone()
+        broken.first.ranges[place] = value
+        save(broken, tmp_path / "broken")
+        with pytest.raises(LcnnError, match="first"):
+            load(net, tmp_path / "broken")
+    counts = torch.tensor([2, 1])
+    values = torch.randint(-127, 128, (3, 4)).float()
+    values[0], values[2] = 127, -127
+    stored, form = stepped(values, counts)
+    assert torch.equal(expanded("c", stored, form), values)
+    for scale in (0.0, -1.0, float("nan"), float("inf"), 3e38):
+        damaged = stored.clone()
+        damaged[8:12] = torch.tensor([scale]).view(torch.uint8)
+        with pytest.raises(LcnnError, match="scales"):
+            expanded("c", damaged, form)
+    for change in ({"blocks": 3}, {"blocks": 0}, {"shape": [4, 4]}, {"shape": []}, {"turned": 1}, {"kind": "none"}, {"more": 1}):
+        with pytest.raises(LcnnError, match="c is said to be"):
+            expanded("c", stored, {**form, **change})
+    table, form = small(torch.tensor([0, 300, 65535], dtype=torch.int32))
+    assert expanded("i", table, form).tolist() == [0, 300, 65535]
+    with pytest.raises(LcnnError, match="i is said to be"):
+        expanded("i", table[:-1], form)
+
+
 def test_compiled_models_compute_the_same_bytes(converted):
     x = images(13, 3)
     with torch.no_grad():
@@ -436,16 +500,15 @@ def test_a_layer_whose_rounding_costs_too_much_is_computed_in_more_bits_and_says
 
 def test_the_error_of_a_layer_is_measured_with_its_rounding():
     model = uneven(precision="int8", include=("b",), exclude=("a",))
+    torch.manual_seed(2)
+    net = Uneven()
     row = next(row for row in model.lcnn_report if row.name == "b")
-    layer = copy.deepcopy(model.b)
     with torch.no_grad():
-        x = torch.cat([torch.relu(model.a(images(i, 4))) for i in range(3)])
-        rounded = layer(x)
-        layer.precision = "float32"
-        truth = layer(x)
+        x = torch.cat([torch.relu(net.a(images(i, 4))) for i in range(3)])
+        rounded, truth = model.b(x), net.b(x)
         deviation = (truth - truth.mean((0, 2, 3), keepdim=True)).square().sum()
     cost = float((rounded - truth).square().sum() / deviation)
-    assert row.error == pytest.approx(cost, rel=1e-3), "a lossless layer has no other error"
+    assert row.error == pytest.approx(cost, rel=0.02), "a lossless layer has no other error"
     assert 1e-6 < cost < 1e-3
 
 

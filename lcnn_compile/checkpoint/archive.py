@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,11 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from lcnn_compile.checkpoint.calls import adapt_lifted, describe_calls, put_calls
-from lcnn_compile.checkpoint.header import FORMAT, check_finite, digest_of, factor_keys, read_file
+from lcnn_compile.checkpoint.compact import small, stepped
+from lcnn_compile.checkpoint.header import FIRST_FORMAT, FORMAT, check_finite, digest_of, factor_keys, read_file
 from lcnn_compile.checkpoint.stored import to_stored
 from lcnn_compile.conversion.intercept import replace_layer
 from lcnn_compile.errors import CheckpointError, LcnnError
 from lcnn_compile.geometry import kind_of
+from lcnn_compile.kernels.bytes_lowering import unpack_ranges
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules import FACTORS, LookupModule, dense_layer, lookup_layer, lookup_modules
 from lcnn_compile.modules.tables import CHECKSUM, TABLES
@@ -46,6 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     owners: dict[Any, str] = {}
     forms: dict[str, dict[str, Any]] = {}
     finite = {*_weights(model), *factor_keys(layers)}
+    compact = _compact(model)
     for key, value in _state(model).items():
         stored, form = to_stored(key, value)
         if key in finite:
@@ -55,14 +59,21 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             aliases[key] = owners[place]
             continue
         owners[place] = key
-        tensors[key] = stored
+        found = compact[key](value) if key in compact else None
+        tensors[key], form = found or (stored, form)
         if form is not None:
             forms[key] = form
     report = getattr(model, "lcnn_report", None)
     rows = report.to_dict()["layers"] if isinstance(report, Report) else []
     for row in rows:
         del row["precision"]  # stands with the layers: versions that do not know it read the report all the same
-    described: dict[str, Any] = {"format": FORMAT, "layers": layers, "aliases": aliases, "report": rows}
+    newest = any("kind" in form for form in forms.values())
+    described: dict[str, Any] = {
+        "format": FORMAT if newest else FIRST_FORMAT,
+        "layers": layers,
+        "aliases": aliases,
+        "report": rows,
+    }
     described |= {name: value for name, value in (("forms", forms), ("calls", describe_calls(model))) if value}
     body = json.dumps(described, sort_keys=True)
     metadata = {"lcnn": body, "digest": digest_of(body, tensors)}
@@ -127,6 +138,18 @@ def _state(model: nn.Module) -> dict[str, Any]:
     return state
 
 
+def _compact(model: nn.Module) -> dict[str, Any]:
+    """By key of the state dict what makes fewer bytes of a tensor of a layer of bytes, where it can."""
+    found: dict[str, Any] = {}
+    for name, module in lookup_modules(model):
+        if module.precision == "int8" and module.ranges is not None:
+            prefix, counts = f"{name}." if name else "", module.offsets.diff().cpu()
+            found[f"{prefix}dictionary"] = partial(stepped, counts=counts, turned=True)
+            found[f"{prefix}coefficients"] = partial(stepped, counts=counts)
+            found |= {f"{prefix}{table}": small for table in ("indices", "positions")}
+    return found
+
+
 def _weights(model: nn.Module) -> set[str]:
     """Keys of what must be finite: parameters and the statistics of batch norms. Other buffers are the user's business."""
     found = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -177,12 +200,15 @@ def _module(old: nn.Module, name: str, settings: Mapping[str, Any], state: Mappi
     if absent:
         raise CheckpointError(f"{name} lacks the tensors {absent}")
     factors = {key: state[prefix + key] for key in FACTORS}
+    precision, ranges = settings.get("precision", "float32"), state.get(f"{prefix}ranges")
     kernel = (settings["kernel_size"][0], settings["kernel_size"][1])
     bias = state.get(f"{prefix}bias")
     try:
         weight = LookupWeight(**factors, kernel_size=kernel).to(dense.weight.device)
+        if ranges is not None:
+            unpack_ranges(ranges, weight.dictionary, name)
         # This validates the weight.
-        return lookup_layer(weight, dense, bias, settings["lowering"], settings.get("precision", "float32"))
+        return lookup_layer(weight, dense, bias, settings["lowering"], precision)
     except LcnnError as error:
         raise CheckpointError(f"{name}: {error}") from error
 

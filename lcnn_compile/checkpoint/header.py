@@ -19,7 +19,8 @@ from lcnn_compile.checkpoint.stored import DTYPES, from_stored
 from lcnn_compile.errors import CheckpointError
 from lcnn_compile.modules import FACTORS
 
-FORMAT = 1
+FORMAT, FIRST_FORMAT = 2, 1
+"""The newest, with tensors of layers of bytes in fewer bytes, and what version 0.1 reads too; files without such tensors have that."""
 MAX_HEADER = 1 << 25
 """Bytes of a file's header; a thousand layers need a hundredth of it."""
 
@@ -81,9 +82,9 @@ def read_file(path: Path) -> tuple[Header, dict[str, Tensor]]:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    if not isinstance(values, dict) or values.get("format") not in (FORMAT, FIRST_FORMAT):
         found = values.get("format") if isinstance(values, dict) else values
-        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+        raise CheckpointError(f"{path} has format {found!r}; this version reads formats {FIRST_FORMAT} to {FORMAT}")
     layers, aliases, report = values.get("layers"), values.get("aliases"), values.get("report")
     refusal = CheckpointError(f"{path} has a header that does not describe lookup layers")
     if not isinstance(layers, dict) or not isinstance(aliases, dict) or not isinstance(report, list):

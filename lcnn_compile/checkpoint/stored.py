@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcnn_compile.checkpoint.compact import expanded
 from lcnn_compile.errors import CheckpointError
 
 DTYPES = (
@@ -60,6 +61,8 @@ def from_stored(key: str, stored: Tensor, form: Any) -> Tensor:
     Raises:
         CheckpointError: if the tensor is not what ``form`` says.
     """
+    if isinstance(form, dict) and "kind" in form:
+        return expanded(key, stored, form)
     shape = form.get("shape") if isinstance(form, dict) else None
     dtype = OTHERS.get(str(form.get("dtype"))) if isinstance(form, dict) else None
     if dtype is None or not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):

@@ -21,8 +21,9 @@ from lcnn_compile.fitting.fitted import FittedLayer
 from lcnn_compile.fitting.ranges import Observer
 from lcnn_compile.geometry import geometry_of
 from lcnn_compile.kernels import cpu
+from lcnn_compile.kernels.bytes_lowering import unpack_ranges
 from lcnn_compile.kernels.quantized import Range
-from lcnn_compile.kernels.rounding import quantize_lookup
+from lcnn_compile.kernels.rounding import quantize_lookup, snapped
 from lcnn_compile.lookup import LookupWeight
 from lcnn_compile.modules import LookupModule, lookup_layer, lookup_modules
 
@@ -89,6 +90,9 @@ def to_eight_bits(
         else:
             layers[name].precision = precision
             layers[name].set_ranges(None)
+    for name, rounding in found.items():
+        if rounding.precision == "int8":
+            _snap(layers[name])
     for name in without:
         if name in dense:
             model = replace_layer(model, layers[name], dense[name])
@@ -228,6 +232,18 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[Any], call: Callable[[n
         if found is None:
             without.append(name)
     return without
+
+
+def _snap(layer: LookupModule) -> None:
+    """Make the layer's weight what its bytes stand for: a file holds the bytes, and gives back the same layer."""
+    assert layer.ranges is not None
+    x, limits = unpack_ranges(layer.ranges, layer.dictionary)
+    tables = [getattr(layer, name) for name in ("indices", "positions", "offsets", "filters")]
+    with torch.no_grad():
+        dictionary, coefficients, limits = snapped(layer.dictionary.detach(), layer.coefficients.detach(), tables, x, limits)
+        layer.dictionary.copy_(dictionary)
+        layer.coefficients.copy_(coefficients)
+    layer.set_ranges((x, limits))
 
 
 def _fits(layer: LookupModule, found: tuple[Range, Tensor]) -> bool:

@@ -125,3 +125,41 @@ def quantize_lookup(
 
 def _steps(values: Tensor) -> Tensor:
     return values.round().clamp(-STEPS, STEPS).to(torch.int8)
+
+
+def short_scales(scales: Tensor) -> Tensor:
+    """The nearest float64 numbers of 16 bits: multiples by whole steps, and the scale found from the largest of these, are exact in float32."""
+    mantissa, exponent = torch.frexp(scales.double())
+    return torch.ldexp((mantissa * 2**16).round(), exponent - 16)
+
+
+def snapped(
+    dictionary: Tensor, coefficients: Tensor, tables: Sequence[Tensor], x: Range, limits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer that is made of whole steps: what bytes stand for, in float32, so that rounding it again changes nothing.
+
+    Args:
+        dictionary, coefficients: D [groups, k, m/groups] and C [T, g].
+        tables: indices, positions, offsets and filters.
+        x: the range of the input.
+        limits: of S, [groups, k].
+
+    Returns:
+        D, C and limits: 1 for all vectors, whose scales C has taken; the identity and its limits stay as they are.
+    """
+    indices, _, offsets, filters = tables
+    groups, vectors, channels = dictionary.shape
+    d, c = dictionary.double(), coefficients.double()
+    group = reference.tap_filter_groups(offsets, coefficients.shape[0])
+    if not (vectors == channels and bool((dictionary == torch.eye(channels)).all())):
+        most = (255 * x.scale * d.abs().sum(2)).clamp(min=SMALLEST)  # of what was always zero on calibration data
+        ends = torch.where(limits > 0, limits.double(), most)
+        d = d / ends[:, :, None]
+        c = c * ends[group // (filters.shape[0] // groups), indices.long()][:, None]
+        limits = torch.ones_like(limits)
+        scales = short_scales(d.abs().amax(2).clamp(min=SMALLEST) / STEPS)[:, :, None]
+        d = (d / scales).round().clamp(-STEPS, STEPS) * scales
+    largest = torch.zeros(filters.shape, dtype=torch.float64).scatter_reduce_(0, group[:, None].expand(c.shape), c.abs(), "amax")
+    scales = short_scales(largest.clamp(min=SMALLEST) / STEPS)[group]
+    c = (c / scales).round().clamp(-STEPS, STEPS) * scales
+    return d.to(dictionary.dtype), c.to(coefficients.dtype), limits
