@@ -48,7 +48,8 @@ class Timing:
         return cls(middle, low, high, len(seconds))
 
 
-def _preemptions() -> int:
+def preemptions() -> int:
+    """How often another process has taken the core away from this one so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
@@ -56,12 +57,12 @@ def _burst(call: Callable[[], object], warm_up: int, timed: int) -> Burst:
     for _ in range(warm_up):
         call()
     seconds = []
-    before = _preemptions()
+    before = preemptions()
     for _ in range(timed):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
-    return Burst(statistics.median(seconds), _preemptions() > before)
+    return Burst(statistics.median(seconds), preemptions() > before)
 
 
 def once(call: Callable[[], object]) -> float:

@@ -160,6 +160,10 @@ EXPRESSIONS = {
     "mean inside": lambda m, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
     "mean divided": lambda m, x: F.avg_pool2d(x, 2, divisor_override=3),
     "adaptive": lambda m, x: F.adaptive_avg_pool2d(x, (4, 3)),
+    "largest of all": lambda m, x: F.adaptive_max_pool2d(x, 1) + F.adaptive_avg_pool2d(x, 1),
+    "largest adaptive": lambda m, x: nn.AdaptiveMaxPool2d((5, 1))(x),
+    "largest with indices": lambda m, x: F.max_pool2d(x, 3, 2, 1, return_indices=True)[0].relu(),
+    "rows, largest of all": lambda m, x: F.adaptive_max_pool1d(x.flatten(2), 7).relu(),
     "pyramid": lambda m, x: torch.cat(
         [F.interpolate(F.adaptive_avg_pool2d(x, s), size=x.shape[2:], mode="bilinear") for s in (1, 2, 3)], 1
     ),

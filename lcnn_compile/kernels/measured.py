@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from functools import cache
@@ -16,21 +15,24 @@ from torch import Tensor
 
 from lcnn_compile.files import digest
 from lcnn_compile.kernels.arguments import Arguments, Geometry, Weight, flat
-from lcnn_compile.kernels.cpu.forward import PackedWeight, packed_weight
+from lcnn_compile.kernels.cpu.forward import PackedWeight
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.kernels.cpu.steps import Depthwise, LookUp, Recipe, Step
 from lcnn_compile.kernels.problem import Problem, estimate, estimated_seconds
 from lcnn_compile.kernels.reference import filter_table
 from lcnn_compile.kernels.store import cache_folder, known, remember
+from lcnn_compile.timing import preemptions
 from lcnn_compile.torch_private import without_modes
 
 ROUNDS, WARM_UP, TIMED = 3, 1, 3
+TRIES = 12
+"""Calls of a burst that another process may disturb."""
 GROUP = 8
 """Filters of a dense layer that share their taps in a program."""
 LARGEST = 1 << 23
 """Elements of a dense layer's weight that a program is measured with."""
-OTHERS = 1 << 22
-"""Elements that other layers of a network read between two calls of a layer."""
+COPIES, WEIGHTS = 6, 1 << 22
+"""Of a layer in the program that measures it: so many at most, and so many elements of weights in all, but two at least."""
 HOPELESS = 4.0
 """A lowering whose estimate is so many times the cheapest one's is not worth measuring."""
 
@@ -87,37 +89,39 @@ def random_call(problem: Problem, device: torch.device | None = None) -> Argumen
 
 
 def _caller(call: Arguments, lowering: str, precision: str) -> Callable[[], float]:
-    """What runs a layer as a step of a program, or two, and tells the seconds that they take inside of it."""
+    """What runs a layer as a step of a program, or two, and tells the seconds that they take inside of it.
+
+    The program has the layer several times, each with weights of its own: as in a network, the kernels' code is warm, and the
+    weights have been pushed out of the near caches by those of other layers.
+    """
     x, weight, geometry = call[:3]
     groups, size, per_group = weight.dictionary.shape
     kernel, channels = geometry.kernel_size, {"dense": per_group, "factored": size}.get(lowering, 0)
-    if channels * max(groups * channels, geometry.out_channels * kernel[0] * kernel[1]) > LARGEST:
+    elements = channels * max(groups * channels, geometry.out_channels * kernel[0] * kernel[1])
+    if elements > LARGEST:
         return lambda: _operator(flat(call._replace(lowering=lowering)))
     if lowering == "lookup":
-        steps: list[Step] = [LookUp(0, None, x.shape[1], *geometry)]
-        weights: list[tuple[Any, ...]] = [(packed_weight(weight, kernel, precision), None)]
-    elif lowering == "factored":
-        inner = Geometry(groups * size, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
-        steps = [LookUp(0, None, x.shape[1], *inner), LookUp(1, None, groups * size, *geometry)]
-        weights = [(_dense(groups, per_group, inner), None), (_dense(groups, size, geometry), None)]
-    elif per_group == 1 and groups > 1:
-        steps, weights = [Depthwise(0, None, x.shape[1], *geometry)], [(torch.randn(geometry.out_channels, 1, *kernel), None)]
-    else:
-        steps, weights = [LookUp(0, None, x.shape[1], *geometry)], [(_dense(groups, per_group, geometry), None)]
+        elements = weight.dictionary.numel() + weight.coefficients.numel()
+    copies = max(2, min(COPIES, WEIGHTS // elements))
+    steps: list[Step] = []
+    weights: list[tuple[Any, ...]] = []
+    for _ in range(copies):
+        if lowering == "lookup":
+            steps.append(LookUp(0, None, x.shape[1], *geometry))
+            weights.append((PackedWeight(weight, kernel, precision), None))
+        elif lowering == "factored":
+            inner = Geometry(groups * size, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
+            steps.append(LookUp(0, None, x.shape[1], *inner))
+            steps.append(LookUp(len(steps), None, groups * size, *geometry))
+            weights += [(_dense(groups, per_group, inner), None), (_dense(groups, size, geometry), None)]
+        elif per_group == 1 and groups > 1:
+            steps.append(Depthwise(0, None, x.shape[1], *geometry))
+            weights.append((torch.randn(geometry.out_channels, 1, *kernel), None))
+        else:
+            steps.append(LookUp(0, None, x.shape[1], *geometry))
+            weights.append((_dense(groups, per_group, geometry), None))
     program = Program(Recipe(1, tuple(steps), (len(steps),)), weights)
-
-    def seconds() -> float:
-        # As in a network: other layers' weights have pushed this one's out of the caches, and the input was written just now.
-        _others().add_(1)
-        x.sum()
-        return program.seconds(x)
-
-    return seconds
-
-
-@cache
-def _others() -> Tensor:
-    return torch.zeros(OTHERS)
+    return lambda: program.seconds(x) / copies
 
 
 def _operator(arguments: tuple[Any, ...]) -> float:
@@ -142,8 +146,16 @@ def _dense(groups: int, per_group: int, geometry: Geometry) -> PackedWeight:
 
 
 def _burst(call: Callable[[], float]) -> float:
-    seconds = [call() for _ in range(WARM_UP + TIMED)]
-    return statistics.median(seconds[WARM_UP:])
+    """The least of TIMED calls in which no other process took the core away; of all, where there are none."""
+    for _ in range(WARM_UP):
+        call()
+    calm: list[float] = []
+    disturbed: list[float] = []
+    while len(calm) < TIMED and len(disturbed) < TRIES:
+        before = preemptions()
+        seconds = call()
+        (calm if preemptions() == before else disturbed).append(seconds)
+    return min(calm or disturbed)
 
 
 def measure(problem: Problem, lookup_kernel: bool) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,36 @@ ADAPTIVE = (F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default)
 MAX_POOL_1D = (F.max_pool1d, torch.max_pool1d, aten.max_pool1d.default)
 MEAN_POOL_1D = (F.avg_pool1d, aten.avg_pool1d.default)
 ADAPTIVE_1D = (F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, aten.adaptive_avg_pool1d.default)
+LARGEST = (F.adaptive_max_pool2d, F.adaptive_max_pool1d, torch.adaptive_max_pool1d)
+"""Adaptive maxima that may give indices too."""
 _RANKS = {4: (MAX_POOL, MEAN_POOL, ADAPTIVE), 3: (MAX_POOL_1D, MEAN_POOL_1D, ADAPTIVE_1D)}
+_WITH_INDICES: dict[Any, Callable[..., Any]] = {
+    aten.max_pool2d_with_indices.default: aten.max_pool2d.default,
+    aten.max_pool1d_with_indices.default: aten.max_pool1d.default,
+    aten.adaptive_max_pool2d.default: F.adaptive_max_pool2d,
+    aten.adaptive_max_pool1d.default: F.adaptive_max_pool1d,
+}
+
+
+def without_indices(gm: fx.GraphModule) -> None:
+    """Poolings whose indices nobody reads give maxima alone."""
+    for node in list(gm.graph.nodes):
+        users = list(node.users)
+        if node.op != "call_function" or node.target not in _WITH_INDICES:
+            continue
+        if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in users):
+            continue
+        maxima = [user for user in users if user.args[1] == 0]
+        if not maxima:
+            continue
+        with gm.graph.inserting_before(node):
+            pooled = gm.graph.call_function(_WITH_INDICES[node.target], node.args, node.kwargs)
+        pooled.meta = dict(maxima[0].meta)
+        for user in users:
+            if user in maxima:
+                user.replace_all_uses_with(pooled)
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
 
 
 def pooling(node: fx.Node) -> Form | None:
@@ -43,6 +73,8 @@ def pooling(node: fx.Node) -> Form | None:
         make = _pooled(_mean(node, rows), image, made)
     elif node.target in adaptive:
         make = _adaptive(image, made)
+    elif node.target in LARGEST and bound(node, ("input", "output_size", "return_indices"), (None, None, False))[2] is False:
+        make = _adaptive(image, made, largest=True)
     if make is None:
         return None
     if not rows:
@@ -80,16 +112,16 @@ def _mean(node: fx.Node, rows: bool) -> Window | None:
     return Window(True, *sizes, ceil=ceil, counted=counted or sizes[2] == (0, 0), divisor=divisor)
 
 
-def _adaptive(shape: tuple[Any, ...], out: tuple[Any, ...]) -> Callable[[int], Step] | None:
+def _adaptive(shape: tuple[Any, ...], out: tuple[Any, ...], largest: bool = False) -> Callable[[int], Step] | None:
     if tuple(out[2:]) == (1, 1):
-        return lambda v: Pool(v, Window(True))
+        return lambda v: Pool(v, Window(not largest))
     sizes = (*shape[2:], *out[2:])
     if not all(isinstance(v, int) and v for v in sizes):
         return None
     if sizes[0] % sizes[2] or sizes[1] % sizes[3]:
-        return lambda v: Resize(v, "mean", tuple(out[2:]))
+        return None if largest else lambda v: Resize(v, "mean", tuple(out[2:]))
     kernel = (sizes[0] // sizes[2], sizes[1] // sizes[3])
-    return lambda v: Pool(v, Window(True, kernel, kernel))
+    return lambda v: Pool(v, Window(not largest, kernel, kernel))
 
 
 def _numbers(*values: Any) -> bool:

@@ -20,6 +20,7 @@ from lcnn_compile.passes.constants import fold_constants
 from lcnn_compile.passes.effects import Effects, eliminate_dead_code, sort
 from lcnn_compile.passes.find import is_lookup
 from lcnn_compile.passes.functional import to_functional
+from lcnn_compile.passes.pooling_steps import without_indices
 from lcnn_compile.passes.signatures import PARTS, operation_of, part_sizes
 from lcnn_compile.passes.step_form import Form, is_value
 from lcnn_compile.passes.steps import steps_of
@@ -152,6 +153,7 @@ def gather_programs(gm: fx.GraphModule, dense_too: bool = False) -> fx.GraphModu
     if autocast or not cpu.is_available() or not (dense_too or any(is_lookup(node) for node in gm.graph.nodes)):
         return gm
     fold_constants(gm)
+    without_indices(gm)
     _name_parts(gm)
     _split_views(gm)
     effects = Effects(gm)

@@ -44,8 +44,8 @@ REDUCTIONS = {
     **dict.fromkeys(("mean", torch.mean, aten.mean.dim), True),
     **dict.fromkeys(("amax", torch.amax, aten.amax.default), False),
 }
-LARGEST_LINEAR = 1 << 22
-"""Elements of a linear layer's weight up to which it is run in a program: larger ones are a GEMM's work where there are many images."""
+LARGEST_LINEAR = 1 << 25
+"""Elements of a linear layer's weight up to which it is run in a program: its weight is copied, and where there are many images a GEMM is faster."""
 WEIGHT_AND_GEOMETRY = (
     *("input", "dictionary", "coefficients", "indices", "positions", "offsets", "filters", "bias"),
     *("out_channels", "kernel_size", "stride", "padding", "dilation"),
