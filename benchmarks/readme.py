@@ -30,7 +30,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "deployment.md", "gpu.md", "zoo.md")))
 PICTURE, CURVES = ROOT / "docs" / "images" / "measured.png", ROOT / "docs" / "images" / "scaling.png"
 BLOCK = re.compile(r"(<!-- measured: (?P<name>[\w-]+) -->\n).*?(<!-- measured: end -->)", re.DOTALL)
-NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet", "mobilenet": "MobileNet"}
+NETWORKS = {
+    **{"vgg16": "VGG-16", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet", "mobilenet": "MobileNet"},
+    **{"mobilenet_v2": "MobileNetV2", "mobilenet_v3": "MobileNetV3-Large", "densenet121": "DenseNet-121", "unet": "U-Net, 256²"},
+    **{"detector": "C2f detector, 320²", "edsr": "EDSR x2, 128²", "compact_sr": "Real-ESRGAN compact x4, 128²"},
+}
 SETTINGS = {
     "ours": "k = m/4, 54 taps, g = 8",
     "paper-fast": "the paper's fast sizes",
@@ -288,6 +292,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers-zen4": lambda: layers("zen4/layers*.json"),
     "machine-zen4": lambda: machine("zen4/networks*.json"),
     "accuracy-zen4": lambda: accuracy(accuracy_rows("zen4/accuracy*.json")),
+    "networks-vnni": lambda: networks_full("avx512-vnni/networks*.json"),
+    "machine-vnni": lambda: machine("avx512-vnni/networks*.json"),
     "training": lambda: training("training*.json"),
     "scaling": scaling,
     "peaks": peaks,
