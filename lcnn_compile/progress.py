@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Tell = Callable[[str, int, int], None]
 
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Tell]:
-    """A callback that shows one bar for each ``what`` it is told of; a total of 0 is one that is not known."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    """A callback that shows one bar, with the time that it took and will take, for each ``what`` it is told of; a total of 0 is one that is not known."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
 

@@ -179,10 +179,8 @@ class Plan:
     def _row(self, name: str, fit: FittedLayer | None) -> LayerReport:
         if name in self.survey.fixed:
             stays = self.survey.fixed[name]
-            counts = {"macs_before": stays.macs, "macs_after": stays.macs}
-            return LayerReport(
-                name, stays.kind, False, reason=stays.reason, bytes_before=stays.nbytes, bytes_after=stays.nbytes, **counts
-            )
+            row = LayerReport(name, stays.kind, False, reason=stays.reason, macs_before=stays.macs, macs_after=stays.macs)
+            return replace(row, bytes_before=stays.nbytes, bytes_after=stays.nbytes)
         if name in self._left:
             call = self._left[name]
             return LayerReport(name, call.function, False, reason=call.reason, macs_before=call.macs, macs_after=call.macs)
