@@ -5,19 +5,23 @@ import importlib
 import pytest
 
 SHOWN = {
-    "lcnn_compile": "LayerConfig LcnnError LcnnWarning LookupConfig LookupConv2d LookupWeight backend batches bench convert errors explain export freeze geometry kernels learning load modules passes report save testing",
+    "lcnn_compile": "LayerConfig LcnnError LcnnWarning LookupConfig LookupConv1d LookupConv2d LookupConv3d LookupConvTranspose1d LookupConvTranspose2d LookupLinear LookupWeight backend batches bench convert errors explain export freeze geometry kernels learning load modules passes report save testing",
     "lcnn_compile.LookupWeight": "balanced",
+    "lcnn_compile.aot": "AotModel",
     "lcnn_compile.backend": "lcnn parse_options",
     "lcnn_compile.checkpoint": "Header read_header",
     "lcnn_compile.errors": "LcnnError LcnnWarning",
-    "lcnn_compile.export": "check_onnx export_onnx export_pt2 to_dense",
+    "lcnn_compile.export": "check_onnx export_aot export_onnx export_pt2 load_aot to_dense",
     "lcnn_compile.kernels": "choose reference",
     "lcnn_compile.kernels.choose": "Problem cheapest estimate",
     "lcnn_compile.kernels.reference": "apply_epilogue dense_weight lookup_tensor lower_factored lower_lookup output_size",
+    "lcnn_compile.modules": "FunctionalWeight",
     "lcnn_compile.learning": "carry_dictionaries distill freeze_dictionaries harden soften sparsity_penalty sweep",
     "lcnn_compile.lookup": "filter_table",
-    "lcnn_compile.passes": "find_convolutions fuse_epilogues to_functional",
-    "lcnn_compile.testing": "assert_close assert_equivalent images lookup_weights networks",
+    "lcnn_compile.passes": "find_convolutions fuse_epilogues to_functional to_out_of_place",
+    "lcnn_compile.passes.effects": "Effects",
+    "lcnn_compile.report": "Report",
+    "lcnn_compile.testing": "assert_close assert_equivalent assert_same_calls images lookup_weights networks source_networks",
 }
 
 

@@ -41,7 +41,9 @@ def fingerprint(
 ) -> str:
     """A digest of everything that a conversion's outcome depends on: weights, sizes, calibration data, (target_speedup, max_output_error), seed, what budgets are counted in."""
     asked = {name: asdict(config) for name, config in configs.items()}
-    digest = hashlib.blake2b(json.dumps([FORMAT, asked, limits, seed, unit], sort_keys=True).encode(), digest_size=16)
+    # Folders of version 0.1 are gone on with, but for those of a budget, which is spread otherwise since.
+    given = None if limits == (None, None) else limits
+    digest = hashlib.blake2b(json.dumps([FORMAT, asked, given, seed, unit], sort_keys=True).encode(), digest_size=16)
     weights = [value for name in network.layers for value in (network.weight(name), network.bias(name))]
     for leaf in (*weights, *pytree.tree_leaves(batches)):
         if isinstance(leaf, Tensor):
@@ -73,7 +75,7 @@ class SavedFits:
             raise ConversionError(f"{folder} holds other files; name an empty or a new folder to resume a conversion from")
         if known not in (None, key):
             raise ConversionError(
-                f"{folder} holds the conversion of another model, configuration or calibration data; name another folder or remove it"
+                f"{folder} holds the conversion of another model, configuration, calibration data or version; name another folder or remove it"
             )
         self._write(KEY, lambda path: path.write_text(json.dumps({"format": FORMAT, "key": key})))
 
