@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lcnn_compile import convert, load
+from lcnn_compile import convert, load, save
 from lcnn_compile.cli import cli
 from lcnn_compile.cli.images import ImageFolder, Images
 from lcnn_compile.cli.sources import load_calibration, load_inputs, load_model
-from lcnn_compile.config import LookupConfig
+from lcnn_compile.config import PRECISIONS, LookupConfig
 from lcnn_compile.errors import LcnnError
 from lcnn_compile.export import to_dense
 
@@ -268,6 +268,20 @@ def test_export_writes_files_that_agree(folder):
     plain = to_dense(model)
     plain.load_state_dict(load_file("d.safetensors"))
     torch.testing.assert_close(plain(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_models_of_every_precision_are_exported(folder):
+    config, batches = LookupConfig(dictionary_size=0.5, sparsity=4), [torch.randn(3, 4, 9, 9)]
+    for precision in PRECISIONS:
+        lookup = convert(network(), config.replace(precision=precision), calibration=batches)
+        assert precision in {row.precision for row in lookup.lcnn_report}
+        save(lookup, "p.safetensors")
+        arguments = ["--checkpoint", "p.safetensors", "--input", "2x4x9x9", "--pt2", "p.pt2", "--dense", "d.safetensors"]
+        program, plain = json.loads(run("export", "net.py:build", *arguments, "--json").stdout)["files"]
+        assert program["difference"] < 1e-5
+        assert (plain["difference"] > 1e-5) == (precision == "int8")  # plain layers do not round
+        x = torch.randn(2, 4, 9, 9)
+        torch.testing.assert_close(torch.export.load("p.pt2").module()(x), lookup(x), atol=1e-5, rtol=1e-4)
 
 
 def test_an_exported_model_is_run(folder):

@@ -1,6 +1,6 @@
 """Checkpoints: save() and load(), files that are checked before a kernel sees them.
 
-``archive`` writes and reads the file, ``header`` checks it; ``stored`` how tensors and ``calls`` how functional convolutions are written in it. May import ``conversion`` and
+``archive`` writes and reads the file, ``header`` what it says of itself, with all checks; ``stored`` how tensors and ``calls`` how functional convolutions are written in it. May import ``conversion`` and
 the rooms below it.
 """
 

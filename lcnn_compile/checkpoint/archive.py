@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from lcnn_compile.checkpoint.calls import adapt_lifted, describe_calls, put_calls
 from lcnn_compile.checkpoint.compact import small, stepped
-from lcnn_compile.checkpoint.header import FIRST_FORMAT, FORMAT, check_finite, digest_of, factor_keys, read_file
+from lcnn_compile.checkpoint.header import check_finite, factor_keys, header_text, read_file
 from lcnn_compile.checkpoint.stored import to_stored
 from lcnn_compile.conversion.intercept import replace_layer
 from lcnn_compile.errors import CheckpointError, LcnnError
@@ -65,18 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             forms[key] = form
     report = getattr(model, "lcnn_report", None)
     rows = report.to_dict()["layers"] if isinstance(report, Report) else []
-    for row in rows:
-        del row["precision"]  # stands with the layers: versions that do not know it read the report all the same
-    newest = any("kind" in form for form in forms.values())
-    described: dict[str, Any] = {
-        "format": FORMAT if newest else FIRST_FORMAT,
-        "layers": layers,
-        "aliases": aliases,
-        "report": rows,
-    }
-    described |= {name: value for name, value in (("forms", forms), ("calls", describe_calls(model))) if value}
-    body = json.dumps(described, sort_keys=True)
-    metadata = {"lcnn": body, "digest": digest_of(body, tensors)}
+    metadata = header_text(layers, aliases, rows, forms, describe_calls(model), tensors)
     target = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

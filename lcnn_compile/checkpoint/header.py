@@ -1,11 +1,11 @@
-"""The header of a checkpoint, and the checks that a file passes before anything in it is used."""
+"""The header of a checkpoint, as it is written and read, and the checks that a file passes before anything in it is used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,35 @@ class Header:
     report: list[dict[str, Any]]
     shapes: dict[str, list[int]]
     calls: Calls
+
+
+def header_text(
+    layers: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    report: Sequence[dict[str, Any]],
+    forms: Mapping[str, Any],
+    calls: Calls,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, str]:
+    """The metadata of a file that holds these tensors, as :func:`read_file` reads it.
+
+    Args:
+        layers, aliases, report, calls: as :class:`Header` has them.
+        forms: of tensors that are stored as others, see :mod:`lcnn_compile.checkpoint.stored`.
+        tensors: as they are stored.
+    """
+    for row in report:
+        del row["precision"]  # stands with the layers: versions that do not know it read the report all the same
+    newest = any("kind" in form for form in forms.values())
+    described: dict[str, Any] = {
+        "format": FORMAT if newest else FIRST_FORMAT,
+        "layers": layers,
+        "aliases": aliases,
+        "report": report,
+    }
+    described |= {name: value for name, value in (("forms", forms), ("calls", calls)) if value}
+    body = json.dumps(described, sort_keys=True)
+    return {"lcnn": body, "digest": digest_of(body, tensors)}
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

@@ -13,7 +13,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 def bench_command(context: typer.Context) -> None:
     """Time lookup layers and networks against dense engines."""
     try:
-        from lcnn_compile.bench.cli import app
+        from lcnn_compile.bench.cli import app  # an optional extra
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the benchmarks cannot run here: {error.name} is not installed; pip install 'lcnn-compile[bench]'"

@@ -72,7 +72,7 @@ def demo_command(
     as_json: given.AsJson = False,
 ) -> None:
     """Train a small network on real images, convert, fine-tune, compile and compare it; a few minutes."""
-    from lcnn_compile.demo import run
+    from lcnn_compile.demo import run  # a faster start of the other commands
 
     result = run(out, Console(stderr=as_json))
     if as_json:

@@ -1,4 +1,4 @@
-"""Converted models for other runtimes: plain dense networks, torch.export programs, AOTInductor packages, ONNX files."""
+"""Each format by a function that writes it: plain dense networks, torch.export programs, AOTInductor packages, ONNX files."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from lcnn_compile.config import LOWERING_CHOICES, PRECISIONS, LayerConfig
 from lcnn_compile.errors import ConfigError, ConversionError, WeightError
+from lcnn_compile.fitting.model import fit_model
 from lcnn_compile.geometry import Call, Geometry, geometry_of
 from lcnn_compile.kernels.bytes_lowering import pack_ranges, unpack_ranges
 from lcnn_compile.kernels.operator import lookup_conv2d
@@ -135,8 +136,6 @@ class LookupModule(HasTables):
     @classmethod
     def _fit(cls, layer: Any, config: LayerConfig | None) -> Any:
         """A module fitted to the weight of ``layer`` alone."""
-        from lcnn_compile.fitting.model import fit_model
-
         config = config or LayerConfig()
         fitted = fit_model(layer, {"": layer}, {"": config}, calibration=None, call=lambda model, batch: model(batch))[""]
         if fitted.reason:

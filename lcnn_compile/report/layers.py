@@ -14,6 +14,8 @@ from rich.text import Text
 from torch import nn
 
 from lcnn_compile.fitting.output_error import OutputError
+from lcnn_compile.report.plots import layers_figure, save_figure
+from lcnn_compile.report.table import report_table
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Report:
         Raises:
             LcnnError: if the file cannot be written, or a name is no lookup layer of the model.
         """
-        from lcnn_compile.report.html import write_html
+        from lcnn_compile.report.html import write_html  # a faster start: jinja2
 
         write_html(self, path, model, layers, points)
 
@@ -194,13 +196,9 @@ class Report:
         Raises:
             LcnnError: if matplotlib is not installed, or the file cannot be written.
         """
-        from lcnn_compile.report.plots import layers_figure, save_figure
-
         save_figure(layers_figure(self), path)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from lcnn_compile.report.table import report_table
-
         yield report_table(self, options.max_width)
         yield from (Text(note, style="dim") for note in self.notes())
         yield Text(self.summary())

@@ -14,7 +14,7 @@ Whatever a strategy draws is described by a few plain values, so a failure print
 Networks that write in place, keep state and take inputs of every kind come from :func:`source_networks`, as source text;
 :func:`assert_same_calls` compares all that several calls leave behind.
 
-Needs the ``testing`` extra (hypothesis). May import ``passes`` and the rooms below it.
+Needs the ``testing`` extra (hypothesis), so that nothing that serves a model imports it. May import ``passes`` and the rooms below it.
 """
 
 from lcnn_compile.testing.calls import assert_same_calls

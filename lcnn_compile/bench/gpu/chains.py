@@ -102,7 +102,7 @@ def graph_of(model: nn.Module, x: Tensor, device: str) -> fx.GraphModule:
 @lru_cache(maxsize=8)
 def calls(network: str, batch: int, dtype: torch.dtype) -> list[Any]:
     """Every call of a network, or of "checks", on meta tensors, each kind once."""
-    from lcnn_compile.kernels.triton.chain import Tail, Window
+    from lcnn_compile.kernels.triton.chain import Tail, Window  # needs Triton
     from lcnn_compile.kernels.triton.chain_tune import Call
 
     if network == "checks":
@@ -128,7 +128,7 @@ def calls(network: str, batch: int, dtype: torch.dtype) -> list[Any]:
 
 
 def _checks(batch: int, dtype: torch.dtype) -> list[Any]:
-    from lcnn_compile.kernels.triton.chain import Tail, Window
+    from lcnn_compile.kernels.triton.chain import Tail, Window  # needs Triton
     from lcnn_compile.kernels.triton.chain_tune import Call
 
     found = []
@@ -151,7 +151,7 @@ def _checks(batch: int, dtype: torch.dtype) -> list[Any]:
 
 def compile_share(network: str, batch: int, dtype: torch.dtype, capability: int, part: int, parts: int) -> int:
     """Compile every ``parts``-th kernel, from ``part`` on, into Triton's cache on disk; how many failed."""
-    from lcnn_compile.kernels.triton.ahead import compiling
+    from lcnn_compile.kernels.triton.ahead import compiling  # needs Triton
     from lcnn_compile.kernels.triton.chain_tune import launches
 
     torch.set_num_threads(1)

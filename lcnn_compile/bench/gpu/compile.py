@@ -68,7 +68,7 @@ def wide_layers(network: str) -> list[Layer]:
 
 @lru_cache(maxsize=64)
 def _launches(call: Call) -> list[Callable[[], object]]:
-    from lcnn_compile.kernels.triton import backward as triton_backward
+    from lcnn_compile.kernels.triton import backward as triton_backward  # needs Triton
     from lcnn_compile.kernels.triton import tune as triton_tune
     from lcnn_compile.kernels.triton.pack import pack, sizes_of
 
@@ -91,7 +91,7 @@ def _launches(call: Call) -> list[Callable[[], object]]:
 
 def compile_one(call: Call, number: int, capability: int) -> None:
     """Compile the kernels of launch ``number`` of a call."""
-    from lcnn_compile.kernels.triton.ahead import compiling
+    from lcnn_compile.kernels.triton.ahead import compiling  # needs Triton
 
     torch.set_num_threads(1)
     set_mode(call.mode)
@@ -101,7 +101,7 @@ def compile_one(call: Call, number: int, capability: int) -> None:
 
 def distinct(jobs: Iterable[Job], capability: int) -> list[tuple[Call, int]]:
     """Launches that together have every kernel of these jobs, in the order in which they are needed."""
-    from lcnn_compile.kernels.triton.ahead import kernels_of
+    from lcnn_compile.kernels.triton.ahead import kernels_of  # needs Triton
 
     found: list[tuple[Call, int]] = []
     seen: set[str] = set()

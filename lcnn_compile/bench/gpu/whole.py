@@ -57,7 +57,7 @@ def _plans(machine: Machine) -> dict[str, str]:
     """How each kind of call that was measured so far runs."""
     if machine.device != "cuda":
         return {}
-    from lcnn_compile.kernels.triton.chain_tune import chosen
+    from lcnn_compile.kernels.triton.chain_tune import chosen  # needs Triton
 
     return chosen()
 
@@ -111,7 +111,7 @@ def _answers(machine: Machine, packed: Any, shape: Any, k: int, geometry: Any) -
         return {"reference": torch.ops.lcnn.chain(*packed, shape[1], k, *geometry, "relu", False, True)}
     from triton.errors import TritonError
 
-    from lcnn_compile.kernels.triton import chain_tune as tune
+    from lcnn_compile.kernels.triton import chain_tune as tune  # needs Triton
     from lcnn_compile.kernels.triton.chain import Tail, Window
 
     kernel, stride, padding, dilation = geometry

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lcnn_compile.kernels.arguments import Geometry
+from lcnn_compile.kernels.triton.epilogue import finish
 from lcnn_compile.kernels.triton.pack import vector
-from lcnn_compile.kernels.triton.tiles import finish, let_next_start, starts_early, wait_for_last
+from lcnn_compile.kernels.triton.tiles import let_next_start, starts_early, wait_for_last
 
 
 class ChainConfig(NamedTuple):

@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lcnn_compile.kernels.arguments import Epilogue
+from lcnn_compile.kernels.triton.epilogue import store_tile
 from lcnn_compile.kernels.triton.pack import Packed, Sizes, flags, vector
 from lcnn_compile.kernels.triton.tiles import (
     PIXELS,
     output_arguments,
     output_pixels,
     starts_early,
-    store_tile,
     tap_offsets,
     wait_for_last,
 )

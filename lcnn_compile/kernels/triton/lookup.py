@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lcnn_compile.kernels.arguments import Epilogue
+from lcnn_compile.kernels.triton.epilogue import store_tile
 from lcnn_compile.kernels.triton.pack import Packed, Sizes, flags
-from lcnn_compile.kernels.triton.tiles import PIXELS, output_arguments, output_pixels, store_tile, tap_offsets
+from lcnn_compile.kernels.triton.tiles import PIXELS, output_arguments, output_pixels, tap_offsets
 
 
 class LookupConfig(NamedTuple):

@@ -83,6 +83,7 @@ def forward(call: Arguments, shape: Sequence[int], memory_format: torch.memory_f
     form = pack(weight, geometry.kernel_size[1])
     launch = (input, y, form, weight.dictionary.shape[0], epilogue, where)
     with attempt(input.device), torch.cuda.device_of(input):
+        # Here and below: Triton takes a second to import, and is not there on every machine.
         from lcnn_compile.kernels.triton import forward as kernels
         from lcnn_compile.kernels.triton import tune
 

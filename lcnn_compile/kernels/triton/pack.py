@@ -188,6 +188,6 @@ def sizes_of(size: Sequence[int], geometry: Geometry, element_size: int) -> Size
 
 
 def flags(epilogue: Epilogue, y: Tensor) -> dict[str, Any]:
-    """Compile-time arguments of :func:`lcnn_compile.kernels.triton.tiles.store_tile`; the residual's strides are those of y."""
+    """Compile-time arguments of :func:`lcnn_compile.kernels.triton.epilogue.store_tile`; the residual's strides are those of y."""
     aligned = gcd(vector(y.element_size()), y.shape[3], *y.stride()[:3]) if y.stride(3) == 1 else 1
     return {"RESIDUAL_LAST": epilogue.residual_last, "ACTIVATION": epilogue.activation, "VEC": aligned}

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lcnn_compile.kernels.arguments import Epilogue
-from lcnn_compile.kernels.triton.tiles import finish
+from lcnn_compile.kernels.triton.epilogue import finish
 
 
 @triton.jit(do_not_specialize=["pixels"])
