@@ -264,6 +264,19 @@ def test_files_keep_ranges(converted, tmp_path):
     assert [m.precision for _, m in lookup_modules(again)] == ["int8"] * len(list(lookup_modules(model)))
 
 
+@pytest.mark.parametrize("to", [None, (0.05, 90)])
+def test_joined_chains_keep_the_ranges_of_what_each_reads(to):
+    first = ByteMap((2,), (), (2.0,), (("mul", (0, 1), ()), ("relu", (2,), ())), of=((0.5, 100),))
+    second = ByteMap((4, 3, 1), (), (), (("add", (0, 1), (1.0,)), ("add", (3, 2), (1.0,))), of=(None, (0.25, 7), None), to=to)
+    steps = (Cast(0, 0.5, 100, True), Cast(1, 0.25, 7, True), first, second)
+    if to is not None:
+        steps = (*steps, Cast(5, *to, False))
+    made = Program(Recipe(2, steps, (len(steps) + 1,)), [])
+    x = [torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(i)) * 9 for i in range(2)]
+    assert torch.equal(made(*x)[0], in_plain_pytorch(made, *x)[0])
+    assert len(made.profile(*x)) == len(steps) - 1, "two chains are one step"
+
+
 def sizes_of_files(model, folder):
     floats = copy.deepcopy(model)
     for _, module in lookup_modules(floats):
