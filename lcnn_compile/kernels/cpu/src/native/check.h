@@ -1,36 +1,33 @@
 // What each call of a program may do: read and write the values that it names, and the tables that it was given, and nothing else.
 #pragma once
 
+#include <array>
+
+#include "access.h"
 #include "weights.h"
 
 namespace lcnn {
 
-using Wide = __int128;
-
-// A value for a batch: where it begins, and how much of it there is.
-struct Extent {
-  int64_t tensor, offset;  // bytes
-  int64_t images, image;   // elements from one image to the next
-  int64_t elements, bytes; // of an image; of an element
-  Wide available() const { return images > 0 ? Wide(images - 1) * image + elements : 0; }
-};
-
-// Images of so many elements, `image` apart, must lie in a value.
-inline void within(const Extent& value, int64_t images, int64_t image, Wide elements, int64_t bytes, const char* what) {
-  require(images >= 0 && images <= MOST && (image > 0 || (image == 0 && images < 2)) && image <= MOST && elements >= 0, what);
+// Images of so many elements, `image` apart, must lie in a value, none over another.
+inline Box within(const Extent& value, int64_t images, int64_t image, Wide elements, int64_t bytes, const char* what) {
+  require(images >= 0 && images <= MOST && image >= 0 && image <= MOST && elements >= 0 && (images < 2 || image >= elements), what);
   require(value.bytes == bytes && (images == 0 || Wide(images - 1) * image + elements <= value.available()), what);
+  return images_of(images, image, images ? elements : 0);
 }
 
 inline void sized(std::initializer_list<int64_t> values, int64_t least, const char* what) {
   for (const int64_t value : values) require(value >= least && value <= (int64_t(1) << 31), what);
 }
 
-// A kernel that slides over a padded image: its windows end there or, where padding behind it is wide, not far from there.
+// A kernel that slides over a padded image: it is not much larger than that, and its windows end there or, where padding behind it is wide, not
+// far from there.
 inline void slides(const int64_t* kernel, const int64_t* dilation, const int64_t* stride, int64_t height, int64_t width, int64_t top, int64_t left,
                    int64_t out_height, int64_t out_width, int64_t planes, const char* what) {
-  constexpr int64_t MARGIN = 1 << 20;
+  constexpr int64_t MARGIN = 1 << 20, KERNEL_MARGIN = 1 << 12;
   const Wide rows = Wide(kernel[0] - 1) * dilation[0] + 1, columns = Wide(kernel[1] - 1) * dilation[1] + 1;
   require(top <= MARGIN && left <= MARGIN, what);
+  const Wide tall = 2 * (Wide(height) + top) + KERNEL_MARGIN, wide = 2 * (Wide(width) + left) + KERNEL_MARGIN;
+  require(rows <= tall && columns <= wide && stride[0] <= tall && stride[1] <= wide, what);
   const Wide down = Wide(out_height - 1) * stride[0] + rows, right = Wide(out_width - 1) * stride[1] + columns;
   require(down <= Wide(height) + top + rows + MARGIN && right <= Wide(width) + left + columns + MARGIN, what);
   require((down + height) * (right + width) <= MOST / planes, what);
@@ -43,6 +40,7 @@ struct CallWords {
   std::vector<const struct PlanOf*> plans;  // the same
   std::vector<const Extent*> x;
   const Extent* y;
+  Work* work;
 
   template <class T>
   const T& as() const {
@@ -70,25 +68,32 @@ inline void check_pool(const Pool& p) {
   sized({p.top, p.left}, 0, what);
   require(p.lanes == 1 && p.mean >= 0 && p.mean <= 2, what);
   require(p.top < p.kernel[0] * p.dilation[0] && p.left < p.kernel[1] * p.dilation[1], what);
+  slides(p.kernel, p.dilation, p.stride, p.height, p.width, p.top, p.left, p.out_height, p.out_width, 1, what);
   // Every window begins inside of the image or before it.
   require(Wide(p.out_height - 1) * p.stride[0] < Wide(p.height) + p.top && Wide(p.out_width - 1) * p.stride[1] < Wide(p.width) + p.left, what);
 }
 
 // What a plan reads and writes, apart from addresses; the numbers that the kernels derive from it must not overflow.
-inline void check_geometry(const PlanOf& plan) {
+inline void check_geometry(const PlanOf& plan, Work& work) {
   const Geometry& g = plan.geometry;
   const char* const what = "a convolution has impossible sizes";
   sized({g.height, g.width, g.out_height, g.out_width, g.stride[0], g.stride[1], g.dilation[0], g.dilation[1], g.threads}, 1, what);
-  sized({g.batch, g.top, g.left}, 0, what);
+  sized({g.top, g.left}, 0, what);
+  sized({g.batch}, 1, what);
   require(g.activation >= 0 && g.activation <= 4 && (g.residual_last | 1) == 1 && (g.pairs | 1) == 1, what);
   require(g.stride_w == 1 && g.stride_h == g.width && g.stride_c == g.height * g.width && g.stride_n >= 0 && g.stride_n <= MOST, what);
   require(g.out_image >= 0 && g.out_image <= MOST && g.residual_image >= 0 && g.residual_image <= MOST, what);  // read or not
   require(Wide(g.batch) * g.height * g.width < MOST && Wide(g.batch) * g.out_height * g.out_width < MOST, what);
   const Packed& w = *plan.weight;
-  const int64_t kernel[2] = {w.kh, w.kw};
+  const int64_t kernel[2] = {w.kh, w.kw}, area = w.kh * w.kw;
+  work.spend(64 + Wide(area + w.taps) * area / 4);  // each tap finds the plane that it reads
   slides(kernel, g.dilation, g.stride, g.height, g.width, g.top, g.left, g.out_height, g.out_width, std::max(w.k, w.n), what);
+  require(Wide(g.batch) * g.stride_n + Wide(w.groups) * w.m * g.height * g.width <= 2 * Wide(MOST), what);  // from x to its end
   if (plan.pooled) {
     check_pool(plan.pool);
+    // Bands make room for the rows of plain windows alone, and for one image.
+    require(plan.pool.dilation[0] == 1 && plan.pool.dilation[1] == 1 && g.out_height * g.out_width > 1, "a convolution's pooling is none that it can do");
+    require(Wide(w.n) * g.out_height * g.out_width <= Wide(1) << 32, what);
     require(plan.pool.height == g.out_height && plan.pool.width == g.out_width && plan.pool.mean < 2, "a convolution's pooling is of another size");
     require(plan.pool.planes == g.batch * w.n || plan.pool.planes == w.n, "a convolution's pooling is of another size");
   }
@@ -106,12 +111,13 @@ inline const float* floats(const CallWords& call, const void* member, Wide least
 inline const int32_t* places(const CallWords& call, const void* member, Wide count, int64_t least, int64_t bound, const char* what) {
   const Table* table = call.table(member);
   require(table && table->type == INT32 && count <= table->count, what);
+  call.work->spend(count);
   const auto* const found = static_cast<const int32_t*>(table->at);
   for (int64_t i = 0; i < int64_t(count); ++i) require(found[i] >= least && found[i] < bound, what);
   return found;
 }
 
-inline void check_look_up(const CallWords& call, bool of_bytes) {
+inline Access check_look_up(const CallWords& call, bool of_bytes) {
   const char* const what = "a convolution reaches past its values";
   call.reads(1, 2);
   const PlanOf* const plan = call.plans[0];
@@ -119,19 +125,20 @@ inline void check_look_up(const CallWords& call, bool of_bytes) {
   const Geometry& g = plan->geometry;
   const Packed& w = *plan->weight;
   const int64_t area = g.out_height * g.out_width;
-  within(*call.x[0], g.batch, g.stride_n, Wide(w.groups) * w.m * g.height * g.width, of_bytes ? 1 : 4, what);
+  Access found{{within(*call.x[0], g.batch, g.stride_n, Wide(w.groups) * w.m * g.height * g.width, of_bytes ? 1 : 4, what)}, {}};
   const Wide made = plan->pooled ? Wide(w.n) * plan->pool.out_height * plan->pool.out_width : Wide(w.n) * area;
-  within(*call.y, g.batch, g.out_image, made, of_bytes && w.finish.to_bytes ? 1 : 4, what);
+  found.writes = within(*call.y, g.batch, g.out_image, made, of_bytes && w.finish.to_bytes ? 1 : 4, what);
   require(!of_bytes || (call.x.size() == 2) == (w.finish.has_residual != 0), "a convolution has a residual that its weight does not add");
   if (call.x.size() == 2) {
     require(!plan->pooled, "a convolution that pools has a residual");
-    within(*call.x[1], g.batch, g.residual_image, Wide(w.n) * area, of_bytes && w.finish.has_residual == 1 ? 1 : 4, what);
+    found.reads.push_back(within(*call.x[1], g.batch, g.residual_image, Wide(w.n) * area, of_bytes && w.finish.has_residual == 1 ? 1 : 4, what));
   }
   if (!of_bytes) floats_or_null(call, &call.as<LookUpStep>().bias, w.n, "a bias is too short");
+  return found;
 }
 
 // `bytes`: which operands are bytes, and what stands for the result; null where all are floats.
-inline void check_map(const CallWords& call, const ByteMap* bytes = nullptr) {
+inline Access check_map(const CallWords& call, const ByteMap* bytes = nullptr) {
   const char* const what = "an element-wise step reaches past its values";
   const Map& m = bytes ? bytes->map : call.as<Map>();
   const auto size = [&](double scale, int64_t zero) {
@@ -154,6 +161,12 @@ inline void check_map(const CallWords& call, const ByteMap* bytes = nullptr) {
   };
   require(m.to[MAP_DIMENSIONS - 1] == 1 || m.sizes[MAP_DIMENSIONS - 1] <= 1, what);
   require(call.y->bytes == (bytes ? size(bytes->scale, bytes->zero) : 4) && last(m.to) <= call.y->available() && elements <= std::max<Wide>(1, call.y->available()), what);
+  const auto box = [&](const int64_t* strides) {
+    Box found{0, {}};
+    for (int d = 0; d < MAP_DIMENSIONS; ++d) found.dimensions.push_back({m.sizes[d], strides[d]});
+    return found;
+  };
+  Access found{{}, box(m.to)};
   size_t next = 0;
   for (int64_t i = 0; i < m.operands; ++i) {
     const int64_t wanted = bytes ? size(bytes->scales[i], bytes->zeros[i]) : 4;
@@ -164,6 +177,7 @@ inline void check_map(const CallWords& call, const ByteMap* bytes = nullptr) {
     require(next < call.x.size(), "an element-wise step has more operands than values");
     const Extent& x = *call.x[next++];
     require(x.bytes == wanted && last(m.strides[i]) <= x.available(), what);
+    found.reads.push_back(box(m.strides[i]));
   }
   require(next == call.x.size(), "an element-wise step reads another number of values");
   std::vector<bool> made(size_t(m.operands + m.buffers), false);
@@ -176,9 +190,10 @@ inline void check_map(const CallWords& call, const ByteMap* bytes = nullptr) {
     require(made[size_t(o.a)] && made[size_t(o.b)], "an element-wise operation reads what nothing has made");
     made[size_t(o.to)] = true;
   }
+  return found;
 }
 
-inline void check_move(const CallWords& call) {
+inline Access check_move(const CallWords& call) {
   const char* const what = "a copy reaches past its values";
   const Move& m = call.as<Move>();
   call.reads(1, 1);
@@ -195,26 +210,29 @@ inline void check_move(const CallWords& call) {
       (strides[d] < 0 ? low : high) += Wide(m.sizes[d] - 1) * strides[d];
     }
     require(offset >= -MOST && offset <= MOST && low >= 0 && high < value.available(), what);
+    Box found{offset, {}};
+    for (int d = 0; d < MOVE_DIMENSIONS; ++d) found.dimensions.push_back({m.sizes[d], strides[d]});
+    return found;
   };
-  inside(m.from, m.from_offset, *call.x[0]);
-  inside(m.to, m.to_offset, *call.y);
+  return {{inside(m.from, m.from_offset, *call.x[0])}, inside(m.to, m.to_offset, *call.y)};
 }
 
-inline void check_pick(const CallWords& call) {
+inline Access check_pick(const CallWords& call) {
   const char* const what = "rows and columns are picked from outside of a value";
   const Pick& p = call.as<Pick>();
   call.reads(1, 1);
   sized({p.images, p.planes}, 0, what);
   sized({p.x_plane, p.x_width, p.height, p.width}, 1, what);
-  within(*call.x[0], p.images, p.x_image, Wide(p.planes) * p.x_plane, 4, what);
-  within(*call.y, p.images, p.y_image, Wide(p.planes) * p.height * p.width, 4, what);
+  Access found{{within(*call.x[0], p.images, p.x_image, Wide(p.planes) * p.x_plane, 4, what)}, {}};
+  found.writes = within(*call.y, p.images, p.y_image, Wide(p.planes) * p.height * p.width, 4, what);
   places(call, &p.rows, p.height, -1, p.x_plane / p.x_width, what);
   const int32_t* const columns = places(call, &p.columns, p.width, -1, p.x_width, what);
   require(0 <= p.inner && p.inner <= p.inner_end && p.inner_end <= p.width, what);
   require(p.inner == p.inner_end || (columns[p.inner] >= 0 && columns[p.inner] + (p.inner_end - p.inner) <= p.x_width), what);
+  return found;
 }
 
-inline void check_reduce(const CallWords& call) {
+inline Access check_reduce(const CallWords& call) {
   const char* const what = "a reduction reaches past its values";
   const Reduce& r = call.as<Reduce>();
   call.reads(1, 1);
@@ -223,32 +241,34 @@ inline void check_reduce(const CallWords& call) {
   sized({r.size}, 1, what);
   const Wide outer = Wide(r.outer) * r.inner;
   require(outer < MOST && outer * r.size < MOST, what);
-  within(*call.x[0], r.images, r.x_image, outer * r.size, 4, what);
-  within(*call.y, r.images, r.y_image, r.kind >= NORMALIZE ? outer * r.size : outer, 4, what);
-  if (r.kind != NORMALIZE) return;
+  Access found{{within(*call.x[0], r.images, r.x_image, outer * r.size, 4, what)}, {}};
+  found.writes = within(*call.y, r.images, r.y_image, r.kind >= NORMALIZE ? outer * r.size : outer, 4, what);
+  if (r.kind != NORMALIZE) return found;
   require(r.per_entry >= 1 && r.per_entry <= MOST && r.per_outer >= 0 && r.per_outer <= MOST, what);
   const Wide entries = Wide(std::max<int64_t>(1, r.outer) - 1) * r.per_outer + (r.size - 1) / r.per_entry + 1;
   require(entries <= MOST, what);
   floats_or_null(call, &r.weight, int64_t(entries), what);
   floats_or_null(call, &r.bias, int64_t(entries), what);
+  return found;
 }
 
-inline void check_resize(const CallWords& call) {
+inline Access check_resize(const CallWords& call) {
   const char* const what = "a resizing reaches past its values";
   const Resize& r = call.as<Resize>();
   call.reads(1, 1);
   sized({r.images, r.planes}, 0, what);
   sized({r.x_height, r.x_width, r.height, r.width, r.row_taps, r.column_taps}, 1, what);
-  within(*call.x[0], r.images, r.x_image, Wide(r.planes) * r.x_height * r.x_width, 4, what);
-  within(*call.y, r.images, r.y_image, Wide(r.planes) * r.height * r.width, 4, what);
-  require(Wide(r.x_height) * r.width < MOST, what);
+  Access found{{within(*call.x[0], r.images, r.x_image, Wide(r.planes) * r.x_height * r.x_width, 4, what)}, {}};
+  found.writes = within(*call.y, r.images, r.y_image, Wide(r.planes) * r.height * r.width, 4, what);
+  require(Wide(r.x_height) * r.width <= int64_t(1) << 30, what);  // what lies between columns and rows
   places(call, &r.rows, Wide(r.height) * r.row_taps, 0, r.x_height, what);
   places(call, &r.columns, Wide(r.width) * r.column_taps, 0, r.x_width, what);
   floats(call, &r.row_weights, Wide(r.height) * r.row_taps, what);
   floats(call, &r.column_weights, Wide(r.width) * r.column_taps, what);
+  return found;
 }
 
-inline void check_depthwise(const CallWords& call) {
+inline Access check_depthwise(const CallWords& call) {
   const char* const what = "a depthwise convolution reaches past its values";
   const Depthwise& d = call.as<Depthwise>();
   call.reads(1, 2);
@@ -256,31 +276,35 @@ inline void check_depthwise(const CallWords& call) {
   sized({d.channels, d.multiplier, d.height, d.width, d.out_height, d.out_width, d.kernel[0], d.kernel[1], d.stride[0], d.stride[1], d.dilation[0], d.dilation[1]}, 1, what);
   require(d.activation >= 0 && d.activation <= 4 && (d.residual_last | 1) == 1 && d.channels % d.multiplier == 0, what);
   slides(d.kernel, d.dilation, d.stride, d.height, d.width, d.top, d.left, d.out_height, d.out_width, 1, what);
-  within(*call.x[0], d.images, d.x_image, Wide(d.channels / d.multiplier) * d.height * d.width, 4, what);
   require(d.residual_image >= 0 && d.residual_image <= MOST, what);
+  const Wide copied = ((Wide(d.out_height - 1) * d.stride[0] + Wide(d.kernel[0] - 1) * d.dilation[0] + 1) * (d.out_width + Wide(d.kernel[1] - 1) * d.dilation[1]) + 128) * d.stride[1];
+  require(copied <= int64_t(1) << 32, what);  // of a plane
+  Access found{{within(*call.x[0], d.images, d.x_image, Wide(d.channels / d.multiplier) * d.height * d.width, 4, what)}, {}};
   const Wide made = Wide(d.channels) * d.out_height * d.out_width;
-  within(*call.y, d.images, d.y_image, made, 4, what);
-  if (call.x.size() == 2) within(*call.x[1], d.images, d.residual_image, made, 4, what);
+  found.writes = within(*call.y, d.images, d.y_image, made, 4, what);
+  if (call.x.size() == 2) found.reads.push_back(within(*call.x[1], d.images, d.residual_image, made, 4, what));
   floats(call, &d.weight, Wide(d.channels) * d.kernel[0] * d.kernel[1], what);
   floats_or_null(call, &d.bias, d.channels, what);
+  return found;
 }
 
-inline void check_pool_step(const CallWords& call, bool of_bytes) {
+inline Access check_pool_step(const CallWords& call, bool of_bytes) {
   const char* const what = "a pooling reaches past its values";
   const PoolStep& s = call.as<PoolStep>();
   const Pool& p = s.pool;
   call.reads(1, 1);
   check_pool(p);
   const int64_t bytes = of_bytes ? 1 : 4;
-  within(*call.x[0], s.images, s.x_image, Wide(p.planes) * p.height * p.width, bytes, what);
-  within(*call.y, s.images, s.y_image, Wide(p.planes) * p.out_height * p.out_width, bytes, what);
-  require(!of_bytes || p.mean == 0, "a mean of bytes is unknown");
+  Access found{{within(*call.x[0], s.images, s.x_image, Wide(p.planes) * p.height * p.width, bytes, what)}, {}};
+  found.writes = within(*call.y, s.images, s.y_image, Wide(p.planes) * p.out_height * p.out_width, bytes, what);
+  require(!of_bytes || (p.mean == 0 && p.dilation[0] == 1 && p.dilation[1] == 1), "a pooling of bytes is of no known kind");
   require(!call.table(&s.rows) == !call.table(&s.columns), what);
   floats_or_null(call, &s.rows, p.out_height, what);
   floats_or_null(call, &s.columns, p.out_width, what);
+  return found;
 }
 
-inline void check_mean(const CallWords& call) {
+inline Access check_mean(const CallWords& call) {
   const char* const what = "a mean reaches past its values";
   const ByteMean& m = call.as<ByteMean>();
   const Pool& p = m.pool;
@@ -289,36 +313,44 @@ inline void check_mean(const CallWords& call) {
   require((m.reads_bytes | 1) == 1 && (m.writes_bytes | 1) == 1 && m.x_zero >= 0 && m.x_zero <= 255 && m.y_zero >= 0 && m.y_zero <= 255, what);
   require(p.lanes == 1 && p.dilation[0] == 1 && p.dilation[1] == 1, what);
   require(!m.reads_bytes || 255 * Wide(p.kernel[0]) * p.kernel[1] <= INT32_MAX, "a mean's sums leave 32 bits");
-  within(*call.x[0], m.images, m.x_image, Wide(p.planes) * p.height * p.width, m.reads_bytes ? 1 : 4, what);
-  within(*call.y, m.images, m.y_image, Wide(p.planes) * p.out_height * p.out_width, m.writes_bytes ? 1 : 4, what);
+  Access found{{within(*call.x[0], m.images, m.x_image, Wide(p.planes) * p.height * p.width, m.reads_bytes ? 1 : 4, what)}, {}};
+  found.writes = within(*call.y, m.images, m.y_image, Wide(p.planes) * p.out_height * p.out_width, m.writes_bytes ? 1 : 4, what);
   floats(call, &m.rows, p.out_height, what);
   floats(call, &m.columns, p.out_width, what);
+  return found;
 }
 
-inline void check_linear(const CallWords& call) {
+inline Access check_linear(const CallWords& call) {
   const char* const what = "a linear layer reaches past its values";
   const Linear& l = call.as<Linear>();
   call.reads(1, 1);
   sized({l.images, l.rows}, 0, what);
   sized({l.inputs, l.outputs}, 1, what);
-  within(*call.x[0], l.images, l.x_image, Wide(l.rows) * l.inputs, 4, what);
-  within(*call.y, l.images, l.y_image, Wide(l.rows) * l.outputs, 4, what);
+  Access found{{within(*call.x[0], l.images, l.x_image, Wide(l.rows) * l.inputs, 4, what)}, {}};
+  found.writes = within(*call.y, l.images, l.y_image, Wide(l.rows) * l.outputs, 4, what);
+  require(Wide(l.images) * l.rows * l.inputs * l.outputs < Wide(1) << 62, what);
   floats(call, &l.weight, Wide(l.outputs) * l.inputs, what);
   floats_or_null(call, &l.bias, l.outputs, what);
+  return found;
 }
 
-inline void check_cast(const CallWords& call) {
+inline Access check_cast(const CallWords& call) {
   const char* const what = "a rounding reaches past its values";
   const CastStep& c = call.as<CastStep>();
   call.reads(1, 1);
   require(is_scale(c.scale) && c.zero >= 0 && c.zero <= 255 && (c.to_bytes | 1) == 1 && c.count >= 0 && c.count <= MOST, what);
-  within(*call.x[0], c.images, c.x_image, c.count, c.to_bytes ? 4 : 1, what);
-  within(*call.y, c.images, c.y_image, c.count, c.to_bytes ? 1 : 4, what);
+  Access found{{within(*call.x[0], c.images, c.x_image, c.count, c.to_bytes ? 4 : 1, what)}, {}};
+  found.writes = within(*call.y, c.images, c.y_image, c.count, c.to_bytes ? 1 : 4, what);
+  return found;
 }
 
-// Throws BadFile unless the call stays within what it was given.
-inline void check_call(int64_t kind, const CallWords& call) {
-  switch (kind) {
+// A kind that is new to program.h must be known to everything below.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic error "-Wswitch-enum"
+
+// What a call reads and writes; throws BadFile unless it stays within what it was given.
+inline Access check_call(int64_t kind, const CallWords& call) {
+  switch (Kind(kind)) {
     case LOOK_UP: call.as<LookUpStep>(); return check_look_up(call, false);
     case LOOK_UP_BYTES: call.as<ByteLookUpStep>(); return check_look_up(call, true);
     case POOL: return check_pool_step(call, false);
@@ -333,12 +365,13 @@ inline void check_call(int64_t kind, const CallWords& call) {
     case CAST: return check_cast(call);
     case MAP_BYTES: return check_map(call, &call.as<ByteMap>());
     case MEAN_BYTES: return check_mean(call);
-    default: throw BadFile("it has a step of a kind that this library does not know");
+    case TURN: break;  // images side by side are for freeze() alone
   }
+  throw BadFile("it has a step of a kind that this library does not know");
 }
 
 inline const char* kind_name(int64_t kind) {
-  switch (kind) {
+  switch (Kind(kind)) {
     case LOOK_UP: return "lookup convolution";
     case LOOK_UP_BYTES: return "lookup convolution of bytes";
     case POOL: return "pooling";
@@ -353,14 +386,15 @@ inline const char* kind_name(int64_t kind) {
     case CAST: return "rounding";
     case MAP_BYTES: return "element-wise of bytes";
     case MEAN_BYTES: return "mean of bytes";
-    default: return "unknown";
+    case TURN: break;
   }
+  return "unknown";
 }
 
 // Which words of a call's structure are addresses of tables, the rest are numbers.
 inline bool is_address(int64_t kind, size_t word) {
   const auto one = [&](size_t offset, size_t bytes = 8) { return word >= offset / 8 && word < (offset + bytes) / 8; };
-  switch (kind) {
+  switch (Kind(kind)) {
     case LOOK_UP: return one(offsetof(LookUpStep, bias));
     case POOL:
     case POOL_BYTES: return one(offsetof(PoolStep, rows)) || one(offsetof(PoolStep, columns));
@@ -372,9 +406,15 @@ inline bool is_address(int64_t kind, size_t word) {
     case PICK: return one(offsetof(Pick, rows)) || one(offsetof(Pick, columns));
     case REDUCE: return one(offsetof(Reduce, weight)) || one(offsetof(Reduce, bias));
     case RESIZE: return one(offsetof(Resize, rows), 4 * 8);
-    default: return false;
+    case LOOK_UP_BYTES:
+    case MOVE:
+    case CAST:
+    case TURN: break;
   }
+  return false;
 }
+#pragma GCC diagnostic pop
+
 // The word that is the address of a plan, if any.
 inline bool is_plan(int64_t kind, size_t word) { return word == 0 && (kind == LOOK_UP || kind == LOOK_UP_BYTES); }
 

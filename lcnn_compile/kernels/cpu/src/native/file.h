@@ -24,9 +24,25 @@ inline void require(bool condition, const char* what) {
   if (!condition) throw BadFile(what);
 }
 
+using Wide = __int128;
+
 constexpr int64_t MOST = int64_t(1) << 40;  // of any number of elements, so that products of two fit 128 bits many times over
 constexpr int64_t FORMAT = 1;
 constexpr size_t ALIGN = 64, HEADER_WORDS = 8;
+
+// What opening a file may cost: as much as its size explains, so that a small one keeps nobody busy. An amount is about a word of memory, or
+// as many nanoseconds.
+class Work {
+ public:
+  explicit Work(size_t bytes) : left_((Wide(1) << 28) + 64 * Wide(bytes)) {}
+  void spend(Wide amount) {
+    require(amount <= left_, "it asks for far more work than its size explains");
+    left_ -= amount;
+  }
+
+ private:
+  Wide left_;
+};
 
 // Four sums of words, each multiplied and turned at every step: fast, and no single change of a file leaves it as it was.
 inline uint64_t checksum(const uint8_t* data, size_t bytes) {
@@ -53,7 +69,7 @@ inline uint64_t checksum(const uint8_t* data, size_t bytes) {
 class Mapping {
  public:
   explicit Mapping(const char* path) {
-    const int file = open(path, O_RDONLY | O_CLOEXEC);
+    const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe would be waited for
     if (file < 0) throw BadFile(std::string("it cannot be opened: ") + std::strerror(errno));
     struct stat found;
     const bool known = fstat(file, &found) == 0 && S_ISREG(found.st_mode) && found.st_size >= int64_t(8 * HEADER_WORDS);
@@ -109,9 +125,14 @@ class WordReader {
     return value;
   }
   // So many words follow at least, for a list whose entries take `each` or more.
-  int64_t length(int64_t each, const char* what) { return next(0, (end_ - at_) / each, what); }
+  int64_t length(int64_t each, const char* what) {
+    const int64_t found = next(0, MOST, what);
+    require(found <= (end_ - at_) / each, what);
+    return found;
+  }
   std::string text() {
-    const int64_t bytes = next(0, 8 * (end_ - at_), "a name is longer than the file");
+    const int64_t bytes = next(0, MOST, "a name is longer than the file");
+    require((bytes + 7) / 8 <= end_ - at_, "a name is longer than the file");
     std::string found(reinterpret_cast<const char*>(at_), size_t(bytes));
     at_ += (bytes + 7) / 8;
     require(found.find('\0') == std::string::npos, "a name has a zero in it");

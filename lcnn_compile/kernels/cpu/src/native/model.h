@@ -61,10 +61,13 @@ struct Instance {
 
 class Model {
  public:
-  static constexpr int64_t PART = 64;  // images that are run at a time
+  static constexpr int64_t MOST_BYTES = int64_t(1) << 36;  // of the values of one call
+  static constexpr int64_t PART = 64;  // images that are run at a time, at most
+  static constexpr int64_t PART_BYTES = int64_t(1) << 30;  // of their values, unless one image takes more
 
   Model(const char* path, int threads, const KernelTable& kernels) : file_(path), kernels_(kernels), threads_(threads) {
     read();
+    if (dynamic_ && arena_.slope > 0) part_ = std::clamp<int64_t>(PART_BYTES / arena_.slope, 1, PART);
     instance(dynamic_ ? 1 : batch_);  // what is wrong is found now
   }
   ~Model() {
@@ -83,7 +86,7 @@ class Model {
   void run(int64_t batch, const float* const* inputs, float* const* outputs, double* seconds) const {
     std::vector<void*> tensors(inputs_.size() + outputs_.size());
     for (int64_t start = 0; start < batch;) {
-      const int64_t images = dynamic_ ? std::min(PART, batch - start) : batch_;
+      const int64_t images = dynamic_ ? std::min(part_, batch - start) : batch_;
       for (size_t i = 0; i < inputs_.size(); ++i) tensors[i] = const_cast<float*>(inputs[i] + start * inputs_[i].elements);
       for (size_t i = 0; i < outputs_.size(); ++i) tensors[inputs_.size() + i] = outputs[i] + start * outputs_[i].elements;
       if (kernels_.program_run(instance(images).program.get(), tensors.data(), seconds)) throw std::bad_alloc();
@@ -94,9 +97,9 @@ class Model {
  private:
   void read();
   void read_ports(WordReader& words, std::vector<Port>& ports);
-  void check_order(const Instance& made) const;
+  void check_order(const Instance& made, const std::vector<Access>& accesses, int64_t batch, Work& work) const;
   std::unique_ptr<Instance> make(int64_t batch) const;
-  std::unique_ptr<PlanOf> make_plan(const PlanForm& form, int64_t batch) const;
+  std::unique_ptr<PlanOf> make_plan(const PlanForm& form, int64_t batch, Work& work) const;
 
   // Threads that ask for the same batch at once may each make an instance; one of them is kept.
   const Instance& instance(int64_t batch) const {
@@ -111,7 +114,7 @@ class Model {
   File file_;
   const KernelTable& kernels_;
   int threads_;
-  int64_t batch_ = 1;
+  int64_t batch_ = 1, part_ = PART;
   bool dynamic_ = false;
   std::vector<Port> inputs_, outputs_;
   std::vector<Packed> weights_;
@@ -145,8 +148,9 @@ inline void Model::read() {
   read_ports(words, inputs_);
   read_ports(words, outputs_);
   require(!inputs_.empty() && !outputs_.empty(), "it has no inputs, or no outputs");
+  Work work(file_.mapping.size());
   const int64_t weights = words.length(14, "it states more weights than it holds");
-  for (int64_t i = 0; i < weights; ++i) weights_.push_back(read_weight(words, file_, kernels_));
+  for (int64_t i = 0; i < weights; ++i) weights_.push_back(read_weight(words, file_, kernels_, work));
   constexpr size_t GEOMETRY = sizeof(Geometry) / 8, POOL_WORDS = sizeof(Pool) / 8;
   const int64_t plans = words.length(2 + 2 * int64_t(GEOMETRY), "it states more plans than it holds");
   for (int64_t i = 0; i < plans; ++i) {
@@ -190,7 +194,7 @@ inline void Model::read() {
   require(words.ended(), "it has words that nothing reads");
 }
 
-inline std::unique_ptr<PlanOf> Model::make_plan(const PlanForm& form, int64_t batch) const {
+inline std::unique_ptr<PlanOf> Model::make_plan(const PlanForm& form, int64_t batch, Work& work) const {
   auto plan = std::make_unique<PlanOf>();
   plan->weight = &weights_[size_t(form.weight)];
   const auto fill = [&](const std::vector<Affine>& from, void* to) {
@@ -204,7 +208,7 @@ inline std::unique_ptr<PlanOf> Model::make_plan(const PlanForm& form, int64_t ba
   plan->geometry.pairs = plan->weight->packing == HALVES && kernels_.multiplies_pairs();
   plan->pooled = !form.pool.empty();
   fill(form.pool, &plan->pool);
-  check_geometry(*plan);
+  check_geometry(*plan, work);
   const bool bytes = plan->weight->packing == QUADS;
   require(!bytes || !plan->pooled, "a convolution of bytes pools");
   void* const made = bytes ? kernels_.bytes_plan_new(plan->weight->kernels.get(), &plan->geometry)
@@ -214,68 +218,28 @@ inline std::unique_ptr<PlanOf> Model::make_plan(const PlanForm& form, int64_t ba
   return plan;
 }
 
-// Nothing is read before it has been written: bytes of tensors that calls have made so far, as intervals.
-inline void Model::check_order(const Instance& made) const {
-  struct Interval {
-    Wide begin, end;
-  };
-  std::vector<std::vector<Interval>> known(outputs_.size() + 1);  // the arena, then outputs
-  const auto of = [&](const Extent& value) -> std::vector<Interval>& { return known[size_t(value.tensor < 0 ? 0 : value.tensor - int64_t(inputs_.size()) + 1)]; };
-  const auto covered = [](const std::vector<Interval>& in, Interval wanted) {
-    while (wanted.begin < wanted.end) {
-      Wide end = wanted.begin;
-      for (const Interval& one : in)
-        if (one.begin <= wanted.begin) end = std::max(end, one.end);
-      if (end == wanted.begin) return false;
-      wanted.begin = end;
-    }
-    return true;
-  };
-  const auto write = [](std::vector<Interval>& in, Interval fresh) {
-    for (size_t i = 0; i < in.size();) {
-      if (in[i].begin <= fresh.end && fresh.begin <= in[i].end) {
-        fresh = {std::min(fresh.begin, in[i].begin), std::max(fresh.end, in[i].end)};
-        in[i] = in.back();
-        in.pop_back();
-      } else {
-        ++i;
-      }
-    }
-    in.push_back(fresh);
-  };
-  for (size_t c = 0; c < calls_.size(); ++c) {
+// Nothing is read before it has been written, and all of the outputs is.
+inline void Model::check_order(const Instance& made, const std::vector<Access>& accesses, int64_t batch, Work& work) const {
+  std::vector<Written> known(1 + inputs_.size() + outputs_.size());  // the arena, inputs, outputs
+  for (size_t c = 0; c < made.calls.size(); ++c) {
     const CallWords& call = made.calls[c];
-    for (const Extent* x : call.x) {
-      if (x->tensor >= 0 && x->tensor < int64_t(inputs_.size())) continue;
-      for (int64_t image = 0; image < x->images; ++image) {
-        const Wide begin = x->offset + Wide(image) * x->image * x->bytes;
-        require(covered(of(*x), {begin, begin + Wide(x->elements) * x->bytes}), "a call reads what nothing has written before");
-      }
+    for (size_t i = 0; i < call.x.size(); ++i) {
+      const Extent& x = *call.x[i];
+      const bool given = x.tensor >= 0 && x.tensor < int64_t(inputs_.size());
+      require(given || known[size_t(x.tensor + 1)].covers(x, accesses[c].reads.at(i), work), "a call reads what nothing has written before");
     }
-    const Extent& y = *call.y;
-    Wide first = 0, elements = y.elements;
-    bool parts = false;
-    if (calls_[c].kind == MOVE) {  // part of a concatenation: what it writes of the first image, and as far into the others
-      const Move& m = call.as<Move>();
-      Wide low = m.to_offset, high = m.to_offset;
-      for (int d = 0; d < MOVE_DIMENSIONS; ++d) (m.to[d] < 0 ? low : high) += Wide(m.sizes[d] - 1) * m.to[d];
-      if (y.images == 1 || high < y.elements) first = low, elements = high + 1 - low, parts = y.images > 1;
-    }
-    for (int64_t image = 0; image < (parts ? 1 : y.images); ++image) {
-      const Wide begin = y.offset + (Wide(image) * y.image + first) * y.bytes;
-      write(of(y), {begin, begin + elements * y.bytes});
-    }
+    known[size_t(call.y->tensor + 1)].add(*call.y, accesses[c].writes, work);
   }
-  for (size_t i = 0; i < outputs_.size(); ++i) {
-    const int64_t images = dynamic_ ? 1 : batch_;
-    require(covered(known[i + 1], {0, Wide(outputs_[i].elements) * images * 4}), "an output is not written, or only in part");
-  }
+  for (size_t i = 0; i < outputs_.size(); ++i)
+    require(known[1 + inputs_.size() + i].covers({0, Wide(outputs_[i].elements) * batch * 4}), "an output is not written, or only in part");
 }
 
 inline std::unique_ptr<Instance> Model::make(int64_t batch) const {
   auto made = std::make_unique<Instance>();
+  Work work(file_.mapping.size());
+  std::vector<Access> accesses;
   const int64_t arena = arena_.at(batch);
-  require(arena >= 0 && arena <= MOST, "its values take too much memory");
+  require(arena >= 0 && arena <= MOST_BYTES, "its values take too much memory");
   for (const ValueForm& form : values_) {
     const Extent value{form.tensor, form.offset.at(batch), form.images.at(batch), form.image, form.elements, form.bytes};
     require(value.offset >= 0 && value.offset % value.bytes == 0 && value.images >= 0 && value.images <= MOST && value.image >= 0, "a value lies in an impossible place");
@@ -287,10 +251,11 @@ inline std::unique_ptr<Instance> Model::make(int64_t batch) const {
     require(value.offset + value.available() * value.bytes <= room, "a value reaches past its memory");
     made->values.push_back(value);
   }
-  for (const PlanForm& plan : plans_) made->plans.push_back(make_plan(plan, batch));
+  for (const PlanForm& plan : plans_) made->plans.push_back(make_plan(plan, batch, work));
   std::vector<Step> steps;
   for (const CallForm& form : calls_) {
-    CallWords call;
+    CallWords call{};
+    call.work = &work;
     for (const auto& word : form.words) {
       call.tables.push_back(word.tag == TABLE ? &file_.table(word.value.first) : nullptr);
       call.plans.push_back(word.tag == PLAN ? made->plans[size_t(word.value.first)].get() : nullptr);
@@ -301,10 +266,11 @@ inline std::unique_ptr<Instance> Model::make(int64_t batch) const {
     require(call.y->tensor < 0 || call.y->tensor >= int64_t(inputs_.size()), "a call writes to an input");
     for (const int64_t x : form.reads) call.x.push_back(&made->values[size_t(x)]);
     require(!call.words.empty(), "a call has no words");
-    check_call(form.kind, call);
+    accesses.push_back(check_call(form.kind, call));
+    call.work = nullptr;
     made->calls.push_back(std::move(call));
   }
-  check_order(*made);
+  check_order(*made, accesses, batch, work);
   for (size_t i = 0; i < calls_.size(); ++i) {
     Step step{calls_[i].kind, made->calls[i].words.data(), calls_[i].y, int64_t(calls_[i].reads.size()), {}};
     std::copy(calls_[i].reads.begin(), calls_[i].reads.end(), step.x);

@@ -19,7 +19,7 @@ using Held = std::unique_ptr<void, void (*)(void*)>;
 // What plans need to know of a packed weight.
 struct Packed {
   Packing packing;
-  int64_t groups, k, m, kh, kw, n;
+  int64_t groups, k, m, kh, kw, n, taps;
   ByteFinish finish;  // of quads
   Held kernels{nullptr, nullptr};
 };
@@ -80,7 +80,7 @@ inline void check_sums(const float* values, int64_t rows, int64_t each, const in
 
 inline bool is_scale(double value) { return std::isfinite(value) && value >= 0 && value <= 3.4028234663852886e38; }
 
-inline Packed read_weight(WordReader& words, const File& file, const KernelTable& kernels) {
+inline Packed read_weight(WordReader& words, const File& file, const KernelTable& kernels, Work& work) {
   Packed found{};
   constexpr int64_t BIG = int64_t(1) << 31;
   found.packing = Packing(words.next(FLOATS, QUADS, "a weight is packed in no known way"));
@@ -90,7 +90,7 @@ inline Packed read_weight(WordReader& words, const File& file, const KernelTable
   for (int i = 0; i < 7; ++i) sizes[i] = words.next(1, BIG - 1, what);
   const bool identity = words.next(0, 1, what) != 0;
   const int64_t groups = sizes[0], k = sizes[1], m = sizes[2], area = sizes[3] * sizes[4], count = sizes[5], width = sizes[6];
-  require(area <= (1 << 14) && count % groups == 0 && __int128(groups) * k * m < MOST && __int128(count) * width < BIG, what);
+  require(area <= (1 << 14) && count % groups == 0 && Wide(groups) * k * m < MOST && Wide(count) * width < BIG, what);
   require(!identity || k == m, "a weight without a dictionary has other vectors than channels");
   if (bytes) {
     sizes[7] = identity;
@@ -113,13 +113,15 @@ inline Packed read_weight(WordReader& words, const File& file, const KernelTable
   const Table &taps = file.table(numbers[1]), &places = file.table(numbers[2]);
   const int64_t total = places.count;
   require(total < BIG && taps.count == total * width, "a weight has other coefficients than taps");
+  require(Wide(k) * area < (int64_t(1) << 28), what);
+  work.spend(Wide(groups) * k * m + Wide(total) * (width + 2) + Wide(count) * width + Wide(k) * area / 4);  // what packing makes
   const std::vector<int32_t> indices = widened(places, total, k, "an index of a weight is out of range");
   const std::vector<int32_t> positions = widened(file.table(numbers[3]), total, area, "a position of a weight is out of range");
   const int32_t* const offsets = file.table(numbers[4]).integers(count + 1);
   const int32_t* const filters = file.table(numbers[5]).integers(count * width);
   check_offsets(offsets, count, total);
   const int64_t n = check_filters(filters, count, width, groups);
-  found.groups = groups, found.k = k, found.m = m, found.kh = sizes[3], found.kw = sizes[4], found.n = n;
+  found.groups = groups, found.k = k, found.m = m, found.kh = sizes[3], found.kw = sizes[4], found.n = n, found.taps = total;
   if (bytes) {
     std::vector<float> dictionary;
     const int32_t* starts = nullptr;
@@ -150,7 +152,6 @@ inline Packed read_weight(WordReader& words, const File& file, const KernelTable
     std::vector<float> made;
     const float* dictionary;
     if (identity) {
-      require(__int128(groups) * k * m < (int64_t(1) << 32), what);
       made.assign(size_t(groups * k * m), 0.0f);
       for (int64_t i = 0; i < groups * k; ++i) made[size_t(i * m + i % k)] = 1.0f;
       dictionary = made.data();
