@@ -15,6 +15,7 @@ from lcnn_compile.conversion import eight_bits
 from lcnn_compile.errors import LcnnWarning
 from lcnn_compile.fitting.ranges import Observer, least_error_limits, least_error_range
 from lcnn_compile.kernels.cpu import program
+from lcnn_compile.kernels.cpu.byte_recipe import Unrounded, _wanted_ranges
 from lcnn_compile.kernels.cpu.int8 import PackedBytes
 from lcnn_compile.kernels.cpu.program import Program
 from lcnn_compile.kernels.cpu.steps import (
@@ -275,6 +276,19 @@ def test_joined_chains_keep_the_ranges_of_what_each_reads(to):
     x = [torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(i)) * 9 for i in range(2)]
     assert torch.equal(made(*x)[0], in_plain_pytorch(made, *x)[0])
     assert len(made.profile(*x)) == len(steps) - 1, "two chains are one step"
+
+
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_what_is_moved_shares_a_range_that_holds_all(wide_first):
+    ranges = [Range(0.5, 100), Range(0.25, 200)][:: 1 if wide_first else -1]
+    sizes = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
+    steps = (Slice(0, 1, 0, 3), LookUp(0, None, 6, 2, *sizes), LookUp(1, None, 3, 2, *sizes))
+    layers = {i: Unrounded((), (1, 1), known, torch.ones(1, 1)) for i, known in zip((1, 2), ranges, strict=True)}
+    wanted = _wanted_ranges(Recipe(1, steps, (2, 3)), layers)
+    assert set(wanted) == {0, 1}
+    assert wanted[0] == wanted[1]
+    ends = wanted[0].to_floats(torch.tensor([0, 255], dtype=torch.uint8))
+    assert ends.tolist() == pytest.approx([-50.0, 77.5], abs=wanted[0].scale)
 
 
 def sizes_of_files(model, folder):
