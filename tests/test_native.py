@@ -101,6 +101,19 @@ def test_several_inputs_and_outputs(tmp_path):
     assert native.outputs[1].shape == (None, 7, 9, 8)
 
 
+class Crossed(Several):
+    """The second input is read first."""
+
+    def forward(self, a, b):
+        return self.left(b) * 2 + self.left(a)
+
+
+def test_inputs_are_in_the_order_of_the_call(tmp_path):
+    model = convert(Crossed().eval(), LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
+    native = assert_equal(model, (torch.randn(2, 3, 9, 11), torch.randn(2, 3, 9, 11)), tmp_path)
+    assert [port.name for port in native.inputs] == ["a", "b"]
+
+
 class Sorted(nn.Module):
     def __init__(self):
         super().__init__()

@@ -117,11 +117,15 @@ def _written(frozen: Frozen, dynamic: bool) -> bytes:
     if frozen.program is None or frozen.single is None:
         raise ExportError(
             "the model is not one program, which export_native needs; what is left to the compiler: "
-            f"{', '.join(frozen.left_over[:5])}" + (f" and {len(frozen.left_over) - 5} more" if len(frozen.left_over) > 5 else "")
+            f"{', '.join(frozen.left_over[:5]) or 'outputs that are inputs or constants'}"
+            + (f" and {len(frozen.left_over) - 5} more" if len(frozen.left_over) > 5 else "")
         )
     names, returned = frozen.input_names, frozen.single.outputs
+    order = sorted(
+        range(len(frozen.single.inputs)), key=frozen.single.inputs.__getitem__
+    )  # the program has them as it meets them
     inputs = []
-    for i in frozen.single.inputs:
+    for i in sorted(frozen.single.inputs):
         _, shape, dtype, device = frozen.form[i]
         if dtype != torch.float32 or device.type != "cpu":
             raise ExportError(f"the input {names[i]} is {dtype} on {device}; export_native takes float32 on the CPU")
@@ -136,7 +140,7 @@ def _written(frozen: Frozen, dynamic: bool) -> bytes:
         )
     outputs = [(f"output{i}" if len(returned) > 1 else "output", *entry) for i, entry in enumerate(returned)]
     try:
-        return written(frozen.program, inputs, outputs, batch, dynamic)
+        return written(frozen.program, inputs, outputs, batch, dynamic, order)
     except KernelError as error:
         raise ExportError(f"the program cannot be written: {error}") from error
 

@@ -107,6 +107,7 @@ def written(
     outputs: Sequence[tuple[str, int, Sequence[View]]],
     batch: int,
     dynamic: bool,
+    order: Sequence[int] | None = None,
 ) -> bytes:
     """The file of a program, without its checksum (:func:`lcnn_compile.export.native.export_native` puts it in).
 
@@ -116,11 +117,13 @@ def written(
         outputs: names, which of the program's outputs, and the views of it that are returned.
         batch: of the example.
         dynamic: whether other batches are taken.
+        order: the program's inputs as ``inputs`` lists them; as they are unless given.
 
     Raises:
         KernelError: something in it does not grow evenly with the batch.
     """
-    recipe, weights = _laid_out(program, inputs, outputs, batch, dynamic)
+    ordered = _ordered(program.recipe, order if order is not None else range(program.recipe.inputs))
+    recipe, weights = _laid_out(ordered, program.weights, inputs, outputs, batch, dynamic)
     batches = BATCHES if dynamic else (batch,)
     made = [_instance(recipe, weights, inputs, n, dynamic) for n in batches]
     tables, words, plans = Tables(), Words(), Words()
@@ -158,8 +161,22 @@ def _reshaped(recipe: Recipe, value: int) -> bool:
     return value < recipe.inputs or not isinstance(recipe.steps[value - recipe.inputs], _Rearranged)
 
 
+def _ordered(recipe: Recipe, order: Sequence[int]) -> Recipe:
+    """The same with its inputs in another order."""
+    place = {x: number for number, x in enumerate(order)} | {
+        value: value for value in range(recipe.inputs, recipe.inputs + len(recipe.steps))
+    }
+    steps = tuple(step.renumbered(place) for step in recipe.steps)
+    return Recipe(recipe.inputs, steps, tuple(place[y] for y in recipe.outputs))
+
+
 def _laid_out(
-    program: Program, inputs: Sequence[Port], outputs: Sequence[tuple[str, int, Sequence[View]]], batch: int, dynamic: bool
+    given: Recipe,
+    weights: Sequence[tuple[Any, ...]],
+    inputs: Sequence[Port],
+    outputs: Sequence[tuple[str, int, Sequence[View]]],
+    batch: int,
+    dynamic: bool,
 ) -> tuple[Recipe, list[tuple[Any, ...]]]:
     """The recipe as the library runs it, for any batch: joined, pooled, its outputs in memory of their own."""
 
@@ -167,21 +184,21 @@ def _laid_out(
         return [(n, *port.sizes) for port in inputs]
 
     several = 3 if dynamic else batch
-    known = program.recipe.shapes(sizes(several))
-    steps, returned = list(program.recipe.steps), []
+    known = given.shapes(sizes(several))
+    steps, returned = list(given.steps), []
     for _, number, views in outputs:
-        value = program.recipe.outputs[number]
+        value = given.outputs[number]
         found = rearranged(known[value], views) if views else None
         if found is not None:
             steps.append(_Rearranged(value, *found))
-            value = program.recipe.inputs + len(steps) - 1
+            value = given.inputs + len(steps) - 1
         returned.append(value)
-    recipe = Recipe(program.recipe.inputs, tuple(steps), tuple(returned))
+    recipe = Recipe(given.inputs, tuple(steps), tuple(returned))
     shapes = recipe.shapes(sizes(several))
-    joined, results, weights = merged(recipe.steps, recipe.inputs, recipe.outputs, program.weights, shapes)
+    joined, results, held = merged(recipe.steps, recipe.inputs, recipe.outputs, weights, shapes)
     base = Recipe(recipe.inputs, joined, results)
     recipe = pooled(base, base.shapes(sizes(1 if dynamic else batch)), POOL_FROM)
-    return settled(recipe, recipe.shapes(sizes(several))), weights
+    return settled(recipe, recipe.shapes(sizes(several))), held
 
 
 def _instance(recipe: Recipe, weights: Sequence[tuple[Any, ...]], inputs: Sequence[Port], n: int, dynamic: bool) -> _Instance:
