@@ -440,6 +440,18 @@ def test_what_was_idle_may_wake_up(monkeypatch):
         assert torch.equal(frozen(x) + 0.0, in_plain_pytorch(frozen.program, x)[0] + 0.0)
 
 
+def test_transposed_layers_with_a_bias_are_bytes():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    dense, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 9, 11)
+    config = LookupConfig(dictionary_size=1.0, sparsity=None, group_size=4, precision="int8", lowering="lookup")
+    frozen = freeze(convert(dense, config, calibration=[torch.randn(8, 3, 9, 11)]), x)
+    assert frozen.alone
+    with torch.no_grad():
+        exact = copy.deepcopy(dense).double()(x.double())
+    assert ((frozen(x) - exact) ** 2).sum() < 0.005 * ((exact - exact.mean()) ** 2).sum()
+
+
 def test_ranges_need_calibration():
     with pytest.raises(LcnnError, match="calibration"):
         convert(Bottleneck(random.Random(1)).eval(), CONFIG, example_inputs=(images(0, 1),))

@@ -114,6 +114,27 @@ def test_inputs_are_in_the_order_of_the_call(tmp_path):
     assert [port.name for port in native.inputs] == ["a", "b"]
 
 
+class Ignoring(nn.Module):
+    """Its first input is read by nothing, its last output has no elements where ``empty``."""
+
+    def __init__(self, empty):
+        super().__init__()
+        self.conv, self.empty = nn.Conv2d(2, 8, 3), empty
+
+    def forward(self, unused, x):
+        y = self.conv(x)
+        return (y, y[:, :0]) if self.empty else y
+
+
+def test_inputs_that_the_model_ignores_are_taken_and_empty_outputs_are_refused(tmp_path):
+    x = torch.randn(2, 3, 4), torch.randn(2, 2, 9, 11)
+    config = LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup")
+    native = assert_equal(convert(Ignoring(False).eval(), config), x, tmp_path)
+    assert [port.name for port in native.inputs] == ["unused", "x"]
+    with pytest.raises(ExportError, match=r"without elements|not one program"):
+        export_native(convert(Ignoring(True).eval(), config), tmp_path / "empty", x)
+
+
 class Sorted(nn.Module):
     def __init__(self):
         super().__init__()

@@ -249,8 +249,10 @@ def _snap(layer: LookupModule) -> None:
 def _fits(layer: LookupModule, found: tuple[Range, Tensor]) -> bool:
     """Whether the layer's sums stay within 32 bits."""
     weight = layer.lookup_weight()
+    filters = int((weight.filters >= 0).sum())
+    bias = layer.bias if layer.bias is not None and len(layer.bias) == filters else None  # transposed layers add theirs later
     try:
-        quantize_lookup(list(weight.tensors().values()), weight.kernel_size, layer.bias, found[0], None, found[1])
+        quantize_lookup(list(weight.tensors().values()), weight.kernel_size, bias, found[0], None, found[1])
     except WeightError:
         return False
     return True

@@ -121,12 +121,10 @@ def _written(frozen: Frozen, dynamic: bool) -> bytes:
             + (f" and {len(frozen.left_over) - 5} more" if len(frozen.left_over) > 5 else "")
         )
     names, returned = frozen.input_names, frozen.single.outputs
-    order = sorted(
-        range(len(frozen.single.inputs)), key=frozen.single.inputs.__getitem__
-    )  # the program has them as it meets them
+    # The program has the inputs in the order in which it meets them, and not those that the model ignores.
+    order = [frozen.single.inputs.index(i) if i in frozen.single.inputs else None for i in range(len(frozen.form))]
     inputs = []
-    for i in sorted(frozen.single.inputs):
-        _, shape, dtype, device = frozen.form[i]
+    for i, (_, shape, dtype, device) in enumerate(frozen.form):
         if dtype != torch.float32 or device.type != "cpu":
             raise ExportError(f"the input {names[i]} is {dtype} on {device}; export_native takes float32 on the CPU")
         inputs.append(Port(names[i], tuple(shape[1:])))
@@ -138,6 +136,8 @@ def _written(frozen: Frozen, dynamic: bool) -> bytes:
             if least > 1
             else "an input has no batch dimension that varies; export it with dynamic_batch=False"
         )
+    if empty := [list(shape) for _, shape, *_ in frozen.form if 0 in shape]:
+        raise ExportError(f"an input has the shape {empty[0]}, without elements; export_native takes none such")
     outputs = [(f"output{i}" if len(returned) > 1 else "output", *entry) for i, entry in enumerate(returned)]
     try:
         return written(frozen.program, inputs, outputs, batch, dynamic, order)

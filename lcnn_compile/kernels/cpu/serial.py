@@ -107,7 +107,7 @@ def written(
     outputs: Sequence[tuple[str, int, Sequence[View]]],
     batch: int,
     dynamic: bool,
-    order: Sequence[int] | None = None,
+    order: Sequence[int | None] | None = None,
 ) -> bytes:
     """The file of a program, without its checksum (:func:`lcnn_compile.export.native.export_native` puts it in).
 
@@ -117,7 +117,7 @@ def written(
         outputs: names, which of the program's outputs, and the views of it that are returned.
         batch: of the example.
         dynamic: whether other batches are taken.
-        order: the program's inputs as ``inputs`` lists them; as they are unless given.
+        order: the program's inputs as ``inputs`` lists them, None for one that it does not read; as they are unless given.
 
     Raises:
         KernelError: something in it does not grow evenly with the batch.
@@ -144,6 +144,8 @@ def written(
         found = torch.empty(shapes[value], device="meta")
         for view in views if _reshaped(recipe, value) else ():
             found = view(found)
+        if 0 in found.shape[1:]:
+            raise KernelError(f"the output {name} has the shape {list(found.shape[1:])} behind the batch, without elements")
         words.text(name)
         words.put(found.dim() - 1, *found.shape[1:])
     weight_words = Words()
@@ -161,13 +163,12 @@ def _reshaped(recipe: Recipe, value: int) -> bool:
     return value < recipe.inputs or not isinstance(recipe.steps[value - recipe.inputs], _Rearranged)
 
 
-def _ordered(recipe: Recipe, order: Sequence[int]) -> Recipe:
-    """The same with its inputs in another order."""
-    place = {x: number for number, x in enumerate(order)} | {
-        value: value for value in range(recipe.inputs, recipe.inputs + len(recipe.steps))
-    }
+def _ordered(recipe: Recipe, order: Sequence[int | None]) -> Recipe:
+    """The same with its inputs in another order, and with some that nothing reads (None)."""
+    place = {x: number for number, x in enumerate(order) if x is not None}
+    place |= {recipe.inputs + i: len(order) + i for i in range(len(recipe.steps))}
     steps = tuple(step.renumbered(place) for step in recipe.steps)
-    return Recipe(recipe.inputs, steps, tuple(place[y] for y in recipe.outputs))
+    return Recipe(len(order), steps, tuple(place[y] for y in recipe.outputs))
 
 
 def _laid_out(
