@@ -128,6 +128,30 @@ def speed_table(rows: Rows, what: str, batch: int = 1, most: int = 2) -> str:
     return markdown(heading, (cells(*key, found) for key, found in lines.items()))
 
 
+def eight_bits(pattern: str) -> str:
+    """Every engine as times faster than the best float32 one: int8, lookups in float32, lookups in eight bits."""
+    rows = [row for row in comparisons(pattern) if row.get("speedup_bytes") and row["setting"] in ("ours", "paper-fast")]
+    lines = []
+    for row in rows:
+        int8, ours = row.get("speedup_bytes_int8"), row["speedup_bytes"]
+        error = (
+            f"{row['error_int8']:.2g} / {row['error_bytes']:.2g}" if row.get("error_int8") else f"– / {row['error_bytes']:.2g}"
+        )
+        dense = times(ours / int8) if int8 else "–"
+        cells = [NETWORKS.get(row["case"], row["case"]), SETTINGS.get(row["setting"], row["setting"]), dense]
+        lines.append([*cells, f"**{times(row['speedup'])}**", f"**{times(ours)}**", f"**{times(int8)}**", error])
+    heading = [
+        "network",
+        "sizes",
+        "OpenVINO int8",
+        "lookups, float32",
+        "lookups, int8",
+        "these against OpenVINO int8",
+        "distance from float64: OpenVINO int8 / ours",
+    ]
+    return markdown(heading, lines) if lines else ""
+
+
 def networks_short() -> str:
     """The README's table: the settings that people would choose."""
     rows = [row for row in comparisons("networks*.json") if row["setting"] in ("ours", "paper-fast")]
@@ -292,6 +316,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers-zen4": lambda: layers("zen4/layers*.json"),
     "machine-zen4": lambda: machine("zen4/networks*.json"),
     "accuracy-zen4": lambda: accuracy(accuracy_rows("zen4/accuracy*.json")),
+    "eight-bits": lambda: eight_bits("avx512-vnni/int8/networks*.json"),
+    "machine-eight-bits": lambda: machine("avx512-vnni/int8/networks*.json"),
     "networks-vnni": lambda: networks_full("avx512-vnni/networks*.json"),
     "machine-vnni": lambda: machine("avx512-vnni/networks*.json"),
     "training": lambda: training("training*.json"),

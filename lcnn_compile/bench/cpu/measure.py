@@ -2,7 +2,8 @@
 
 The truth is the dense model with W = P·D in float64. A lookup model may be at most FACTOR times as far from it as PyTorch's
 own float32 dense model is; one that is farther gets no time, only a reason. Dense float32 engines are held to DENSE_LIMIT, and
-lookups that round their operands to bfloat16 to ROUNDED_LIMIT.
+lookups that round their operands to bfloat16 to ROUNDED_LIMIT, networks in eight bits to BYTES_LIMIT (their errors are in the rows, as those
+of other engines' eight bits are).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcnn_compile.batches import call_model
 from lcnn_compile.bench import macs
-from lcnn_compile.bench.cpu.engines import Engine, Runnable, run_torch
+from lcnn_compile.bench.cpu.engines import CALIBRATION_BATCHES, Engine, Runnable, run_torch
 from lcnn_compile.bench.settings import dense_twin
+from lcnn_compile.conversion.eight_bits import calibrate_ranges, take_dense
 from lcnn_compile.export.frozen import freeze
 from lcnn_compile.kernels import cpu
 from lcnn_compile.kernels.cpu import build as cpu_build
@@ -28,7 +31,7 @@ from lcnn_compile.modules import lookup_modules
 from lcnn_compile.timing import alternate
 
 FACTOR = 4.0
-DENSE_LIMIT, ROUNDED_LIMIT = 1e-4, 0.05
+DENSE_LIMIT, ROUNDED_LIMIT, BYTES_LIMIT = 1e-4, 0.05, 0.3
 
 
 def _compiled(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
@@ -51,11 +54,29 @@ def _rounded(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
     return _frozen(rounding(model), example, folder)
 
 
+def in_bytes(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy in eight bits throughout, with ranges from the example and from random inputs like it."""
+    model = copy.deepcopy(model)
+    model, _ = take_dense(model, lambda name: False)
+    for _, module in lookup_modules(model):
+        module.precision = "int8"
+    generator = torch.Generator().manual_seed(0)
+    batches = [example, *(torch.randn(example.shape, generator=generator) for _ in range(CALIBRATION_BATCHES - 1))]
+    calibrate_ranges(model, batches, call_model, 0)
+    return model
+
+
+def _bytes(model: nn.Module, example: Tensor, folder: Path) -> Runnable:
+    return _frozen(in_bytes(model, example), example, folder)
+
+
+LIMITS = {"lcnn bf16": ROUNDED_LIMIT, "lcnn int8": BYTES_LIMIT}
 LOOKUP_ENGINES = {
     "lcnn": Engine("lcnn", True, (), _compiled),
     "lcnn frozen": Engine("lcnn frozen", True, (), _frozen),
     "lcnn eager": Engine("lcnn eager", True, (), run_torch),
     "lcnn bf16": Engine("lcnn bf16", False, (), _rounded),
+    "lcnn int8": Engine("lcnn int8", False, (), _bytes),
 }
 
 
@@ -190,7 +211,7 @@ def measure(
         allowed = FACTOR * distance(dense(case.example), truth)
         multiply_adds = macs.count(model, case.example)
         for engine in lookup_engines:
-            add(setting, engine, model, multiply_adds, truth, allowed if engine.exact else ROUNDED_LIMIT)
+            add(setting, engine, model, multiply_adds, truth, allowed if engine.exact else LIMITS[engine.name])
     for key, timing in alternate({key: runnable.call for key, runnable in calls.items()}, seconds).items():
         row = rows[int(key)]
         row.seconds, row.low, row.high, row.bursts = timing.median, timing.low, timing.high, timing.bursts

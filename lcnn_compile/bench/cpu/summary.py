@@ -24,6 +24,8 @@ class Comparison:
         speedup_int8: time ratio to OpenVINO's int8.
         speedup_bf16, speedup_bf16_int8: of lookups that round to bfloat16, to the best dense engine and to int8.
         error_bf16: their distance from float64, relative to its norm.
+        speedup_bytes, speedup_bytes_int8, error_bytes: the same of networks of lookups in eight bits.
+        error_int8: of OpenVINO's.
         mac_ratio: dense multiply-adds over ours.
         efficiency: speedup / mac_ratio.
         reason: why there is no time.
@@ -47,6 +49,10 @@ class Comparison:
     mac_ratio: float
     efficiency: float | None
     reason: str
+    speedup_bytes: float | None = None
+    speedup_bytes_int8: float | None = None
+    error_bytes: float | None = None
+    error_int8: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -66,7 +72,11 @@ def _ratio(numerator: Row | None, denominator: Row | None) -> float | None:
 def _compare(dense: Sequence[Row], ours: Sequence[Row]) -> Comparison:
     first = ours[0]
     best, mine = _fastest(row for row in dense if row.exact), _fastest(row for row in ours if row.exact)
-    rounded, int8 = _fastest(row for row in ours if not row.exact), _fastest(row for row in dense if row.engine == INT8)
+    rounded, int8 = (
+        _fastest(row for row in ours if row.engine == "lcnn bf16"),
+        _fastest(row for row in dense if row.engine == INT8),
+    )
+    eight = _fastest(row for row in ours if row.engine == "lcnn int8")
     speedup, mac_ratio = _ratio(best, mine), dense[0].macs / first.macs
     return Comparison(
         first.case,
@@ -87,6 +97,10 @@ def _compare(dense: Sequence[Row], ours: Sequence[Row]) -> Comparison:
         mac_ratio,
         speedup / mac_ratio if speedup else None,
         "" if mine else "; ".join(f"{row.engine} {row.reason}" for row in ours),
+        _ratio(best, eight),
+        _ratio(int8, eight),
+        eight.error if eight else None,
+        int8.error if int8 else None,
     )
 
 
