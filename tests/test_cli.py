@@ -1,5 +1,6 @@
 """The command line: results, files, exit codes, and a message for every mistake."""
 
+import functools
 import json
 import os
 import signal
@@ -369,7 +370,10 @@ MISTAKES = [
     (["convert", "net.py:build", "--sweep", "2;4"], "--sweep is '2;4'; numbers with commas between them"),
     (["convert", "net.py:build", "--sweep", "2", "--resume", "fits"], "--resume keeps one conversion"),
     (["convert", "net.py:build", "--sweep", "2"], "a sweep needs calibration data"),
-    (["export", "net.py:build", "--input", "1x4x9x9"], "nothing to write: give at least one of --onnx, --pt2, --aot and --dense"),
+    (
+        ["export", "net.py:build", "--input", "1x4x9x9"],
+        "nothing to write: give at least one of --onnx, --pt2, --aot, --native and --dense",
+    ),
     (["export", "net.py:build", "--pt2", "m.pt2"], "--input is needed to trace the model"),
     (["export", "net.py:build", "--pt2", "m.pt2", "--input", "1x4x9x9"], "Sequential has no lookup layers; convert it first"),
     (["info", "samples.npy"], "samples.npy is not a readable safetensors file"),
@@ -431,7 +435,10 @@ def test_a_folder_of_images(folder):
 def process(folder, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LCNN_TUNE": "0"}
     command = [sys.executable, "-m", "lcnn_compile.cli", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What runs in the background ignores interruptions, and hands that on to what it starts.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": listening}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
 
 def test_as_a_process(folder):

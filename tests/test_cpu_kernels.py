@@ -254,6 +254,7 @@ def unavailable(weight, x):
 )
 def test_without_kernels_one_warning_and_the_factored_lowering(monkeypatch, tmp_path, name, value):
     monkeypatch.setenv("LCNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LCNN_CPU_COMPILE", "1")
     monkeypatch.setenv(name, value)
     weight = random_weight(random.Random(8), 8, 16, 4, (3, 3), 5, 8)
     messages = unavailable(weight, torch.randn(1, 8, 9, 11))
@@ -263,6 +264,7 @@ def test_without_kernels_one_warning_and_the_factored_lowering(monkeypatch, tmp_
 
 def test_a_damaged_library_is_rebuilt(monkeypatch, tmp_path):
     monkeypatch.setenv("LCNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LCNN_CPU_COMPILE", "1")
     monkeypatch.setenv("LCNN_CPU_ISA", "portable")
     path = cpu_build.target()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,6 +278,7 @@ def test_a_damaged_library_is_rebuilt(monkeypatch, tmp_path):
 
 def test_concurrent_first_use(monkeypatch, tmp_path):
     monkeypatch.setenv("LCNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LCNN_CPU_COMPILE", "1")
     monkeypatch.setenv("LCNN_CPU_ISA", "portable")
     program = "import warnings; warnings.simplefilter('error'); from lcnn_compile.kernels import cpu; assert cpu.is_available()"
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]

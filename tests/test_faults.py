@@ -35,7 +35,7 @@ print(len(messages), *messages)
 def started(**environment):
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LCNN_CPU_ISA": "portable", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LCNN_CPU_ISA": "portable", "LCNN_CPU_COMPILE": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -56,6 +56,7 @@ def test_eight_processes_share_an_empty_cache(tmp_path):
 
 def test_a_corrupt_library_and_a_stale_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("LCNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LCNN_CPU_COMPILE", "1")
     monkeypatch.setenv("LCNN_CPU_ISA", "portable")
     path = cpu_build.target()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,8 @@ def test_commits_are_checked_by_the_pinned_versions():
 
 def test_the_architecture_page_has_every_room_in_the_order_of_the_contract():
     contract = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
-    layers = [[name.strip() for name in layer.split("|")] for layer in contract]
+    # `aot` is no room: it is a name of version 0.1.
+    layers = [[name.strip() for name in layer.split("|") if name.strip() != "aot"] for layer in contract]
     ground = layers.index(["batches"])
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| `(\w+)/?`(?:, `(\w+)`)? \|", page.split("\n## ")[1], re.MULTILINE)

@@ -3,6 +3,7 @@
 Environment variables:
     LCNN_CACHE_DIR: directory of the compiled libraries, instead of the user's cache directory.
     LCNN_CPU_ISA: a key of ISA_FLAGS, such as "avx512" or "portable", instead of what the processor supports.
+    LCNN_CPU_COMPILE: "1" compiles for this processor here, instead of taking the kernels that were installed.
     LCNN_CPU_SANITIZE: "1" builds with the address and undefined-behaviour sanitizers.
     CXX: the compiler, instead of the first of c++, g++ and clang++.
 """
@@ -196,7 +197,8 @@ def _compiled(path: Path) -> Kernels:
 def _installed() -> Kernels | None:
     """Those of the library that was installed with the package, where it was made of these sources and has the instruction set."""
     path = INSTALLED / "liblcnn.so"
-    if not made_of_these_sources(INSTALLED) or os.environ.get("LCNN_CPU_SANITIZE") == "1":
+    compiled = "1" in (os.environ.get("LCNN_CPU_SANITIZE"), os.environ.get("LCNN_CPU_COMPILE"))
+    if compiled or not made_of_these_sources(INSTALLED):
         return None
     try:
         library = ctypes.CDLL(str(path))

@@ -78,6 +78,8 @@ class Pool {
     pthread_mutex_unlock(&mutex_);
     enter(team, 0, region, data);
     for (int i = 0; left_.load(std::memory_order_acquire) > 0; ++i) i < SPINS ? pause_once() : (void)sched_yield();
+    pthread_mutex_lock(&mutex_);
+    pthread_mutex_unlock(&mutex_);
   }
   // In a child of fork there are no workers, and locks may be held by threads that are not there.
   void forget() { gone_.store(true); }
@@ -117,7 +119,9 @@ class Pool {
       pthread_mutex_unlock(&pool.mutex_);
       if (!needed) continue;
       enter(*team, own->rank, region, data);
+      pthread_mutex_lock(&pool.mutex_);  // for those who watch threads from outside: atomics of ours they do not see
       pool.left_.fetch_sub(1, std::memory_order_acq_rel);
+      pthread_mutex_unlock(&pool.mutex_);
     }
   }
 
