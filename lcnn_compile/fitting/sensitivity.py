@@ -149,7 +149,12 @@ class _Squares:
         seen.samples, seen.remark = 0, ""
         count: Callable[[Any], int] = (lambda _: 0) if whole else row_count
         part: Callable[..., Any] = (lambda batch, *_: batch) if whole else first_rows
-        one = self._bytes(part(batches[0], 1))
+        try:
+            one = self._bytes(part(batches[0], 1))
+        except Exception:
+            # The first dimension counts no samples (an image without a batch), of which a model may say anything.
+            count, part = (lambda _: 0), (lambda batch, *_: batch)
+            one = self._bytes(part(batches[0], 1))
         chosen = list(_chosen(batches, count, part, max(1, min(IMAGES, ALL_BYTES // max(1, one)))))
         with torch.no_grad():
             outputs = [output_tensors(self._network.call(self._network.model, batch)) for batch in chosen]
