@@ -150,11 +150,13 @@ class _Squares:
         count: Callable[[Any], int] = (lambda _: 0) if whole else row_count
         part: Callable[..., Any] = (lambda batch, *_: batch) if whole else first_rows
         try:
-            one = self._bytes(part(batches[0], 1))
+            one = max(self._bytes(part(batch, 1)) for batch in batches)
+        except _TooMuchError:
+            raise
         except Exception:
             # The first dimension counts no samples (an image without a batch), of which a model may say anything.
             count, part = (lambda _: 0), (lambda batch, *_: batch)
-            one = self._bytes(part(batches[0], 1))
+            one = self._bytes(batches[0])
         chosen = list(_chosen(batches, count, part, max(1, min(IMAGES, ALL_BYTES // max(1, one)))))
         with torch.no_grad():
             outputs = [output_tensors(self._network.call(self._network.model, batch)) for batch in chosen]
