@@ -23,6 +23,7 @@ ELEMENTS = 2_500_000  # of input that is looked at, about: 16 images of 224x224
 SLICE_BYTES = 1 << 28  # kept for the backward pass of the samples that go through the network together
 ALL_BYTES = 1 << 30  # the same, of all samples that are looked at one after the other
 MOST_BYTES = 3 << 30  # what one sample alone may need
+SMALL = 1 << 14  # elements of an input that is not cut
 FLOOR = 1e-3  # of the mean, for layers whose gradient vanishes or cannot be had
 CHANNEL_FLOOR = 0.1  # of the layer's mean, for its channels
 
@@ -147,6 +148,9 @@ class _Squares:
     def look(self, batches: Sequence[Any], seen: Seen, whole: bool) -> None:
         """Go through the first samples, as many as the bounds at the head of this file allow; ``whole`` batches are not cut."""
         seen.samples, seen.remark = 0, ""
+        # What is small is not cut: its first dimension may count no samples, and a state may have its size.
+        sizes = [leaf.numel() for leaf in pytree.tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
+        whole = whole or max(sizes, default=0) <= SMALL
         count: Callable[[Any], int] = (lambda _: 0) if whole else row_count
         part: Callable[..., Any] = (lambda batch, *_: batch) if whole else first_rows
         try:
