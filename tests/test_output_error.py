@@ -293,6 +293,32 @@ def test_calibration_in_parts_is_that_of_the_whole(monkeypatch, batch):
         torch.testing.assert_close(parts.moments[name].mean(), whole.moments[name].mean(), rtol=1e-5, atol=1e-6)
 
 
+class Keeping(Filter):
+    """Its state has a place for each of a batch's samples, so that no other batch fits it."""
+
+    def __init__(self, samples):
+        super().__init__()
+        self.register_buffer("past", torch.zeros(samples))
+
+    def forward(self, x):
+        self.past = self.past + x.mean((1, 2, 3))
+        return super().forward(x)[: len(self.past)] + self.past.view(-1, 1, 1, 1)
+
+
+def test_a_batch_that_fits_is_run_as_it_is_and_once():
+    from lcnn_compile.fitting.sampling import calibrate
+
+    model, data = Keeping(18).eval(), pictures(18, seed=4)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    calls = []
+    model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[0]))
+    calibrate(Network(model, layers, lambda m, x: m(x)), [data, data], 0)
+    assert calls == [18, 18]
+    converted = convert(Keeping(18).eval(), LookupConfig(dictionary_size=1.0, sparsity=None), calibration=[data])
+    with torch.no_grad():
+        torch.testing.assert_close(converted(data).double(), Keeping(18).eval().double()(data.double()), rtol=1e-4, atol=1e-5)
+
+
 def test_large_kernels_are_searched_within_what_a_sample_tells():
     """k·kh·kw is bounded, and so is the work of a selection; small kernels lose nothing."""
     from lcnn_compile.config import LayerConfig

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lcnn_compile.fitting.network import Network
 from lcnn_compile.fitting.processes import Processes
+from lcnn_compile.fitting.slices import rows_of
 from lcnn_compile.fitting.statistics import InputMoments
 from lcnn_compile.torch_private import pytree
 
@@ -63,25 +64,49 @@ class Calibration:
         return held_images(torch.arange(sum(counts[number])) + sum(map(sum, counts[:number])), total)
 
 
+class _TooLargeError(BaseException):  # a signal, which a model's `except Exception` must not catch
+    """A layer's input and output have so many elements."""
+
+
 def calibrate(network: Network, data: Iterable[Any], seed: int, progress: Callable[[int], None] | None = None) -> Calibration:
-    """The streaming pass: input moments of every layer over all of ``data``, which may be a generator."""
-    result = Calibration({name: InputMoments(geometry, seed) for name, geometry in network.geometry.items()})
-    kept = samples = 0
+    """The streaming pass: input moments of every layer over all of ``data``, which may be a generator.
+
+    Batches run whole until a layer of the first one turns out too large; then all run in parts.
+    """
+    result = _Stream(network, seed)
     together: int | None = None
     for number, whole in enumerate(data, 1):
-        if together is None and leading(whole) > 1:
-            together = max(1, CALL_ELEMENTS // max(1, _largest_call(network, whole)))
-        for batch in _pieces(whole, together):
-            images: dict[str, list[int]] = {}
-            network.run(batch, {name: _streamer(result, name, images) for name in network.layers})
-            if kept < BATCH_ELEMENTS and samples < BATCH_IMAGES:
-                kept += _elements(batch)
-                samples += leading(batch) or 1
-                result.batches.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), batch))
-                result.images.append(images)
+        while True:
+            pieces = list(_pieces(whole, together))
+            images = leading(pieces[0])
+            try:
+                for batch in pieces:
+                    result.add(batch, CALL_ELEMENTS if number == 1 and images > 1 else None)
+                break
+            except _TooLargeError as found:
+                together, result = max(1, CALL_ELEMENTS * images // found.args[0]), _Stream(network, seed)
         if progress is not None:
             progress(number)
-    return result
+    return result.calibration
+
+
+class _Stream:
+    """A calibration that grows by batches."""
+
+    def __init__(self, network: Network, seed: int):
+        self._network = network
+        self.calibration = Calibration({name: InputMoments(geometry, seed) for name, geometry in network.geometry.items()})
+        self._kept = self._samples = 0
+
+    def add(self, batch: Any, most: int | None) -> None:
+        """Run a batch; a layer that has over ``most`` elements ends it with _TooLargeError."""
+        images: dict[str, list[int]] = {}
+        self._network.run(batch, {name: _streamer(self.calibration, name, images, most) for name in self._network.layers})
+        if self._kept < BATCH_ELEMENTS and self._samples < BATCH_IMAGES:
+            self._kept += _elements(batch)
+            self._samples += leading(batch) or 1
+            self.calibration.batches.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), batch))
+            self.calibration.images.append(images)
 
 
 def held_images(number: Tensor, total: int) -> Tensor:
@@ -102,17 +127,6 @@ def _elements(batch: Any) -> int:
     return sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
-def _largest_call(network: Network, batch: Any) -> int:
-    """Elements that one image makes of the input and output of a layer, the most of all layers."""
-    found = [0]
-
-    def watch(x: Tensor, y: Tensor) -> None:
-        found.append(x.numel() + y.numel())
-
-    network.run(pytree.tree_map_only(Tensor, lambda t: t[:1], batch), dict.fromkeys(network.layers, watch))
-    return max(found)
-
-
 def _pieces(batch: Any, together: int | None) -> Iterator[Any]:
     """The batch, or if it is too large to keep or to run, parts of it, of at most so many images."""
     images = leading(batch)
@@ -121,13 +135,14 @@ def _pieces(batch: Any, together: int | None) -> Iterator[Any]:
     if not images or size >= images:
         yield batch
         return
-    leaves, spec = pytree.tree_flatten(batch)
     for start in range(0, images, size):
-        yield pytree.tree_unflatten([t[start : start + size] if isinstance(t, Tensor) else t for t in leaves], spec)
+        yield rows_of(batch, start, start + size)
 
 
-def _streamer(result: Calibration, name: str, images: dict[str, list[int]]) -> Callable[[Tensor, Tensor], None]:
-    def watch(x: Tensor, _: Tensor) -> None:
+def _streamer(result: Calibration, name: str, images: dict[str, list[int]], most: int | None) -> Callable[[Tensor, Tensor], None]:
+    def watch(x: Tensor, y: Tensor) -> None:
+        if most is not None and (elements := x.numel() + y.numel()) > most:
+            raise _TooLargeError(elements)
         if name not in result.order:
             result.order.append(name)
         images.setdefault(name, []).append(x.shape[0])

@@ -23,7 +23,6 @@ ELEMENTS = 2_500_000  # of input that is looked at, about: 16 images of 224x224
 SLICE_BYTES = 1 << 28  # kept for the backward pass of the samples that go through the network together
 ALL_BYTES = 1 << 30  # the same, of all samples that are looked at one after the other
 MOST_BYTES = 3 << 30  # what one sample alone may need
-SMALL = 1 << 14  # elements of an input that is not cut
 FLOOR = 1e-3  # of the mean, for layers whose gradient vanishes or cannot be had
 CHANNEL_FLOOR = 0.1  # of the layer's mean, for its channels
 
@@ -148,19 +147,9 @@ class _Squares:
     def look(self, batches: Sequence[Any], seen: Seen, whole: bool) -> None:
         """Go through the first samples, as many as the bounds at the head of this file allow; ``whole`` batches are not cut."""
         seen.samples, seen.remark = 0, ""
-        # What is small is not cut: its first dimension may count no samples, and a state may have its size.
-        sizes = [leaf.numel() for leaf in pytree.tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
-        whole = whole or max(sizes, default=0) <= SMALL
         count: Callable[[Any], int] = (lambda _: 0) if whole else row_count
         part: Callable[..., Any] = (lambda batch, *_: batch) if whole else first_rows
-        try:
-            one = max(self._bytes(part(batch, 1)) for batch in batches)
-        except _TooMuchError:
-            raise
-        except Exception:
-            # The first dimension counts no samples (an image without a batch), of which a model may say anything.
-            count, part = (lambda _: 0), (lambda batch, *_: batch)
-            one = self._bytes(batches[0])
+        one = self._bytes(part(batches[0], 1))
         chosen = list(_chosen(batches, count, part, max(1, min(IMAGES, ALL_BYTES // max(1, one)))))
         with torch.no_grad():
             outputs = [output_tensors(self._network.call(self._network.model, batch)) for batch in chosen]

@@ -21,4 +21,9 @@ def first_rows(batch: Any, stop: int, start: int = 0) -> Any:
     """Samples ``start`` to ``stop`` of a batch; one that is one piece as it is."""
     if not row_count(batch):
         return batch
+    return rows_of(batch, start, stop)
+
+
+def rows_of(batch: Any, start: int, stop: int) -> Any:
+    """The same entries of the first dimension of every tensor in a batch."""
     return pytree.tree_map_only(Tensor, lambda t: t[start:stop], batch)
