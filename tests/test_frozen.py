@@ -165,7 +165,8 @@ def test_state_goes_on_from_call_to_call(monkeypatch):
     assert not made.past.any()
 
 
-def test_writes_to_inputs():
+@pytest.mark.parametrize("lowering", ["lookup", "factored", "dense"])
+def test_writes_to_inputs(lowering):
     class Filling(nn.Module):
         def __init__(self):
             super().__init__()
@@ -176,7 +177,7 @@ def test_writes_to_inputs():
             x.mul_(2)
             return out.sum(), out
 
-    model = convert(Filling().eval(), LookupConfig(dictionary_size=1.0, sparsity=None, lowering="lookup"))
+    model = convert(Filling().eval(), LookupConfig(dictionary_size=1.0, sparsity=None, lowering=lowering))
     x, out = torch.randn(2, 4, 6, 6), torch.zeros(2, 4, 6, 6)
     frozen = freeze(model, (x, out))
     assert not out.any()

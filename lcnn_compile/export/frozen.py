@@ -101,8 +101,8 @@ class Frozen:
         with torch.no_grad():
             gm = gather_programs(unlift(program), dense_too)
         self.graph: fx.GraphModule = gm
-        self._writes_inputs, stateful = writes_to(gm, "placeholder"), writes_to(gm, "get_attr")
-        self.writes = self._writes_inputs or stateful
+        self._writes_inputs = writes_to(gm, "placeholder")
+        self.writes = self._writes_inputs or writes_to(gm, "get_attr")
         self._signature = call.signature()
         self.form = list(call.form)
         names = list(self._signature.parameters)[: len(self.form)]
@@ -115,7 +115,8 @@ class Frozen:
         if alone is not None:
             [self.program], self.single = programs(gm), alone
         else:
-            self._rest = ENGINES["Inductor" if stateful else engine](gm)
+            # Frozen, Inductor loses writes to inputs, and takes buffers for constants.
+            self._rest = ENGINES["Inductor" if self.writes else engine](gm)
             if kept_dense:
                 self.left_over = [kept_dense]
 
