@@ -26,14 +26,12 @@ import torch
 from torch import nn
 
 from lcnn_compile import freeze
-from lcnn_compile.batches import call_model
+from lcnn_compile.bench.cpu.measure import in_bytes
 from lcnn_compile.bench.hardware import describe, versions
 from lcnn_compile.bench.networks import build, example_input
 from lcnn_compile.bench.settings import SETTINGS, lookup_network
-from lcnn_compile.conversion.eight_bits import calibrate_ranges, take_dense
 from lcnn_compile.export import export_native
 from lcnn_compile.kernels.cpu.build import instruction_set
-from lcnn_compile.modules import lookup_modules
 
 RESULTS = Path(__file__).parent / "results" / "native.json"
 RUNS, CALLS = 11, 40
@@ -110,12 +108,7 @@ def lookups(precision: str, x: torch.Tensor) -> nn.Module:
     """ResNet-18 with lookups of random weights; in eight bits the layers that stay dense are so too."""
     torch.manual_seed(0)
     model = lookup_network("resnet18", build("resnet18"), SETTINGS["ours"]).eval()
-    if precision == "int8":
-        model, _ = take_dense(model, lambda name: False)
-        for _, layer in lookup_modules(model):
-            layer.precision = "int8"
-        calibrate_ranges(model, [x, torch.randn_like(x)], call_model, 0)
-    return model
+    return in_bytes(model, x) if precision == "int8" else model
 
 
 def onnx_int8(folder: Path, x: torch.Tensor) -> Path:

@@ -99,6 +99,14 @@ def chain(step, values, constants):
     return registers[-1] if step.to is None else Range(*step.to).to_bytes(registers[-1])
 
 
+def in_floats(model):
+    """A copy whose lookups round nothing."""
+    floats = copy.deepcopy(model)
+    for _, module in lookup_modules(floats):
+        module.precision = "float32"
+    return floats
+
+
 def in_plain_pytorch(program, *inputs):
     """The values of a program's steps, one after the other, by the integer reference."""
     values, weights = list(inputs), iter(program.weights)
@@ -162,10 +170,7 @@ def test_programs_equal_their_steps_in_plain_pytorch(seed):
     for i in range(3):
         assert torch.equal(frozen(x[i : i + 1]), y[i : i + 1])
     with torch.no_grad():
-        floats = copy.deepcopy(model)
-        for _, module in lookup_modules(floats):
-            module.precision = "float32"
-        truth, eager = floats(x), model(x)
+        truth, eager = in_floats(model)(x), model(x)
     for found in (y, eager):
         assert float((found - truth).norm() / truth.norm()) < 0.05
 
@@ -248,10 +253,7 @@ def test_what_stands_between_layers_equals_the_reference(monkeypatch, seed):
     for i in range(3):
         assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(frozen(x[i : i + 1]), found, strict=True))
     with torch.no_grad():
-        floats = copy.deepcopy(model)
-        for _, module in lookup_modules(floats):
-            module.precision = "float32"
-        truth, eager = floats(x), model(x)
+        truth, eager = in_floats(model)(x), model(x)
     for y in (found, eager):
         assert all(float((a - b).norm() / b.norm()) < 0.1 for a, b in zip(y, truth, strict=True))
 
@@ -292,9 +294,8 @@ def test_what_is_moved_shares_a_range_that_holds_all(wide_first):
 
 
 def sizes_of_files(model, folder):
-    floats = copy.deepcopy(model)
+    floats = in_floats(model)
     for _, module in lookup_modules(floats):
-        module.precision = "float32"
         module.set_ranges(None)
     for name, kind in (("bytes", model), ("floats", floats)):
         save(kind, folder / name)

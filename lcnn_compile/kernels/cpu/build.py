@@ -36,13 +36,13 @@ from lcnn_compile.kernels.cpu.sources import (
     INSTALLED,
     ISA_FLAGS,
     MATRIX,
-    NATIVE,
     SOURCES,
     UNFUSED,
     UNITS,
     VNNI,
     build_shared,
     made_of_these_sources,
+    sources_digest,
 )
 from lcnn_compile.kernels.store import cache_folder
 
@@ -250,8 +250,7 @@ def shared_library() -> Path:
     try:
         compiler = _compiler()
         extra = SANITIZE_FLAGS if os.environ.get("LCNN_CPU_SANITIZE") == "1" else ()
-        sources = [FOLDER / name for name in SOURCES] + sorted(path for path in NATIVE.iterdir() if path.suffix in (".cpp", ".h"))
-        path = cache_directory() / f"liblcnn_{_key(compiler, (*FLAGS, *extra, *ISA_FLAGS), sources)}.so"
+        path = cache_directory() / f"liblcnn_{_key(compiler, (sources_digest(), *extra), [])}.so"
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
             if not path.exists():

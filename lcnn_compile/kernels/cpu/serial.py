@@ -127,10 +127,8 @@ def written(
     batches = BATCHES if dynamic else (batch,)
     made = [_instance(recipe, weights, inputs, n, dynamic) for n in batches]
     tables, words, plans = Tables(), Words(), Words()
-    numbers = {
-        id(entry[0]): i for i, entry in enumerate(e for e in weights if e and isinstance(e[0], PackedWeight | PackedBytes))
-    }
     packed = [entry[0] for entry in weights if entry and isinstance(entry[0], PackedWeight | PackedBytes)]
+    numbers = {id(weight): number for number, weight in enumerate(packed)}
     calls, plan_count = _calls(made, batches, tables, plans, numbers)
 
     words.put(batch, int(dynamic), MOST_READ)

@@ -54,6 +54,18 @@ struct CallWords {
   void reads(size_t least, size_t most) const { require(x.size() >= least && x.size() <= most, "a call reads another number of values"); }
 };
 
+// Of each image of a value: how far the next one is, how many elements of it a call reads or writes, and their bytes.
+struct Images {
+  int64_t apart;
+  Wide elements;
+  int64_t bytes;
+};
+
+// What a call does that reads its first value image by image, and writes its result so.
+inline Access by_images(const CallWords& call, int64_t count, const Images& x, const Images& y, const char* what) {
+  return {{within(*call.x[0], count, x.apart, x.elements, x.bytes, what)}, within(*call.y, count, y.apart, y.elements, y.bytes, what)};
+}
+
 struct PlanOf {
   const Packed* weight;
   Geometry geometry;
@@ -125,9 +137,9 @@ inline Access check_look_up(const CallWords& call, bool of_bytes) {
   const Geometry& g = plan->geometry;
   const Packed& w = *plan->weight;
   const int64_t area = g.out_height * g.out_width;
-  Access found{{within(*call.x[0], g.batch, g.stride_n, Wide(w.groups) * w.m * g.height * g.width, of_bytes ? 1 : 4, what)}, {}};
   const Wide made = plan->pooled ? Wide(w.n) * plan->pool.out_height * plan->pool.out_width : Wide(w.n) * area;
-  found.writes = within(*call.y, g.batch, g.out_image, made, of_bytes && w.finish.to_bytes ? 1 : 4, what);
+  const Images x{g.stride_n, Wide(w.groups) * w.m * g.height * g.width, of_bytes ? 1 : 4};
+  Access found = by_images(call, g.batch, x, {g.out_image, made, of_bytes && w.finish.to_bytes ? 1 : 4}, what);
   require(!of_bytes || (call.x.size() == 2) == (w.finish.has_residual != 0), "a convolution has a residual that its weight does not add");
   if (call.x.size() == 2) {
     require(!plan->pooled, "a convolution that pools has a residual");
@@ -223,8 +235,7 @@ inline Access check_pick(const CallWords& call) {
   call.reads(1, 1);
   sized({p.images, p.planes}, 0, what);
   sized({p.x_plane, p.x_width, p.height, p.width}, 1, what);
-  Access found{{within(*call.x[0], p.images, p.x_image, Wide(p.planes) * p.x_plane, 4, what)}, {}};
-  found.writes = within(*call.y, p.images, p.y_image, Wide(p.planes) * p.height * p.width, 4, what);
+  Access found = by_images(call, p.images, {p.x_image, Wide(p.planes) * p.x_plane, 4}, {p.y_image, Wide(p.planes) * p.height * p.width, 4}, what);
   places(call, &p.rows, p.height, -1, p.x_plane / p.x_width, what);
   const int32_t* const columns = places(call, &p.columns, p.width, -1, p.x_width, what);
   require(0 <= p.inner && p.inner <= p.inner_end && p.inner_end <= p.width, what);
@@ -241,8 +252,7 @@ inline Access check_reduce(const CallWords& call) {
   sized({r.size}, 1, what);
   const Wide outer = Wide(r.outer) * r.inner;
   require(outer < MOST && outer * r.size < MOST, what);
-  Access found{{within(*call.x[0], r.images, r.x_image, outer * r.size, 4, what)}, {}};
-  found.writes = within(*call.y, r.images, r.y_image, r.kind >= NORMALIZE ? outer * r.size : outer, 4, what);
+  Access found = by_images(call, r.images, {r.x_image, outer * r.size, 4}, {r.y_image, r.kind >= NORMALIZE ? outer * r.size : outer, 4}, what);
   if (r.kind != NORMALIZE) return found;
   require(r.per_entry >= 1 && r.per_entry <= MOST && r.per_outer >= 0 && r.per_outer <= MOST, what);
   const Wide entries = Wide(std::max<int64_t>(1, r.outer) - 1) * r.per_outer + (r.size - 1) / r.per_entry + 1;
@@ -258,8 +268,7 @@ inline Access check_resize(const CallWords& call) {
   call.reads(1, 1);
   sized({r.images, r.planes}, 0, what);
   sized({r.x_height, r.x_width, r.height, r.width, r.row_taps, r.column_taps}, 1, what);
-  Access found{{within(*call.x[0], r.images, r.x_image, Wide(r.planes) * r.x_height * r.x_width, 4, what)}, {}};
-  found.writes = within(*call.y, r.images, r.y_image, Wide(r.planes) * r.height * r.width, 4, what);
+  Access found = by_images(call, r.images, {r.x_image, Wide(r.planes) * r.x_height * r.x_width, 4}, {r.y_image, Wide(r.planes) * r.height * r.width, 4}, what);
   require(Wide(r.x_height) * r.width <= int64_t(1) << 30, what);  // what lies between columns and rows
   places(call, &r.rows, Wide(r.height) * r.row_taps, 0, r.x_height, what);
   places(call, &r.columns, Wide(r.width) * r.column_taps, 0, r.x_width, what);
@@ -279,9 +288,8 @@ inline Access check_depthwise(const CallWords& call) {
   require(d.residual_image >= 0 && d.residual_image <= MOST, what);
   const Wide copied = ((Wide(d.out_height - 1) * d.stride[0] + Wide(d.kernel[0] - 1) * d.dilation[0] + 1) * (d.out_width + Wide(d.kernel[1] - 1) * d.dilation[1]) + 128) * d.stride[1];
   require(copied <= int64_t(1) << 32, what);  // of a plane
-  Access found{{within(*call.x[0], d.images, d.x_image, Wide(d.channels / d.multiplier) * d.height * d.width, 4, what)}, {}};
   const Wide made = Wide(d.channels) * d.out_height * d.out_width;
-  found.writes = within(*call.y, d.images, d.y_image, made, 4, what);
+  Access found = by_images(call, d.images, {d.x_image, Wide(d.channels / d.multiplier) * d.height * d.width, 4}, {d.y_image, made, 4}, what);
   if (call.x.size() == 2) found.reads.push_back(within(*call.x[1], d.images, d.residual_image, made, 4, what));
   floats(call, &d.weight, Wide(d.channels) * d.kernel[0] * d.kernel[1], what);
   floats_or_null(call, &d.bias, d.channels, what);
@@ -295,8 +303,7 @@ inline Access check_pool_step(const CallWords& call, bool of_bytes) {
   call.reads(1, 1);
   check_pool(p);
   const int64_t bytes = of_bytes ? 1 : 4;
-  Access found{{within(*call.x[0], s.images, s.x_image, Wide(p.planes) * p.height * p.width, bytes, what)}, {}};
-  found.writes = within(*call.y, s.images, s.y_image, Wide(p.planes) * p.out_height * p.out_width, bytes, what);
+  Access found = by_images(call, s.images, {s.x_image, Wide(p.planes) * p.height * p.width, bytes}, {s.y_image, Wide(p.planes) * p.out_height * p.out_width, bytes}, what);
   require(!of_bytes || (p.mean == 0 && p.dilation[0] == 1 && p.dilation[1] == 1), "a pooling of bytes is of no known kind");
   require(!call.table(&s.rows) == !call.table(&s.columns), what);
   floats_or_null(call, &s.rows, p.out_height, what);
@@ -313,8 +320,7 @@ inline Access check_mean(const CallWords& call) {
   require((m.reads_bytes | 1) == 1 && (m.writes_bytes | 1) == 1 && m.x_zero >= 0 && m.x_zero <= 255 && m.y_zero >= 0 && m.y_zero <= 255, what);
   require(p.lanes == 1 && p.dilation[0] == 1 && p.dilation[1] == 1, what);
   require(!m.reads_bytes || 255 * Wide(p.kernel[0]) * p.kernel[1] <= INT32_MAX, "a mean's sums leave 32 bits");
-  Access found{{within(*call.x[0], m.images, m.x_image, Wide(p.planes) * p.height * p.width, m.reads_bytes ? 1 : 4, what)}, {}};
-  found.writes = within(*call.y, m.images, m.y_image, Wide(p.planes) * p.out_height * p.out_width, m.writes_bytes ? 1 : 4, what);
+  Access found = by_images(call, m.images, {m.x_image, Wide(p.planes) * p.height * p.width, m.reads_bytes ? 1 : 4}, {m.y_image, Wide(p.planes) * p.out_height * p.out_width, m.writes_bytes ? 1 : 4}, what);
   floats(call, &m.rows, p.out_height, what);
   floats(call, &m.columns, p.out_width, what);
   return found;
@@ -326,8 +332,7 @@ inline Access check_linear(const CallWords& call) {
   call.reads(1, 1);
   sized({l.images, l.rows}, 0, what);
   sized({l.inputs, l.outputs}, 1, what);
-  Access found{{within(*call.x[0], l.images, l.x_image, Wide(l.rows) * l.inputs, 4, what)}, {}};
-  found.writes = within(*call.y, l.images, l.y_image, Wide(l.rows) * l.outputs, 4, what);
+  Access found = by_images(call, l.images, {l.x_image, Wide(l.rows) * l.inputs, 4}, {l.y_image, Wide(l.rows) * l.outputs, 4}, what);
   require(Wide(l.images) * l.rows * l.inputs * l.outputs < Wide(1) << 62, what);
   floats(call, &l.weight, Wide(l.outputs) * l.inputs, what);
   floats_or_null(call, &l.bias, l.outputs, what);
@@ -339,9 +344,7 @@ inline Access check_cast(const CallWords& call) {
   const CastStep& c = call.as<CastStep>();
   call.reads(1, 1);
   require(is_scale(c.scale) && c.zero >= 0 && c.zero <= 255 && (c.to_bytes | 1) == 1 && c.count >= 0 && c.count <= MOST, what);
-  Access found{{within(*call.x[0], c.images, c.x_image, c.count, c.to_bytes ? 4 : 1, what)}, {}};
-  found.writes = within(*call.y, c.images, c.y_image, c.count, c.to_bytes ? 1 : 4, what);
-  return found;
+  return by_images(call, c.images, {c.x_image, c.count, c.to_bytes ? 4 : 1}, {c.y_image, c.count, c.to_bytes ? 1 : 4}, what);
 }
 
 // A kind that is new to program.h must be known to everything below.
